@@ -1,0 +1,257 @@
+"""chunk ≡ naive in float64: outputs, final state and every gradient."""
+
+import itertools
+
+import pytest
+import torch
+
+from nestlearn import scan
+from nestlearn.memory import (
+    FunctionMemory,
+    Gates,
+    GradientRule,
+    Matrix,
+    Oja,
+    Omega,
+    ResidualMLP,
+    decay,
+    delta,
+    every,
+    hebbian,
+    momentum,
+)
+
+B, H, C = 2, 2, 8
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+MEMORIES = {
+    "matrix": Matrix(5, 4),
+    "mlp": ResidualMLP(4, 6),
+    "mlp-3": ResidualMLP(4, 5, depth=3),
+    "function": FunctionMemory(
+        lambda W, x: torch.sin(W[0] @ x) + W[1], lambda: (torch.ones(4, 5), torch.zeros(4))
+    ),
+}
+RULES = {
+    f"{'delta' if d else 'gd'}{'-norm' if n else ''}{'-mom' if m else ''}{'-decay' if a else ''}-p{p}":
+    GradientRule(delta=d, momentum=m, decay=a, period=p, normalize=n)
+    for d, n, m, a, p in itertools.product(
+        (False, True), (False, True), (False, True), (False, True), (1, 4)
+    )
+}  # fmt: skip
+
+
+def stream(memory, rule, T, seed=0, groups=()):
+    """Random weights, pairs and gates; every tensor asks for its gradient.
+
+    Steps are small enough that plain gradient descent with L2 and momentum does not diverge.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    W = tuple(0.5 * randn(B, H, *groups, *w.shape[-(w.ndim) :]) for w in memory.init())
+    K = getattr(memory, "key_dim", getattr(memory, "dim", 5))
+    shared = tuple(1 for _ in groups)
+    q, k = randn(B, H, *groups, T, K), 0.5 * randn(B, H, *shared, T, K)
+    v = randn(B, H, *groups, T, 4)
+    gates = Gates(
+        0.2 * torch.rand(B, H, *shared, T, generator=g, dtype=torch.float64),
+        (2 + randn(B, H, *shared, T)).sigmoid().log() if rule.decay else None,
+        randn(B, H, *shared, T).sigmoid().log() if getattr(rule, "momentum", False) else None,
+    )
+    leaves = [*W, q, k, v, *(x for x in gates if x is not None)]
+    for x in leaves:
+        x.requires_grad_()
+    return W, q, k, v, gates, leaves
+
+
+def run(memory, rule, data, backend, cuts, chunk=C, **options):
+    """The stream in calls that end at `cuts`, chunk boundaries at multiples of `chunk`."""
+    W, q, k, v, gates, leaves = data
+    T = k.shape[-2]
+    S, at, outputs = rule.init(W), W, []
+    cuts = sorted({0, T, *cuts, *range(0, T, chunk)})
+    for a, b in itertools.pairwise(cuts):
+        if a % chunk == 0:
+            at = W
+        piece = Gates(*(x if x is None else x[..., a:b] for x in gates))
+        o, W, S = scan.update(
+            memory, rule, W, S, q[..., a:b, :], k[..., a:b, :], v[..., a:b, :], piece,
+            backend=backend, at=at, offset=a % chunk, **options,
+        )  # fmt: skip
+        outputs.append(o)
+    results = [torch.cat(outputs, -2), *W]
+    for field in S or ():
+        results += [] if field is None else [*field] if isinstance(field, tuple) else [field]
+    g = torch.Generator().manual_seed(7)
+    total = sum((torch.randn(r.shape, generator=g, dtype=r.dtype) * r).sum() for r in results)
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [*results, *(torch.zeros(()) if x is None else x for x in grads)]
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+@pytest.mark.parametrize("read", ["token", "boundary"])
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_chunk_equals_naive(memory, rule, objective, read):
+    if isinstance(memory, FunctionMemory) and (rule.delta or rule.normalize):
+        with pytest.raises(ValueError, match="FunctionMemory"):
+            run(memory, rule, stream(memory, rule, 1), "chunk", [])
+        return
+    options = {"objective": objective, "read": read}
+    for T in (1, C - 1, C, C + 1, 3 * C + 5):
+        data = stream(memory, rule, T)
+        truth = run(memory, rule, data, "naive", [], **options)
+        same(run(memory, rule, data, "chunk", [], **options), truth)
+        if T > 1:  # resumed inside a chunk
+            same(run(memory, rule, data, "chunk", [T // 2, T - 1], **options), truth)
+
+
+@pytest.mark.parametrize("rule", [delta(), momentum(decay(delta()))], ids=["delta", "all"])
+def test_memories_that_share_keys_are_one_group(rule):
+    """An axis of size 1 in keys and gates is shared; the result is that of separate memories."""
+    memory, T = ResidualMLP(4, 6), 2 * C + 3
+    W, q, k, v, gates, leaves = stream(memory, rule, T, groups=(3,))
+    grouped = run(memory, rule, (W, q, k, v, gates, leaves), "chunk", [])
+    for i in range(3):
+        one = (
+            tuple(w[:, :, i] for w in W), q[:, :, i], k[:, :, 0], v[:, :, i],
+            Gates(*(x if x is None else x[:, :, 0] for x in gates)), [],
+        )  # fmt: skip
+        S, at, w = rule.init(one[0]), one[0], one[0]
+        outputs = []
+        for a in range(0, T, C):
+            piece = slice(a, min(a + C, T))
+            at = w
+            o, w, S = scan.update(
+                memory, rule, w, S, one[1][..., piece, :], one[2][..., piece, :],
+                one[3][..., piece, :], Gates(*(x if x is None else x[..., piece] for x in one[4])),
+                at=at, backend="naive",
+            )  # fmt: skip
+            outputs.append(o)
+        same([grouped[0][:, :, i]], [torch.cat(outputs, -2)])
+        same([g[:, :, i] for g in grouped[1:3]], list(w))
+
+
+def test_gated_deltanet_is_matrix_dot_delta_chunk_1():
+    """S_t = S_{t−1} (α_t (I − β k kᵀ)) + β v kᵀ, with the paper's α outside: see docs/choices."""
+    T, memory, rule = 9, Matrix(5, 4), decay(delta())
+    W, q, k, v, gates, leaves = stream(memory, rule, T)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    got = run(memory, rule, (W, q, k, v, gates, leaves), "chunk", [], chunk=1)[0]
+    S, out = W[0], []
+    for t in range(T):
+        kt, vt, beta = k[:, :, t], v[:, :, t], gates.eta[:, :, t, None, None]
+        alpha = gates.log_alpha[:, :, t, None, None].exp()
+        S = alpha * S - beta * (S @ kt[..., None]) * kt[..., None, :]
+        S = S + beta * vt[..., None] * kt[..., None, :]
+        out.append(S @ q[:, :, t, :, None])
+    torch.testing.assert_close(got, torch.cat(out, -1).mT, **TOLERANCE)
+
+
+def test_chunked_matrix_dot_delta_is_exact_at_any_chunk():
+    """With the dot product a matrix memory's errors do not depend on W: chunking changes nothing."""
+    memory, rule = Matrix(5, 4), momentum(decay(delta()))
+    data = stream(memory, rule, 3 * C + 5)
+    online = run(memory, rule, data, "chunk", [], chunk=1)
+    same(run(memory, rule, data, "chunk", [], chunk=C), online)
+
+
+def test_momentum_closed_to_zero_is_no_momentum():
+    memory, plain = ResidualMLP(4, 6), decay(delta())
+    W, q, k, v, gates, leaves = stream(memory, plain, 2 * C + 1)
+    closed = gates._replace(log_theta=torch.full_like(gates.eta, -1e4))
+    a = run(memory, plain, (W, q, k, v, gates, leaves), "chunk", [])
+    b = run(memory, momentum(plain), (W, q, k, v, closed, leaves), "chunk", [])
+    same(a[:3], b[:3])
+
+
+def test_period_holds_writes_back():
+    memory, rule = Matrix(5, 4), every(4, hebbian())
+    data = stream(memory, rule, C)
+    o = run(memory, rule, data, "naive", [])[0]
+    W, q = data[0], data[1]
+    torch.testing.assert_close(o[:, :, :3], memory.read(W, q[:, :, :3]), **TOLERANCE)
+    assert (o[:, :, 3] - memory.read(W, q[:, :, 3:4])[:, :, 0]).abs().max() > 1e-3
+
+
+def test_oja_and_omega_by_hand():
+    memory, T = Matrix(5, 4), 6
+    data = W, q, k, v, gates, leaves = stream(memory, Oja(), T)
+    o = run(memory, Oja(), data, "auto", [])[0]
+    w = W[0]
+    for t in range(T):
+        kt, vt = k[:, :, t, :, None], v[:, :, t, :, None]
+        w = w + gates.eta[:, :, t, None, None] * (vt @ kt.mT - vt @ vt.mT @ w)
+        torch.testing.assert_close(o[:, :, t, :, None], w @ q[:, :, t, :, None], **TOLERANCE)
+
+    got = run(memory, Omega(3), data, "auto", [], chunk=2, objective="l2")
+    w = W[0]
+    for t in range(T):
+        first = w if t % 2 == 0 else first
+        for i in range(max(0, t - 2), t + 1):
+            kt, vt = k[:, :, i, :, None], v[:, :, i, :, None]
+            w = w - gates.eta[:, :, i, None, None] * (first @ kt - vt) @ kt.mT
+    torch.testing.assert_close(got[1], w, **TOLERANCE)
+    same(run(memory, Omega(1), data, "auto", [])[:2], run(memory, hebbian(), data, "auto", [])[:2])
+
+
+def test_delta_rule_by_hand_with_an_input_of_any_norm():
+    """η' = 2η/(1 + ‖x‖²) scales the gradient and the retention acts along the unit input."""
+    memory, rule = Matrix(5, 4), delta()
+    W, q, k, v, gates, leaves = stream(memory, rule, 1)
+    got = run(memory, rule, (W, q, k, v, gates, leaves), "naive", [], objective="l2")[1]
+    kt, vt, eta = k[:, :, 0, :, None], v[:, :, 0, :, None], gates.eta[..., None]
+    n2 = kt.square().sum(-2, keepdim=True)
+    expected = W[0] - eta * (W[0] @ kt) @ kt.mT / n2
+    expected = expected - 2 * eta / (1 + n2) * (W[0] @ kt - vt) @ kt.mT
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_a_key_of_zeros_writes_nothing_and_has_finite_gradients():
+    memory, rule = ResidualMLP(4, 6), decay(delta())
+    W, q, k, v, gates, leaves = stream(memory, rule, C)
+    k = torch.zeros_like(k).requires_grad_()
+    results = run(memory, rule, (W, q, k, v, gates, [*leaves, k]), "chunk", [])
+    assert all(torch.isfinite(r).all() for r in results)
+
+
+def test_bfloat16_inputs_keep_a_float32_state():
+    memory, rule = ResidualMLP(4, 6), decay(delta())
+    W, q, k, v, gates, _ = stream(memory, rule, C)
+    half = [x.detach().bfloat16() for x in (q, k, v)]
+    soft = Gates(*(x if x is None else x.detach().bfloat16() for x in gates))
+    W = tuple(w.detach().float() for w in W)
+    o, W, _ = scan.update(memory, rule, W, rule.init(W), *half, soft)
+    assert o.dtype == torch.bfloat16
+    assert all(w.dtype == torch.float32 for w in W)
+
+
+def test_options_that_do_not_fit_are_refused():
+    memory, rule = Matrix(5, 4), delta()
+    W, q, k, v, gates, _ = stream(memory, rule, 2)
+    args = (memory, rule, W, rule.init(W), q, k, v, gates)
+    for options, message in (
+        ({"read": "late"}, "read='late'"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"objective": "l7"}, "'l7'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scan.update(*args, **options)
+    with pytest.raises(ValueError, match="log_alpha"):
+        scan.update(memory, decay(rule), *args[2:])
+    with pytest.raises(ValueError, match="log_theta"):
+        scan.update(memory, momentum(rule), *args[2:])
+    with pytest.raises(ValueError, match="T = 0"):
+        scan.update(*args[:4], q[..., :0, :], k[..., :0, :], v[..., :0, :], gates)
+    with pytest.raises(ValueError, match="no parallel form"):
+        scan.update(memory, Oja(), *args[2:], backend="chunk")
+    with pytest.raises(ValueError, match="Matrix"):
+        scan.update(ResidualMLP(4, 6), Oja(), *args[2:])
