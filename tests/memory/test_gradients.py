@@ -13,6 +13,7 @@ MEMORIES = {
     "mlp-relu": ResidualMLP(4, 6, activation="relu"),
     "mlp-tanh": ResidualMLP(4, 6, activation="tanh"),
     "mlp-3": ResidualMLP(4, 6, depth=3),
+    "mlp-gain": ResidualMLP(4, 6, gain=2.5),
     "mlp-4-no-skip": ResidualMLP(4, 3, depth=4, residual=False),
     "function": FunctionMemory(
         lambda W, x: torch.sin(W[0] @ x) + W[1], lambda: (torch.ones(4, 5), torch.zeros(4))

@@ -24,9 +24,13 @@ Apply = Callable[[int, Tensor], Tensor]
 
 
 class Factors(NamedTuple):
-    """Per matrix, the inputs x [*b, T, in] and errors δ [*b, T, out]: its gradient is δ xᵀ."""
+    """Per matrix W the inputs x [*b, T, in], outputs W x and errors δ [*b, T, out] of each token.
+
+    The gradient of W is δ xᵀ.
+    """
 
     inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     errors: tuple[Tensor, ...]
 
 
@@ -98,7 +102,7 @@ class MatrixMemory:
 
     def grad(self, W: Weights, k: Tensor, v: Tensor, objective: Objective) -> Weights:
         """∂L/∂W of each token on its own: per matrix [*b, T, out, in]."""
-        inputs, errors = self.factors(W, k, v, objective)
+        inputs, _, errors = self.factors(W, k, v, objective)
         return tuple(d.unsqueeze(-1) * x.unsqueeze(-2) for x, d in zip(inputs, errors))
 
     def init(self, *lead: int, generator: torch.Generator | None = None) -> Weights:
@@ -123,7 +127,8 @@ class Matrix(MatrixMemory):
         return apply(0, z)
 
     def factors(self, W: Weights, k: Tensor, v: Tensor, objective: Objective) -> Factors:
-        return Factors((k,), (objective.error(self.read(W, k), v),))
+        y = self.read(W, k)
+        return Factors((k,), (y,), (objective.error(y, v),))
 
 
 @dataclass(frozen=True)
@@ -131,14 +136,17 @@ class ResidualMLP(MatrixMemory):
     """M(z) = z + W_n σ(… σ(W_1 z)) (eqs. 89, 91; the paper's W2 is our first matrix).
 
     `dim` is the width of keys and values, `hidden` that of the layers between, `depth` ≥ 2 the
-    number of matrices. `residual=False` leaves out the skip, for a caller whose own skip carries
-    the unnormalised stream.
+    number of matrices. The non-linearity is σ(a) = φ(gain · a) / gain, φ the named activation: a
+    gain of √hidden keeps unit inputs in φ's bent part while pre-activations have unit norm.
+    `residual=False` leaves out the skip, for a caller whose own skip carries the unnormalised
+    stream.
     """
 
     dim: int
     hidden: int
     depth: int = 2
     activation: str = "silu"
+    gain: float = 1.0
     residual: bool = True
 
     def __post_init__(self) -> None:
@@ -152,26 +160,27 @@ class ResidualMLP(MatrixMemory):
         return ((self.hidden, self.dim), *middle, (self.dim, self.hidden))
 
     def run(self, apply: Apply, z: Tensor) -> Tensor:
-        sigma = ACTIVATIONS[self.activation].value
+        phi, gain = ACTIVATIONS[self.activation].value, self.gain
         h = apply(0, z)
         for i in range(1, self.depth):
-            h = apply(i, sigma(h))
+            h = apply(i, phi(gain * h) / gain)
         return z + h if self.residual else h
 
     def factors(self, W: Weights, k: Tensor, v: Tensor, objective: Objective) -> Factors:
-        sigma, derivative = ACTIVATIONS[self.activation]
-        inputs, slopes, x = [], [], k
+        phi, derivative = ACTIVATIONS[self.activation]
+        inputs, outputs, slopes, x = [], [], [], k
         for w in W[:-1]:
             a = x @ w.mT
             inputs.append(x)
-            slopes.append(derivative(a))
-            x = sigma(a)
+            outputs.append(a)
+            slopes.append(derivative(self.gain * a))
+            x = phi(self.gain * a) / self.gain
         inputs.append(x)
         y = x @ W[-1].mT
         errors = [objective.error(k + y if self.residual else y, v)]
         for w, slope in zip(reversed(W[1:]), reversed(slopes)):
             errors.append((errors[-1] @ w) * slope)
-        return Factors(tuple(inputs), tuple(reversed(errors)))
+        return Factors(tuple(inputs), (*outputs, y), tuple(reversed(errors)))
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,9 @@ class Omega:
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"window={self.window}: the Omega rule looks back over 1 or more pairs")
+            raise ValueError(
+                f"window={self.window}: the Omega rule looks back over 1 or more pairs"
+            )
 
     def init(self, W: Weights) -> OmegaState:
         """A window of `window` empty pairs."""

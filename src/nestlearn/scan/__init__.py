@@ -15,6 +15,7 @@ from ..memory import Gates, GradientRule, Memory, Objective, Rule, RuleState, We
 from ..memory.memories import FunctionMemory, MatrixMemory
 from . import chunk as _chunk
 from . import naive as _naive
+from .writer import FastWeights, Writer
 
 
 def update(
@@ -32,6 +33,7 @@ def update(
     backend: str = "auto",
     at: Weights | None = None,
     offset: int = 0,
+    first_order: bool = False,
 ) -> tuple[Tensor | None, Weights, Any]:
     """Write one chunk of pairs into a memory and read it: (o, W, S) after the chunk (eqs. 88, 90).
 
@@ -43,6 +45,8 @@ def update(
     an axis of size 1 in k and in the gates is shared. A call may end inside a chunk: the next one
     goes on with W, S, `at` = the weights that the chunk began with, and `offset` = the tokens of
     the chunk already taken. States and solves are float32 at least; o has the type of q.
+    `first_order` leaves the inner gradient's own dependence on the weights out of the outer
+    gradient (first-order MAML); k, v and the gates stay in it.
 
     Raises ValueError for an unknown option and for a rule that the memory or backend cannot run.
     """
@@ -57,6 +61,7 @@ def update(
         o, W, S = run(
             memory, rule, W, S, q, k, v, gates,
             at=W if at is None else at, objective=_objective(objective), read=read, offset=offset,
+            first_order=first_order,
         )  # fmt: skip
     return None if o is None else o.to(reply), W, S
 
@@ -64,9 +69,7 @@ def update(
 _objective = objective  # `update` has an argument of that name
 
 
-def _check(
-    memory: Memory, rule: Rule, k: Tensor, gates: Gates, read: str, backend: str
-) -> None:
+def _check(memory: Memory, rule: Rule, k: Tensor, gates: Gates, read: str, backend: str) -> None:
     if read not in ("token", "boundary"):
         raise ValueError(f"read={read!r}: use 'token' or 'boundary'")
     if backend not in ("auto", "naive", "chunk"):
@@ -136,4 +139,4 @@ def scan(
     return ys, state
 
 
-__all__ = ["Gates", "RuleState", "Span", "scan", "update"]
+__all__ = ["FastWeights", "Gates", "RuleState", "Span", "Writer", "scan", "update"]

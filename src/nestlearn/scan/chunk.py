@@ -37,18 +37,22 @@ def update(
     objective: Objective,
     read: str,
     offset: int,
+    first_order: bool = False,
 ) -> tuple[Tensor | None, Weights, RuleState]:
     """See `nestlearn.scan.update`."""
     T = k.shape[-2]
     scalars = coefficients(rule, gates)
     live = W if S.ahead is None else S.ahead
+    origin = tuple(w.detach() for w in at) if first_order else at
     speed = S.momentum or (None,) * len(W)
     written: list[Written] | list[DenseWritten]
     if isinstance(memory, MatrixMemory):
-        factors = zip(*memory.factors(at, k, v, objective))
-        written = [Written(rule, w, s, x, d, scalars) for w, s, (x, d) in zip(live, speed, factors)]
+        inputs, outputs, errors = memory.factors(origin, k, v, objective)
+        found = outputs if origin is live else (None,) * len(W)  # W x is known at a chunk's start
+        each = zip(live, speed, inputs, found, errors)
+        written = [Written(rule, w, s, x, y, d, scalars) for w, s, x, y, d in each]
     else:
-        grads = memory.grad(at, k, v, objective)
+        grads = memory.grad(origin, k, v, objective)
         written = [DenseWritten(w, s, g, scalars) for w, s, g in zip(live, speed, grads)]
 
     # Writes seen after each token: all of them, or those of the periods that have ended.
@@ -71,14 +75,14 @@ def update(
 class Coefficients(NamedTuple):
     """The scalars of a chunk, the same for all matrices that share its gates.
 
-    eta, gamma [*b, T]: step size, and retention γ_t since the chunk's start. retain, force
+    eta, gamma [*b, T]: step size, and retention γ_t since the chunk's start (None: 1). retain, force
     [*b, T, T]: what is left at t of the delta term (Γ) and of the gradient (c) of token s ≤ t.
     With momentum: carry [*b, T] is b_t, theta [*b, T] is Π θ, keep [*b, T] what is left of each
     gradient in S at the end.
     """
 
     eta: Tensor
-    gamma: Tensor
+    gamma: Tensor | None
     retain: Tensor
     force: Tensor
     carry: Tensor | None
@@ -89,7 +93,13 @@ class Coefficients(NamedTuple):
 def coefficients(rule: GradientRule, gates: Gates) -> Coefficients:
     """The chunk's scalars from its gates, each gate [*b, T]."""
     eta, log_alpha, log_theta = gates
-    gamma, retain = decay_products(torch.zeros_like(eta) if log_alpha is None else log_alpha)
+    if log_alpha is None:
+        gamma, retain = (
+            None,
+            torch.ones(eta.shape[-1:] * 2, dtype=eta.dtype, device=eta.device).tril(),
+        )
+    else:
+        gamma, retain = decay_products(log_alpha)
     if not rule.momentum:
         return Coefficients(eta, gamma, retain, retain, None, None, None)
     assert log_theta is not None
@@ -113,6 +123,7 @@ class Written:
         W: Float[Tensor, "*b out in"],
         S: Float[Tensor, "*b out in"] | None,
         x: Float[Tensor, "*c T in"],
+        y: Float[Tensor, "*b T out"] | None,
         error: Float[Tensor, "*b T out"],
         scalars: Coefficients,
     ):
@@ -121,13 +132,14 @@ class Written:
         self.forced = -error * (write_strength(norm, rule.normalize) * scalars.eta.unsqueeze(-1))
         self.terms = [(scalars.force, self.forced)]
         if rule.delta:
-            self._add_delta_term()
+            self._add_delta_term(self.x @ W.mT if y is None else y / norm)
 
-    def _add_delta_term(self) -> None:
+    def _add_delta_term(self, found: Tensor) -> None:
         c, eta = self.c, self.c.eta.unsqueeze(-1)
         overlap = self.x @ self.x.mT
         system = eta * before(c.retain, -2, 0.0) * overlap
-        found = before(c.gamma, -1, 1.0).unsqueeze(-1) * (self.x @ self.W.mT)
+        if c.gamma is not None:
+            found = before(c.gamma, -1, 1.0).unsqueeze(-1) * found
         if self.S is None:  # gradient and delta term fade alike: one term for both
             w = solve_unit_lower(system, self.forced - eta * found)
             self.terms = [(c.retain, w)]
@@ -140,7 +152,9 @@ class Written:
     def read(self, z: Float[Tensor, "*b T in"]) -> Float[Tensor, "*b T out"]:
         """W_t z_t for every token."""
         c = self.c
-        out = c.gamma.unsqueeze(-1) * (z @ self.W.mT)
+        out = z @ self.W.mT
+        if c.gamma is not None:
+            out = c.gamma.unsqueeze(-1) * out
         if self.S is not None and c.carry is not None:
             out = out + c.carry.unsqueeze(-1) * (z @ self.S.mT)
         overlap = z @ self.x.mT
@@ -154,14 +168,15 @@ class Written:
         view.__dict__.update(self.__dict__)
         c = self.c
         carry = None if c.carry is None else c.carry.index_select(-1, index)
-        view.c = c._replace(gamma=c.gamma.index_select(-1, index), carry=carry)
+        gamma = None if c.gamma is None else c.gamma.index_select(-1, index)
+        view.c = c._replace(gamma=gamma, carry=carry)
         view.terms = [(a.index_select(-2, index), value) for a, value in self.terms]
         return view
 
     def weights(self, t: int) -> Float[Tensor, "*b out in"]:
         """W_t."""
         c = self.c
-        W = c.gamma[..., t, None, None] * self.W
+        W = self.W if c.gamma is None else c.gamma[..., t, None, None] * self.W
         if self.S is not None and c.carry is not None:
             W = W + c.carry[..., t, None, None] * self.S
         for coefficient, value in self.terms:
@@ -185,7 +200,8 @@ class DenseWritten:
         self.shape = shape
         self.forced = -scalars.eta.unsqueeze(-1) * grad.reshape(*lead, -1)
         every = scalars.force @ self.forced
-        every = every + scalars.gamma.unsqueeze(-1) * W.flatten(scalars.eta.ndim - 1).unsqueeze(-2)
+        past = self._flat(W).unsqueeze(-2)
+        every = every + (past if scalars.gamma is None else scalars.gamma.unsqueeze(-1) * past)
         if S is not None and scalars.carry is not None:
             every = every + scalars.carry.unsqueeze(-1) * self._flat(S).unsqueeze(-2)
         self.every = every.reshape(*lead, *shape)

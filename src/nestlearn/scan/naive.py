@@ -27,11 +27,14 @@ def update(
     objective: Objective,
     read: str,
     offset: int,
+    first_order: bool = False,
 ):
     """See `nestlearn.scan.update`."""
 
+    origin = tuple(w.detach() for w in at) if first_order else at
+
     def grad(k: Tensor, v: Tensor) -> Gradient:
-        return inner_gradient(memory, at, k, v, objective)
+        return inner_gradient(memory, origin, k, v, objective)
 
     period = rule.period if isinstance(rule, GradientRule) else 1
     outputs = []
@@ -60,5 +63,6 @@ def inner_gradient(
         dW = torch.autograd.grad(loss, alias, create_graph=outer)
     inputs = getattr(memory, "inputs", None)
     return Gradient(
-        tuple(dW), None if inputs is None else tuple(x.squeeze(-2) for x in inputs(W, k.unsqueeze(-2)))
+        tuple(dW),
+        None if inputs is None else tuple(x.squeeze(-2) for x in inputs(W, k.unsqueeze(-2))),
     )

@@ -1,0 +1,71 @@
+"""Files that are whole or absent: atomic writes, and disk errors that name the file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Re-raise an OSError of the block (or safetensors' own) naming `path` and the remedy."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise _disk_error(int(code[1]), error, Path(path)) from error
+    except OSError as error:
+        raise _disk_error(error.errno or errno.EIO, error, Path(path)) from error
+
+
+def _disk_error(code: int, error: Exception, path: Path) -> OSError:
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "free some space or choose another disk; what stood there before is untouched"
+    elif code == errno.ENOENT:
+        remedy = f"does the folder {path.parent} exist?"
+    else:
+        remedy = "what stood there before is untouched"
+    return OSError(code, f"cannot write {path}: {error}; {remedy}")
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Put what `write(temporary_path)` makes, a file or a folder, at `path`: whole or not at all.
+
+    The temporary sibling is synced to disk, then renamed over `path` (a folder only where there
+    is none yet). On any failure `path` is as it was and the sibling is removed; OSErrors are
+    raised again naming `path`, and for a full disk the remedy.
+    """
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with disk_errors(path):
+            write(temp)
+            for part in (*temp.rglob("*"), temp):
+                sync(part)
+            os.replace(temp, path)
+            sync(path.parent)
+    finally:
+        if temp.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
+        else:
+            temp.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file, or the folder's list of names, has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,18 @@
+"""Room 3: layers, each `(x [B, T, D], state=None) -> (y [B, T, D], state)`."""
+
+from .cms import ContinuumMemory, ContinuumState, Level
+from .mixers import Attention, StaticProjections, gated_deltanet, linear_attention, static_titans
+from .titans import SelfModifyingTitans, TitansState
+
+__all__ = [
+    "Attention",
+    "ContinuumMemory",
+    "ContinuumState",
+    "Level",
+    "SelfModifyingTitans",
+    "StaticProjections",
+    "TitansState",
+    "gated_deltanet",
+    "linear_attention",
+    "static_titans",
+]

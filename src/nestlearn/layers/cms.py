@@ -1,0 +1,226 @@
+"""The continuum memory system (section 7): a chain of MLPs that learn at different frequencies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..memory import Gates, GradientRule, ResidualMLP, Weights
+from ..memory.linalg import unit
+from ..scan import FastWeights, Span, Writer, scan
+from .mixers import check_input
+
+VARIANTS = ("sequential", "nested", "independent")
+META_GRADIENTS = ("full", "first-order")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One MLP of the chain and how often it learns.
+
+    chunk: tokens between two updates (eq. 71); None: it never updates, a plain MLP. lr: step size
+    at the start of training, then learned. hidden: width (default: 4 dim, shared among the levels).
+    rule: "gd", "dgd" (delta gradient descent) or "momentum" (dgd with a learned momentum).
+    objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
+    towards what the level has learned whenever the next slower level's context ends.
+    """
+
+    chunk: int | None = None
+    lr: float = 0.3
+    hidden: int | None = None
+    rule: str = "dgd"
+    objective: str = "l2"
+    meta_lr: float = 0.1
+    bound: float | None = 2.0
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk}: give 1 token or more, or None for no updates")
+        if not 0 <= self.lr < 1:
+            raise ValueError(f"lr={self.lr}: give a step size in [0, 1)")
+        if self.rule not in ("gd", "dgd", "momentum"):
+            raise ValueError(f"rule={self.rule!r}: use 'gd', 'dgd' or 'momentum'")
+        if not 0 <= self.meta_lr <= 1:
+            raise ValueError(f"meta_lr={self.meta_lr}: give a share in [0, 1]")
+
+
+class LevelState(NamedTuple):
+    """last [B, 1, D]: the previous token's input. fast: the level's weights. start: in a nested
+    system, the value from which the level starts again (else None).
+    """
+
+    last: Tensor
+    fast: FastWeights
+    start: Weights | None
+
+
+class ContinuumState(NamedTuple):
+    """position: tokens seen. levels: one state for each level (None for one that never updates)."""
+
+    position: int
+    levels: tuple[LevelState | None, ...]
+
+
+class LevelMLP(nn.Module):
+    """One level: √D · W_2 σ(W_1 z), z the normalised input, with weights that learn from the stream.
+
+    Inside a chunk the weights stand still; its end writes the pairs (z_{t−1}, P z_t) of the chunk,
+    the level's own associative objective: to tell, from what it read, what comes next.
+    x [B, T, D] -> [B, T, D], without the skip.
+    """
+
+    def __init__(
+        self, dim: int, level: Level, hidden: int, *, parent: int | None = None,
+        meta_gradient: str = "full", truncate: int | None = None, remat: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.dim, self.level, self.parent = dim, level, parent
+        self.truncate, self.remat = truncate, remat
+        self.memory = ResidualMLP(dim, hidden, gain=math.sqrt(hidden), residual=False)
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.start = nn.ParameterList(
+            torch.randn(shape) / math.sqrt(hidden) for shape in self.memory.shapes()
+        )
+        if level.chunk is None:
+            return
+        with_momentum = level.rule == "momentum"
+        rule = GradientRule(delta=level.rule == "dgd", momentum=with_momentum, normalize=True)
+        self.writer = Writer(
+            self.memory, rule, level.chunk, objective=level.objective, read="boundary",
+            bound=level.bound, first_order=meta_gradient == "first-order",
+        )  # fmt: skip
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.lr = nn.Parameter(torch.tensor(float(level.lr)))
+        self.gate = nn.Parameter(torch.zeros(dim))
+        self.theta = nn.Parameter(torch.zeros(())) if with_momentum else None
+        self.meta_lr = None if parent is None else nn.Parameter(torch.tensor(float(level.meta_lr)))
+
+    def init_state(self, batch: int) -> LevelState | None:
+        """The state before the first token; None for a level that never updates."""
+        if self.level.chunk is None:
+            return None
+        fast = self.writer.begin(tuple(self.start), batch)
+        last = fast.now[0].new_zeros(batch, 1, self.dim)
+        return LevelState(last, fast, None if self.parent is None else fast.start)
+
+    def forward(
+        self, x: Tensor, state: LevelState | None, position: int
+    ) -> tuple[Tensor, LevelState | None]:
+        z = unit(self.norm(x))[0]
+        W0 = tuple(self.start)
+        if self.level.chunk is None:
+            return math.sqrt(self.dim) * self.memory.read(tuple(w.to(z.dtype) for w in W0), z), None
+        assert state is not None
+        past = torch.cat([state.last.to(z.dtype), z[:, :-1]], 1)
+        gate = 2 * torch.sigmoid(z.float() @ self.gate.float() * math.sqrt(self.dim))
+        eta = self.lr * gate
+        if position == 0:  # nothing came before the first token
+            eta = torch.cat([torch.zeros_like(eta[:, :1]), eta[:, 1:]], 1)
+        log_theta = None
+        if self.theta is not None:
+            log_theta = F.logsigmoid(self.theta).expand_as(eta)
+
+        def step(carried: tuple[FastWeights, Weights | None], xs: tuple, span: Span):
+            fast, start = carried
+            z, past, v, eta, log_theta = xs
+            gates = Gates(eta, None, log_theta)
+            o, fast = self.writer.write(fast, z, past, v, gates, span, W0)
+            if start is not None and self.parent is not None and span.ends(self.parent):
+                start = tuple(w + self.meta_lr * (now - w) for w, now in zip(start, fast.now))
+                fast = FastWeights(start, start, self.writer.rule.init(start))
+            return o, (fast, start)
+
+        chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
+        ys, (fast, start) = scan(
+            step, (state.fast, state.start), (z, past, self.value(z), eta, log_theta),
+            length=x.shape[1], chunks=chunks, position=position,
+            truncate=self.truncate, remat=self.remat,
+        )  # fmt: skip
+        return math.sqrt(self.dim) * torch.cat(ys, 1), LevelState(
+            z[:, -1:].to(state.last.dtype), fast, start
+        )
+
+
+class ContinuumMemory(nn.Module):
+    """A chain of MLP levels, each updated at its own period (eqs. 70–74).
+
+    x [B, T, dim] -> y [B, T, dim], residual. levels: fast to slow is the paper's order.
+    variant: "sequential" (73), a chain whose levels each go on learning; "nested" (72), where
+    a level starts again, whenever the next slower level's context ends, from a start value that
+    moved with what it had learned; "independent" (74), all levels read x and a learned weighted sum
+    joins them. meta_gradient: "full" through the inner gradients, or "first-order". truncate: the
+    outer gradient stops at multiples of so many tokens. remat: recompute chunks in the backward
+    pass.
+
+    Levels that never update make it a plain MLP. Raises ValueError if a nested system's chunks do
+    not divide one another.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        levels: list[Level] | tuple[Level, ...],
+        variant: str = "sequential",
+        *,
+        meta_gradient: str = "full",
+        truncate: int | None = None,
+        remat: bool = False,
+    ):
+        super().__init__()
+        if not levels:
+            raise ValueError("levels is empty: give at least one Level")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}: use one of {VARIANTS}")
+        if meta_gradient not in META_GRADIENTS:
+            raise ValueError(f"meta_gradient={meta_gradient!r}: use one of {META_GRADIENTS}")
+        self.dim, self.levels, self.variant = dim, tuple(levels), variant
+        parents = _parents(self.levels) if variant == "nested" else [None] * len(levels)
+        self.mlps = nn.ModuleList(
+            LevelMLP(
+                dim, level, level.hidden or _share(dim, len(levels)), parent=parent,
+                meta_gradient=meta_gradient, truncate=truncate, remat=remat,
+            )
+            for level, parent in zip(levels, parents)
+        )  # fmt: skip
+        self.mix = nn.Parameter(torch.ones(len(levels))) if variant == "independent" else None
+
+    def init_state(self, batch: int) -> ContinuumState:
+        """The state before the first token."""
+        return ContinuumState(0, tuple(mlp.init_state(batch) for mlp in self.mlps))
+
+    def forward(
+        self, x: Tensor, state: ContinuumState | None = None
+    ) -> tuple[Tensor, ContinuumState]:
+        check_input(x, self.dim)
+        state = self.init_state(x.shape[0]) if state is None else state
+        y, states = x, []
+        for i, mlp in enumerate(self.mlps):
+            o, after = mlp(y if self.mix is None else x, state.levels[i], state.position)
+            y = y + (o if self.mix is None else self.mix[i] * o).to(x.dtype)
+            states.append(after)
+        return y, ContinuumState(state.position + x.shape[1], tuple(states))
+
+
+def _share(dim: int, levels: int) -> int:
+    """The hidden width of each of so many levels: together 4 dim, in multiples of 16."""
+    return max(16, 16 * round(4 * dim / levels / 16))
+
+
+def _parents(levels: tuple[Level, ...]) -> list[int | None]:
+    """For each level the chunk of the next slower one that updates."""
+    sizes = sorted({level.chunk for level in levels if level.chunk is not None})
+    for fast, slow in zip(sizes, sizes[1:]):
+        if slow % fast:
+            raise ValueError(
+                f"nested levels with chunks {fast} and {slow}: a slower level's context must end "
+                f"where a faster one's does, so make {slow} a multiple of {fast}"
+            )
+    return [
+        next((size for size in sizes if level.chunk is not None and size > level.chunk), None)
+        for level in levels
+    ]

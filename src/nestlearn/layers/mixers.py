@@ -1,0 +1,237 @@
+"""Sequence mixers beside self-modifying Titans, with the same interface, and the parts they share.
+
+Every layer here is `(x [B, T, D], state=None) -> (y [B, T, D], state)`; the state is a NamedTuple
+with a batch axis, and a stream may be split anywhere between two calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..memory import Gates, Matrix, ResidualMLP, decay, delta, hebbian
+from ..memory import momentum as with_momentum
+from ..memory.linalg import unit
+from ..scan import FastWeights, Span, Writer, scan
+
+
+def check_input(x: Tensor, dim: int) -> None:
+    """Raise ValueError unless x is floating [B, T ≥ 1, dim]."""
+    if x.ndim != 3 or x.shape[-1] != dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}: this layer takes [batch, tokens, {dim}]")
+    if x.shape[1] == 0:
+        raise ValueError("x has T = 0 tokens: give at least one")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: give a floating type")
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Raise ValueError unless `heads` divides `dim`."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"dim={dim} is not divisible by heads={heads}: choose a divisor of {dim}")
+
+
+class ShortConvolution(nn.Module):
+    """Causal depth-wise convolution of `width` taps; state [B, D, width − 1], the last inputs."""
+
+    def __init__(self, dim: int, width: int = 4):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width={width}: a convolution has 1 tap or more")
+        self.width = width
+        self.weight = nn.Parameter(torch.randn(dim, width) / math.sqrt(width))
+
+    def init_state(self, x: Tensor) -> Tensor:
+        """Zeros: before the first token there is nothing."""
+        return x.new_zeros(x.shape[0], x.shape[2], self.width - 1)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        past = self.init_state(x) if state is None else state.to(x.dtype)
+        seen = torch.cat([past, x.mT], -1)
+        y = F.conv1d(seen, self.weight.to(x.dtype).unsqueeze(1), groups=x.shape[2])
+        return F.silu(y).mT, seen[..., seen.shape[-1] - self.width + 1 :]
+
+
+class Readout(nn.Module):
+    """What follows a memory's answer: RMS norm per head, a gate from the input, a projection."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, o: Tensor, x: Tensor) -> Tensor:
+        """o [B, H, T, D / H], x [B, T, D] -> [B, T, D]."""
+        o = rearrange(self.norm(o), "b h t d -> b t (h d)")
+        return self.out(o * F.silu(self.gate(x)))
+
+
+def logit(p: float) -> float:
+    """The bias whose sigmoid is p."""
+    return math.log(p / (1 - p))
+
+
+class AttentionState(NamedTuple):
+    """position: tokens seen. conv: inputs of the convolution. k, v [B, H, position, D / H]."""
+
+    position: int
+    conv: Tensor | None
+    k: Tensor
+    v: Tensor
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions, in the skeleton of the memories.
+
+    `conv=0` and `gate=False` is the attention of a plain Transformer++. `rotary=False` leaves the
+    positions out. Cost grows with the length of the stream, and so does the state.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, conv: int = 0, gate: bool = False, rotary: bool = True
+    ):
+        super().__init__()
+        check_heads(dim, heads)
+        self.dim, self.heads, self.rotary = dim, heads, rotary
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = ShortConvolution(dim, conv) if conv else None
+        self.readout = Readout(dim, heads) if gate else None
+        self.out = None if gate else nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        check_input(x, self.dim)
+        T, past = x.shape[1], 0 if state is None else state.position
+        z, conv = x, None
+        if self.conv is not None:
+            z, conv = self.conv(x, None if state is None else state.conv)
+        q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b h t d", n=3, h=self.heads)
+        if self.rotary:
+            q, k = _rotate(q, past), _rotate(k, past)
+        if state is not None:
+            k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
+        if past == 0:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        if self.readout is not None:
+            y = self.readout(o, x)
+        else:
+            assert self.out is not None
+            y = self.out(rearrange(o, "b h t d -> b t (h d)"))
+        return y, AttentionState(past + T, conv, k, v)
+
+
+def _rotate(x: Tensor, past: int) -> Tensor:
+    """Rotary position embedding of [..., T, d], the first token at position `past`."""
+    half = x.shape[-1] // 2
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = torch.outer(
+        torch.arange(past, past + x.shape[-2], device=x.device, dtype=dtype), frequency
+    )
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+
+class MixerState(NamedTuple):
+    """position: tokens seen. conv: inputs of the convolution. memory: the fast weights."""
+
+    position: int
+    conv: Tensor | None
+    memory: FastWeights
+
+
+class StaticProjections(nn.Module):
+    """One memory per head, written with keys, values and gates from static projections.
+
+    The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose the memory
+    and the rule. eta_max bounds the step: 2 gives the delta rule negative eigenvalues.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, writer: Writer, *, eta_max: float = 1.0, conv: int = 4,
+        truncate: int | None = None, remat: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        check_heads(dim, heads)
+        self.dim, self.heads, self.writer, self.eta_max = dim, heads, writer, eta_max
+        self.truncate, self.remat = truncate, remat
+        rule = writer.rule
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = ShortConvolution(dim, conv) if conv else None
+        kinds = 1 + rule.decay + getattr(rule, "momentum", False)
+        self.gates = nn.Linear(dim, kinds * heads)
+        with torch.no_grad():
+            self.gates.bias.copy_(
+                torch.tensor([0.0, *[5.0] * rule.decay, 0.0][:kinds]).repeat_interleave(heads)
+            )
+        self.start = nn.ParameterList(start_weights(writer.memory, heads))
+        self.readout = Readout(dim, heads)
+
+    def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        check_input(x, self.dim)
+        W0 = tuple(self.start)
+        if state is None:
+            state = MixerState(0, None, self.writer.begin(W0, x.shape[0]))
+        z, conv = x, None
+        if self.conv is not None:
+            z, conv = self.conv(x, state.conv)
+        q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b t h d", n=3, h=self.heads)
+        q, k = unit(q)[0], unit(k)[0]
+        gates = list(rearrange(self.gates(z), "b t (n h) -> n b t h", h=self.heads).float())
+        eta = self.eta_max * torch.sigmoid(gates.pop(0))
+        log_alpha = F.logsigmoid(gates.pop(0)) if self.writer.rule.decay else None
+        log_theta = F.logsigmoid(gates.pop(0)) if gates else None
+
+        def step(memory: FastWeights, xs, span: Span):
+            q, k, v, *gates = (None if a is None else a.movedim(1, 2) for a in xs)
+            return self.writer.write(memory, q, k, v, Gates(*gates), span, W0)
+
+        ys, memory = scan(
+            step, state.memory, (q, k, v, eta, log_alpha, log_theta), length=x.shape[1],
+            chunks=(self.writer.chunk,), position=state.position,
+            truncate=self.truncate, remat=self.remat,
+        )  # fmt: skip
+        y = self.readout(torch.cat(ys, 2), x)
+        return y, MixerState(state.position + x.shape[1], conv, memory)
+
+
+def start_weights(memory: Matrix | ResidualMLP, *lead: int) -> Sequence[nn.Parameter]:
+    """Start values of a memory: zeros for a matrix, unit pre-activations for an MLP."""
+    weights = []
+    for out, into in memory.shapes():
+        scale = 0.0 if isinstance(memory, Matrix) else 1 / math.sqrt(max(out, into))
+        weights.append(nn.Parameter(torch.randn(*lead, out, into) * scale))
+    return weights
+
+
+def static_titans(dim: int, heads: int, *, chunk: int = 64, hidden: int | None = None, **options):
+    """Titans: one residual MLP memory per head, static projections, momentum, retention (L2)."""
+    width = dim // heads
+    memory = ResidualMLP(width, hidden or width, gain=math.sqrt(hidden or width))
+    rule = with_momentum(decay(hebbian(normalize=True)))
+    writer = Writer(memory, rule, chunk, objective="l2", bound=2.0)
+    return StaticProjections(dim, heads, writer, **options)
+
+
+def gated_deltanet(dim: int, heads: int, *, chunk: int = 64, **options):
+    """Gated DeltaNet: a matrix memory, the delta rule with retention; exact at any chunk size."""
+    writer = Writer(Matrix(dim // heads, dim // heads), decay(delta()), chunk)
+    return StaticProjections(dim, heads, writer, **options)
+
+
+def linear_attention(dim: int, heads: int, *, chunk: int = 64, **options):
+    """Linear attention: a matrix memory that only adds."""
+    writer = Writer(Matrix(dim // heads, dim // heads), hebbian(), chunk)
+    return StaticProjections(dim, heads, writer, **options)

@@ -1,0 +1,210 @@
+"""Self-modifying Titans (section 8): memories that generate their own keys, values and gates."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
+from ..memory.linalg import unit
+from ..scan import FastWeights, Span, Writer, scan
+from .mixers import Readout, ShortConvolution, check_heads, check_input, logit
+
+PROJECTIONS = ("k", "v", "eta", "alpha", "q")
+
+
+class TitansState(NamedTuple):
+    """position: tokens seen. conv: inputs of the convolution. projections: fast weights of the
+    adaptive projections, stacked [B, H, G, ...] (None if none adapts). memory: those of M_mem.
+    """
+
+    position: int
+    conv: Tensor | None
+    projections: FastWeights | None
+    memory: FastWeights
+
+
+class SelfModifyingTitans(nn.Module):
+    """Memories M_k, M_v, M_η, M_α, M_mem that write each other and themselves (eqs. 83–93).
+
+        q_t = W_q x_t,  k_t = M_k(x_t),  v_t = M_v(x_t),  η_t = M_η(x_t),  α_t = M_α(x_t)
+        o_t = M_mem(q_t);   v̂_□ = M_□(v_t);   M_□ ← M_□ (α_t I − η_t k_t k_tᵀ) − η_t ∇L(M_□; k_t, v̂_□)
+
+    x [B, T, dim] -> y [B, T, dim]. All that a memory reads is of unit norm per head; the scalars
+    η, α are a learned readout of their memory's vector answer. The outer gradient reaches every
+    start value through every write.
+
+    chunk: tokens between two gradient points of M_mem; projection_chunk: of the others (default
+    the same). adapt: which projections are memories that are written; one left out stays at its
+    start value ("q" is static W_q unless named). objective: "dot" or "l2". dgd: the retention
+    term −η k kᵀ. weight_decay: the retention α_t. momentum: input-gated S. eta_max: 1, or 2 for
+    transitions with negative eigenvalues. read: "token" answers through the writes of the chunk so
+    far, "boundary" through the chunk's first weights. bound: factor on a matrix's start norm that it
+    may not exceed after a chunk. depth, hidden: matrices of each memory (1: a matrix memory) and
+    width between them. truncate: the outer gradient stops at multiples of so many tokens. remat:
+    recompute each chunk in the backward pass.
+
+    Not for sequences where exact recall over the whole length is all that counts and the length
+    is short: there softmax attention is simpler and cheaper.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        chunk: int = 64,
+        *,
+        projection_chunk: int | None = None,
+        adapt: tuple[str, ...] = ("k", "v", "eta", "alpha"),
+        objective: str = "l2",
+        dgd: bool = True,
+        weight_decay: bool = True,
+        momentum: bool = False,
+        eta_max: float = 1.0,
+        read: str = "token",
+        bound: float | None = 1.0,
+        depth: int = 2,
+        hidden: int | None = None,
+        conv: int = 4,
+        truncate: int | None = None,
+        remat: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        check_heads(dim, heads)
+        unknown = set(adapt) - set(PROJECTIONS)
+        if unknown:
+            raise ValueError(f"adapt={adapt}: {sorted(unknown)} not among {PROJECTIONS}")
+        if not 0 < eta_max <= 2:
+            raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
+        self.dim, self.heads, self.eta_max = dim, heads, eta_max
+        self.truncate, self.remat = truncate, remat
+        self.adapt = tuple(n for n in PROJECTIONS if n in adapt)
+        width = dim // heads
+        hidden = hidden or width
+        memory: Matrix | ResidualMLP = (
+            Matrix(width, width)
+            if depth == 1
+            else ResidualMLP(width, hidden, depth, gain=math.sqrt(hidden))
+        )
+        rule = GradientRule(delta=dgd, decay=weight_decay, momentum=momentum, normalize=True)
+        self.writer = Writer(
+            memory, rule, chunk, objective=objective, read=read, bound=bound, backend=backend
+        )
+        self.projection_writer = Writer(
+            memory, rule, projection_chunk or chunk, objective=objective, bound=bound,
+            backend=backend,
+        )  # fmt: skip
+        names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
+        self.start = nn.ModuleDict(
+            {
+                n: nn.ParameterList(_start(memory, heads))
+                for n in names
+                if weight_decay or n != "alpha"
+            }
+        )
+        self.conv = ShortConvolution(dim, conv) if conv else None
+        self.query = None if "q" in self.adapt else nn.Linear(dim, dim, bias=False)
+        # η starts at 2 % of its bound, α at 0.9999: a memory that is not trained yet
+        # neither floods itself nor fades within any context that it may be given.
+        self.eta = Scalar(heads, width, logit(0.02))
+        self.alpha = Scalar(heads, width, logit(0.9999)) if weight_decay else None
+        self.theta = nn.Linear(dim, heads) if momentum else None
+        self.readout = Readout(dim, heads)
+
+    def start_weights(self, names: tuple[str, ...]) -> Weights:
+        """Start values of these memories, stacked: each [H, G, out, in]."""
+        return tuple(torch.stack(ws, 1) for ws in zip(*(self.start[n] for n in names)))
+
+    def init_state(self, batch: int) -> TitansState:
+        """The state before the first token."""
+        W0 = self.start_weights(self._stacked)
+        projections = self.projection_writer.begin(W0, batch) if self._stacked else None
+        memory = self.writer.begin(tuple(self.start["mem"]), batch)
+        return TitansState(0, None, projections, memory)
+
+    @property
+    def _stacked(self) -> tuple[str, ...]:
+        return tuple(n for n in self.adapt if n in self.start)
+
+    def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
+        check_input(x, self.dim)
+        state = self.init_state(x.shape[0]) if state is None else state
+        z, conv = x, None
+        if self.conv is not None:
+            z, conv = self.conv(x, state.conv)
+        heads = "b t (h d) -> b t h d"
+        q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))[0]
+        log_theta = None if self.theta is None else F.logsigmoid(self.theta(z).float())
+        z = unit(rearrange(z, heads, h=self.heads))[0]
+        starts = (self.start_weights(self._stacked), tuple(self.start["mem"]))
+
+        def step(fast: tuple[FastWeights | None, FastWeights], xs: tuple, span: Span):
+            return self._step(fast, xs, span, starts)
+
+        ys, (projections, memory) = scan(
+            step,
+            (state.projections, state.memory),
+            (z, q, log_theta),
+            length=x.shape[1],
+            chunks=(self.writer.chunk, self.projection_writer.chunk),
+            position=state.position,
+            truncate=self.truncate,
+            remat=self.remat,
+        )
+        y = self.readout(torch.cat(ys, 2).to(x.dtype), x)
+        return y, TitansState(state.position + x.shape[1], conv, projections, memory)
+
+    def _step(self, fast: tuple, xs: tuple, span: Span, starts: tuple[Weights, Weights]):
+        """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
+        projections, memory = fast
+        z, q, log_theta = (None if a is None else a.movedim(1, 2) for a in xs)
+        dtype = memory.start[0].dtype
+        z = z.to(dtype)
+        read = self.projection_writer.memory.read
+
+        fixed = [n for n in self.start if n not in (*self._stacked, "mem")]
+        said = {n: read(tuple(w.to(dtype) for w in self.start[n]), z) for n in fixed}
+        if projections is not None:
+            answers = read(projections.start, z.unsqueeze(2))
+            said.update(zip(self._stacked, answers.unbind(2)))
+        k, v = unit(said["k"])[0], unit(said["v"])[0]
+        q = unit(said["q"])[0] if q is None else q
+        eta = self.eta_max * torch.sigmoid(self.eta(said["eta"]))
+        log_alpha = None if self.alpha is None else F.logsigmoid(self.alpha(said["alpha"]))
+        gates = Gates(eta, log_alpha, log_theta)
+
+        o, memory = self.writer.write(memory, q, k, read(memory.start, v), gates, span, starts[1])
+        if projections is not None:
+            shared = Gates(*(None if g is None else g.unsqueeze(2) for g in gates))
+            target = read(projections.start, v.unsqueeze(2))
+            _, projections = self.projection_writer.write(
+                projections, None, k.unsqueeze(2), target, shared, span, starts[0]
+            )
+        return o, (projections, memory)
+
+
+class Scalar(nn.Module):
+    """A scalar per head from a memory's answer: [B, H, T, d] -> [B, H, T]."""
+
+    def __init__(self, heads: int, width: int, bias: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(heads, width))
+        self.bias = nn.Parameter(torch.full((heads,), bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bhtd,hd->bht", x, self.weight) + self.bias.unsqueeze(-1)
+
+
+def _start(memory: Matrix | ResidualMLP, heads: int) -> list[nn.Parameter]:
+    """Identity for a matrix; for an MLP, pre-activations and answers of about unit norm."""
+    if isinstance(memory, Matrix):
+        eye = torch.eye(memory.value_dim, memory.key_dim).repeat(heads, 1, 1)
+        return [nn.Parameter(eye + 0.02 * torch.randn_like(eye))]
+    scale = 1 / math.sqrt(memory.hidden)
+    return [nn.Parameter(scale * torch.randn(heads, *shape)) for shape in memory.shapes()]

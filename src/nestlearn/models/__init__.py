@@ -1,0 +1,5 @@
+"""Room 4: whole models."""
+
+from .hope import HopeConfig, HopeLM, HopeState
+
+__all__ = ["HopeConfig", "HopeLM", "HopeState"]

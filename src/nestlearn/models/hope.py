@@ -1,0 +1,190 @@
+"""Hope (section 8.3): self-modifying Titans followed by a continuum memory, as a language model.
+
+The same skeleton carries the baselines: `mixer="attention", channel="mlp"` is a Transformer++,
+`mixer="attention", channel="cms"` is Hope-Attention.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import (
+    Attention,
+    ContinuumMemory,
+    Level,
+    SelfModifyingTitans,
+    gated_deltanet,
+    linear_attention,
+    static_titans,
+)
+
+MIXERS = ("hope", "attention", "titans", "deltanet", "linear")
+SIZES = {  # dim, layers, heads
+    "tiny": (128, 3, 4),
+    "small": (256, 6, 4),
+    "medium": (512, 12, 8),
+    "large": (768, 12, 12),
+}
+
+
+@dataclass(frozen=True)
+class HopeConfig:
+    """All that defines a model; `HopeConfig.size("tiny")` derives it from one dial.
+
+    mixer: "hope" (self-modifying Titans), "attention", "titans", "deltanet" or "linear".
+    channel: "cms" or "mlp" (SwiGLU). mlp_hidden: width of the SwiGLU. levels: of the CMS, fast to
+    slow. conv: taps of the short convolution (0: none). The other fields are the options of the
+    same name of `nestlearn.SelfModifyingTitans` and `nestlearn.ContinuumMemory`.
+    """
+
+    vocab_size: int = 256
+    dim: int = 128
+    layers: int = 3
+    heads: int = 4
+    mixer: str = "hope"
+    channel: str = "cms"
+    chunk: int = 64
+    hidden: int | None = None
+    objective: str = "l2"
+    momentum: bool = False
+    eta_max: float = 1.0
+    read: str = "token"
+    bound: float | None = 1.0
+    adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
+    conv: int = 4
+    levels: tuple[Level, ...] = (Level(chunk=16), Level(chunk=64), Level())
+    variant: str = "sequential"
+    meta_gradient: str = "full"
+    mlp_hidden: int | None = None
+    truncate: int | None = None
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer={self.mixer!r}: use one of {MIXERS}")
+        if self.channel not in ("cms", "mlp"):
+            raise ValueError(f"channel={self.channel!r}: use 'cms' or 'mlp'")
+        for name in ("vocab_size", "dim", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+
+    @classmethod
+    def size(cls, name: str, **changes: Any) -> HopeConfig:
+        """The configuration of that size ("tiny", "small", "medium", "large"), with changes."""
+        if name not in SIZES:
+            raise ValueError(f"size {name!r} is unknown: use one of {sorted(SIZES)}")
+        dim, layers, heads = SIZES[name]
+        return cls(**{"dim": dim, "layers": layers, "heads": heads, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> HopeConfig:
+        """The inverse of `to_dict`; ValueError names a field that this version does not know."""
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)} in the model's configuration")
+        data = {**data, "levels": tuple(Level(**level) for level in data.get("levels", ()))}
+        data["adapt"] = tuple(data.get("adapt", ()))
+        return cls(**data)
+
+
+class HopeState(NamedTuple):
+    """One (mixer, channel) pair of states for each block."""
+
+    blocks: tuple[tuple[Any, Any], ...]
+
+
+class SwiGLU(nn.Module):
+    """x + W_o (silu(W_g n) ⊙ W_i n), n the normalised input: the channel mixer without memory."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.into = nn.Linear(dim, hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        n = self.norm(x)
+        return x + self.out(F.silu(self.gate(n)) * self.into(n)), None
+
+
+class HopeBlock(nn.Module):
+    """x + mixer(norm(x)), then the channel mixer, which carries its own norm and skip."""
+
+    def __init__(self, config: HopeConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.mixer = _mixer(config)
+        self.channel = _channel(config)
+
+    def forward(self, x: Tensor, state: tuple[Any, Any] | None) -> tuple[Tensor, tuple[Any, Any]]:
+        mixed, mixer = self.mixer(self.norm(x), None if state is None else state[0])
+        y, channel = self.channel(x + mixed, None if state is None else state[1])
+        return y, (mixer, channel)
+
+
+def _mixer(c: HopeConfig) -> nn.Module:
+    if c.mixer == "attention":
+        return Attention(c.dim, c.heads, conv=c.conv, gate=c.conv > 0)
+    common: dict[str, Any] = {"conv": c.conv, "truncate": c.truncate, "remat": c.remat}
+    if c.mixer == "hope":
+        return SelfModifyingTitans(
+            c.dim, c.heads, c.chunk, hidden=c.hidden, objective=c.objective, momentum=c.momentum,
+            eta_max=c.eta_max, read=c.read, bound=c.bound, adapt=c.adapt, **common,
+        )  # fmt: skip
+    if c.mixer == "titans":
+        return static_titans(c.dim, c.heads, chunk=c.chunk, hidden=c.hidden, **common)
+    build = gated_deltanet if c.mixer == "deltanet" else linear_attention
+    return build(c.dim, c.heads, chunk=c.chunk, eta_max=c.eta_max, **common)
+
+
+def _channel(c: HopeConfig) -> nn.Module:
+    if c.channel == "mlp":
+        return SwiGLU(c.dim, c.mlp_hidden or 8 * c.dim // 3)
+    return ContinuumMemory(
+        c.dim, c.levels, c.variant, meta_gradient=c.meta_gradient,
+        truncate=c.truncate, remat=c.remat,
+    )  # fmt: skip
+
+
+class HopeLM(nn.Module):
+    """A language model of Hope blocks: ids [B, T] -> (logits [B, T, vocab_size], state)."""
+
+    def __init__(self, config: HopeConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(HopeBlock(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        nn.init.normal_(self.embed.weight, std=1.0)
+
+    def forward(self, ids: Tensor, state: HopeState | None = None) -> tuple[Tensor, HopeState]:
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}: give [batch, tokens ≥ 1]")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.config.vocab_size}: use the tokenizer that the model was trained with"
+            )
+        x, states = self.embed(ids), []
+        for i, block in enumerate(self.blocks):
+            x, after = block(x, None if state is None else state.blocks[i])
+            states.append(after)
+        return self.head(self.norm(x)), HopeState(tuple(states))
+
+    def parameter_count(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for p in self.parameters())

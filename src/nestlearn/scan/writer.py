@@ -1,0 +1,94 @@
+"""A memory on a stream: its rule, its chunk, its read and the bound on its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..memory import Gates, Memory, Rule, Weights
+from ..memory.linalg import frobenius
+
+if TYPE_CHECKING:
+    from . import Span
+
+
+class FastWeights(NamedTuple):
+    """Weights that change along the stream, leading axes [B, ...].
+
+    start: at the current chunk's first token, where inner gradients are taken. now: after the last
+    token. rule: what the rule keeps (momentum, held-back writes).
+    """
+
+    start: Weights
+    now: Weights
+    rule: Any
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How one memory is written along a stream.
+
+    chunk: tokens between two points where inner gradients are taken. bound: after each chunk a
+    matrix whose Frobenius norm exceeds `bound` times that of its start value is scaled back onto
+    that ball (projected gradient descent; None: no bound). Errors and `first_order` as in
+    `nestlearn.scan.update`.
+    """
+
+    memory: Memory
+    rule: Rule
+    chunk: int
+    objective: str = "dot"
+    read: str = "token"
+    bound: float | None = None
+    first_order: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        period = getattr(self.rule, "period", 1)
+        if self.chunk < 1 or self.chunk % period:
+            raise ValueError(
+                f"chunk={self.chunk}: give a positive multiple of the rule's period ({period})"
+            )
+        if self.bound is not None and not self.bound > 0:
+            raise ValueError(f"bound={self.bound}: give a factor > 0, or None for no bound")
+
+    def begin(self, W0: Weights, batch: int) -> FastWeights:
+        """The state before the first token, from start values [...] shared by all samples."""
+        W = tuple(
+            w.to(torch.promote_types(w.dtype, torch.float32)).expand(batch, *w.shape) for w in W0
+        )
+        return FastWeights(W, W, self.rule.init(W))
+
+    def write(
+        self,
+        fast: FastWeights,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        span: Span,
+        W0: Weights,
+    ) -> tuple[Tensor | None, FastWeights]:
+        """Write the pairs of one span and answer its queries (see `nestlearn.scan.update`)."""
+        from . import update
+
+        o, now, rule = update(
+            self.memory, self.rule, fast.now, fast.rule, q, k, v, gates,
+            objective=self.objective, read=self.read,
+            at=fast.start, offset=span.start % self.chunk, first_order=self.first_order,
+            backend=self.backend,
+        )  # fmt: skip
+        if not span.ends(self.chunk):
+            return o, FastWeights(fast.start, now, rule)
+        if self.bound is not None:
+            now = tuple(_within(w, self.bound * frobenius(w0)) for w, w0 in zip(now, W0))
+            if getattr(rule, "ahead", None) is not None:
+                rule = rule._replace(ahead=now)
+        return o, FastWeights(now, now, rule)
+
+
+def _within(W: Tensor, radius: Tensor) -> Tensor:
+    return W * (radius / frobenius(W)).clamp(max=1.0).to(W.dtype)

@@ -1,0 +1,380 @@
+"""The training loop, read top to bottom.
+
+Step n is a function of the weights, the optimizer's state and (seed, n) alone: the batch and
+every random draw are keyed by them. A resumed run therefore repeats, bit for bit, what an
+uninterrupted one does on the same machine and number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import nn
+
+from nestlearn.disk import atomic_write
+from nestlearn.train.checkpoint import Record, RunFolder
+from nestlearn.train.data import Corpus, keyed_seed
+from nestlearn.train.plots import loss_curves
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_COUNTS = ("steps", "batch", "length", "eval_every", "eval_windows", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: AdamW, linear warmup, cosine decay, clipped gradients.
+
+    steps: optimizer steps. batch, length: windows per step and tokens per window. lr: the peak;
+    warmup: steps of the linear rise to it; final_lr: the share of lr at the last step.
+    weight_decay: on matrices only (ndim >= 2, without `no_decay = True`). clip: the largest
+    gradient norm. eval_every, checkpoint_every: in steps; the last step always does both.
+    dtype: "float32", or "bfloat16" (autocast; weights stay float32). device: "auto" is CUDA
+    where there is one, else the CPU.
+    """
+
+    steps: int = 500
+    batch: int = 8
+    length: int = 256
+    lr: float = 3e-3
+    warmup: int = 50
+    final_lr: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    eval_every: int = 100
+    eval_windows: int = 16
+    checkpoint_every: int = 100
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, name, value, "an integer of 1 or more")
+        _require(self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
+        shorter = f"at most steps={self.steps}, e.g. warmup={self.steps // 10}"
+        _require(self.warmup <= self.steps, "warmup", self.warmup, shorter)
+        _require(0 < self.lr < math.inf, "lr", self.lr, "a positive learning rate, e.g. 3e-3")
+        _require(0 <= self.final_lr <= 1, "final_lr", self.final_lr, "a share of lr, from 0 to 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        betas_ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(betas_ok, "betas", self.betas, "two numbers from 0 to below 1")
+        _require(self.clip > 0, "clip", self.clip, "a positive norm (math.inf: no clipping)")
+        _require(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {', '.join(_DTYPES)}")
+
+
+def _require(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r}: choose {remedy}")
+
+
+def train(
+    model: nn.Module,
+    corpus: Corpus,
+    config: TrainConfig,
+    out: Path | str | None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """Train the model in place and return the log, one record per step.
+
+    model: `logits, state = model(ids, state=None)` with ids int64 [B, T] and logits [B, T, V],
+    and `save_pretrained(folder)`. out: the run's folder (config.json, log.jsonl, loss.png, model/
+    and checkpoints/), None to write nothing. resume: go on from the newest whole checkpoint in
+    out. on_step: called with each record. A record has step, loss (nats per token),
+    bits_per_byte, lr, grad_norm, tokens_per_second, and where evaluated val_loss and
+    val_bits_per_byte.
+
+    ValueError where out already holds a run, cannot be resumed, or the text is too short;
+    FloatingPointError at a loss that is not finite; KeyboardInterrupt, after a checkpoint, naming
+    how to go on; OSError when the disk refuses. Checkpoints written so far are always kept.
+    """
+    device = resolve_device(config.device)
+    model.to(device)
+    optimizer = adamw(model, config, device)
+    windows = corpus.val_windows(config.eval_windows, config.length)
+    corpus.batch(0, config.batch, config.length, config.seed)  # a short text fails before any file
+    folder, step, log = _open(model, optimizer, corpus, config, out, resume)
+    model.train()
+    with _fork_rng(device), _Interrupt() as interrupt, _Display(config, step, progress) as display:
+        try:
+            while step < config.steps:
+                record = _update(model, optimizer, corpus, config, step)
+                step += 1
+                if step % config.eval_every == 0 or step == config.steps:
+                    record |= _validate(model, corpus, windows, config)
+                log.append(record)
+                if folder:
+                    folder.append(record)
+                    if step % config.checkpoint_every == 0 or step == config.steps:
+                        folder.save(step, model, optimizer)
+                display.show(record)
+                if on_step:
+                    on_step(record)
+                interrupt.check()
+        except KeyboardInterrupt:
+            if folder is None or interrupt.forced:  # forced: this step may be half made
+                raise
+            path = folder.save(step, model, optimizer)
+            raise KeyboardInterrupt(
+                f"stopped after step {step} of {config.steps}, saved as {path}; go on with "
+                "resume=True (the same command with --resume)"
+            ) from None
+    if folder:
+        _write_model(model, corpus, folder.out / "model")
+        loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
+    return log
+
+
+def _open(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    config: TrainConfig,
+    out: Path | str | None,
+    resume: bool,
+) -> tuple[RunFolder | None, int, list[Record]]:
+    """The run's folder, the steps already made and their log."""
+    if out is None:
+        if resume:
+            raise ValueError("resume=True needs out, the folder of the run to go on with")
+        return None, 0, []
+    settings = getattr(getattr(model, "config", None), "to_dict", None)
+    identity = {
+        "train": asdict(config),
+        "corpus": corpus.describe(),
+        "model": settings() if settings else None,
+    }
+    folder = RunFolder(Path(out), identity)
+    if resume:
+        return folder, *folder.resume(model, optimizer)
+    folder.start()
+    return folder, 0, []
+
+
+def _update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    config: TrainConfig,
+    step: int,
+) -> Record:
+    """One optimizer step, the one after `step` others."""
+    began = time.perf_counter()
+    torch.manual_seed(keyed_seed(config.seed, step, 1))  # dropout and the like: no stored state
+    device = next(model.parameters()).device
+    ids = corpus.batch(step, config.batch, config.length, config.seed).to(device)
+    lr = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss = _nats(model, ids, config.dtype).mean()
+    loss.backward()
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+    value = float(loss.detach())
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"the loss is {value} and the gradient norm {norm} at step {step + 1}: lower lr "
+            f"(now {config.lr}), lengthen warmup (now {config.warmup}) or clip lower (now "
+            f"{config.clip}); the checkpoints before it are kept"
+        )
+    optimizer.step()
+    tokens = config.batch * config.length
+    return {
+        "step": step + 1,
+        "loss": value,
+        "bits_per_byte": corpus.bits_per_byte(value, "train"),
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
+    }
+
+
+def _nats(model: nn.Module, windows: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Cross entropy at every position of windows [B, T + 1], in nats, float32 [B, T]."""
+    with torch.autocast(windows.device.type, _DTYPES[dtype], enabled=dtype != "float32"):
+        logits, _ = model(windows[:, :-1], state=None)
+    flat = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return flat.view(windows.shape[0], -1)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the rate of the update after `step` others: linear to lr, then cosine to the end."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step + 1 - config.warmup) / (config.steps - config.warmup)
+    return config.lr * (
+        config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    )
+
+
+def adamw(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters, with decay on matrices only."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and not getattr(parameter, "no_decay", False)
+            (decayed if matrix else plain).append(parameter)
+    if not decayed and not plain:
+        raise ValueError("the model has no trainable parameters; set requires_grad on some")
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a name means, "auto" included; ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} is not usable ({reason}); try auto or cpu") from error
+    return device
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, windows: torch.Tensor, batch: int = 8, dtype: str = "float32"
+) -> tuple[float, torch.Tensor]:
+    """Return the mean loss over windows int64 [N, T + 1], and by position, in nats per token [T].
+
+    batch: windows at once. Every module's training mode is put back afterwards.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(f"windows has shape {tuple(windows.shape)}; pass [N >= 1, T + 1 >= 2]")
+    _require(dtype in _DTYPES, "dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
+        for part in windows.split(batch):
+            total += _nats(model, part.to(device), dtype).double().sum(0).cpu()
+    finally:
+        for module, training in modes:
+            module.training = training
+    by_position = total / windows.shape[0]
+    return float(by_position.mean()), by_position.float()
+
+
+def _validate(
+    model: nn.Module, corpus: Corpus, windows: torch.Tensor, config: TrainConfig
+) -> Record:
+    loss, _ = evaluate(model, windows, config.batch, config.dtype)
+    return {"val_loss": loss, "val_bits_per_byte": corpus.bits_per_byte(loss, "val")}
+
+
+def _write_model(model: Any, corpus: Corpus, path: Path) -> None:
+    def write(temp: Path) -> None:
+        temp.mkdir()
+        model.save_pretrained(temp)
+        if corpus.tokenizer:
+            corpus.tokenizer.save(temp)
+        if path.exists():  # of a shorter run; should a kill fall here, --resume writes it again
+            shutil.rmtree(path)
+
+    atomic_write(path, write)
+
+
+def _fork_rng(device: torch.device) -> Any:
+    """The caller's random state is as it was after training."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+class _Interrupt:
+    """Holds Ctrl-C until a step is whole; a second one does not wait."""
+
+    def __init__(self) -> None:
+        self.asked = self.forced = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():  # only there signals arrive
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.forced = self.asked
+        self.asked = True
+        if self.forced:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+class _Display:
+    """A progress bar on stderr, and a line for every validation."""
+
+    def __init__(self, config: TrainConfig, step: int, shown: bool) -> None:
+        self._bar: Progress | None = None
+        if shown:
+            self._bar = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[rate]} tokens/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(
+                "", total=config.steps, completed=step, loss="–", rate="–"
+            )
+
+    def __enter__(self) -> _Display:
+        (self._bar or nullcontext()).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar:
+            self._bar.__exit__(*error)
+
+    def show(self, record: Record) -> None:
+        if self._bar is None:
+            return
+        rate = f"{record['tokens_per_second']:,.0f}"
+        loss = f"{record['loss']:.3f}"
+        self._bar.update(self._task, completed=record["step"], loss=loss, rate=rate)
+        if "val_loss" in record:
+            bits = record["val_bits_per_byte"]
+            more = f" ({bits:.3f} bits per byte)" if bits is not None else ""
+            text = f"step {record['step']}: validation loss {record['val_loss']:.3f} nats{more}"
+            self._bar.console.print(text, highlight=False)

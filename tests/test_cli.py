@@ -1,0 +1,214 @@
+"""The command line: help at once, errors as one line, and a model trained and read."""
+
+import dataclasses
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nestlearn import cli
+from nestlearn.train import TrainConfig
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+SMALL = ["--steps", "4", "--batch", "2", "--length", "16", "--device", "cpu"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run `nestlearn ...` in this process; returns exit code, stdout, stderr."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["nestlearn", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "100")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        return stop.value.code, ANSI.sub("", shown.out), ANSI.sub("", shown.err)
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    return path
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['nestlearn', '--help']\n"
+        "from nestlearn.cli import main\n"
+        "try: main()\n"
+        "finally: print('loaded', sorted({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "loaded []" in done.stdout
+    assert "Train a model on text" in done.stdout
+    assert time.perf_counter() - began < 5  # about 0.2 s; the rest is for a busy machine
+
+
+def test_help_names_every_option(call):
+    code, out, _ = call("train", "--help")
+    assert code == 0
+    for option in ("data", "out", "resume", "size", "mixer", "channel", "steps", "batch", "length"):
+        assert f"--{option} " in out
+    for option in ("lr", "seed", "dtype", "device", "tokenizer"):
+        assert f"--{option} " in out
+    assert "kill -9" in out
+    code, out, _ = call("generate", "--help")
+    assert code == 0
+    for option in ("prompt", "tokens", "temperature", "top-k", "seed"):
+        assert f"--{option} " in out
+
+
+def test_defaults_are_those_of_the_library():
+    given = inspect.signature(cli.train).parameters
+    fields = [field for field in dataclasses.fields(TrainConfig) if field.name in given]
+    assert len(fields) == 7
+    for field in fields:
+        assert given[field.name].default == field.default, field.name
+
+
+def assert_one_line(shown, *parts):
+    code, out, err = shown
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.count("Error") == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("Error: ")
+    for part in parts:
+        assert part in last
+
+
+def test_foreseen_errors_are_one_line(call, tmp_path, text):
+    out = ("--out", tmp_path / "run")
+    assert_one_line(call("train", "--data", tmp_path / "absent", *out), "absent", "no such file")
+    assert_one_line(call("train", "--data", text, *out, "--lr", "-1"), "lr=-1.0", "choose")
+    assert_one_line(call("train", "--data", text, *out, "--steps", "0"), "steps=0", "choose")
+    assert_one_line(call("train", "--data", text, *out, "--length", "0"), "length=0", "choose")
+    tokenizer = ("--tokenizer", tmp_path / "absent.json")
+    assert_one_line(call("train", "--data", text, *out, *tokenizer), "absent.json")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("two\n  lines [red]"), "Error: two lines [red]\n"),
+        (FloatingPointError("nan at step 3"), "Error: nan at step 3\n"),
+        (OSError(28, "No space left on device", "/disk"), "No space left on device: '/disk'\n"),
+        (ImportError('pip install "nestlearn[tokenizer]"'), '"nestlearn[tokenizer]"\n'),
+    ],
+    ids=["value", "float", "disk", "extra"],
+)
+def test_any_command_is_wrapped(call, monkeypatch, error, shown):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    result = call()
+    assert_one_line(result)
+    assert result[2].endswith(shown)
+
+
+def test_a_bug_is_not_hidden(call, monkeypatch):
+    def fail():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        call()
+
+
+def test_wrong_usage_exits_with_2(call):
+    code, _, err = call("train", "--data", "x")
+    assert code == 2
+    assert "--out" in err
+    code, _, err = call("train", "--data", "x", "--out", "y", "--mixer", "magic")
+    assert code == 2
+    assert "magic" in err
+
+
+def test_version(call):
+    code, out, _ = call("--version")
+    assert code == 0
+    assert re.fullmatch(r"nestlearn \d+\.\d+\.\d+\S*\n", out)
+
+
+# ---------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture
+def hope():
+    return pytest.importorskip("nestlearn.models.hope")
+
+
+def test_train_and_generate(call, hope, tmp_path, text):
+    run = tmp_path / "run"
+    code, out, err = call("train", "--data", text, "--out", run, *SMALL)
+    assert code == 0, err
+    assert out == ""
+    assert "bits per byte" in err
+    assert (run / "loss.png").is_file()
+    assert_one_line(call("train", "--data", text, "--out", run, *SMALL), "already holds a run")
+    code, _, err = call("train", "--data", text, "--out", run, *SMALL, "--resume")
+    assert code == 0, err
+
+    texts = []
+    for source, seed in ((run, 0), (run / "model", 0), (run, 1)):
+        code, out, err = call(
+            "generate", source, "--prompt", "the ", "--tokens", 12, "--seed", seed
+        )
+        assert code == 0, err
+        assert out.startswith("the ")
+        texts.append(out)
+    assert texts[0] == texts[1] != texts[2]
+    greedy = ("--temperature", 0, "--tokens", 5)
+    assert call("generate", run, "--prompt", "the ", *greedy)[0] == 0
+    assert_one_line(call("generate", run, "--prompt", ""), "prompt is empty")
+    assert_one_line(call("generate", tmp_path, "--prompt", "x"), "no model in")
+    (run / "model").rename(tmp_path / "elsewhere")
+    assert_one_line(call("generate", run, "--prompt", "x"), "not finished")
+    assert call("generate", tmp_path / "elsewhere", "--prompt", "x", "--tokens", 1)[0] == 0
+
+
+def test_the_tokenizer_travels_with_the_model(call, hope, tmp_path, text):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["[UNK]", *sorted(set(text.read_text().split()))])}
+    coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    coder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    coder.save(str(tmp_path / "words.json"))
+    options = ("--out", tmp_path / "run", "--tokenizer", tmp_path / "words.json", *SMALL)
+    code, _, err = call("train", "--data", text, *options)
+    assert code == 0, err
+    (tmp_path / "words.json").unlink()
+    code, out, err = call("generate", tmp_path / "run", "--prompt", "quick brown", "--tokens", 4)
+    assert code == 0, err
+    assert out.startswith("quick brown ")
+    assert set(out.split()) <= words.keys()
+
+
+def test_an_interrupt_exits_with_130(call, hope, monkeypatch, tmp_path, text):
+    forward = hope.HopeLM.forward
+
+    def interrupted(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(hope.HopeLM, "forward", interrupted)
+    code, _, err = call("train", "--data", text, "--out", tmp_path / "run", *SMALL)
+    assert code == 130
+    assert "stopped after step 1 of 4" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
