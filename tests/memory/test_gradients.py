@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nestlearn.memory import FunctionMemory, Matrix, ResidualMLP, dot_product, l2
+from nestlearn.memory import FunctionMemory, Matrix, ResidualMLP, dot_product, l2, objective
 from nestlearn.scan.naive import inner_gradient
 
 MEMORIES = {
@@ -62,8 +62,6 @@ def test_the_target_is_a_constant_of_the_inner_gradient():
 
 def test_unknown_names_and_depths_are_refused():
     with pytest.raises(ValueError, match="'l3'"):
-        from nestlearn.memory import objective
-
         objective("l3")
     with pytest.raises(ValueError, match="depth=1"):
         ResidualMLP(4, 6, depth=1)

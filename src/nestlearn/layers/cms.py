@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..memory import Gates, GradientRule, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, scan
-from .mixers import check_input
+from .mixers import check_input, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
@@ -27,7 +28,8 @@ class Level:
     at the start of training, then learned. hidden: width (default: 4 dim, shared among the levels).
     rule: "gd", "dgd" (delta gradient descent) or "momentum" (dgd with a learned momentum).
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
-    towards what the level has learned whenever the next slower level's context ends.
+    towards what the level has learned whenever the next slower level's context ends. bound: the
+    shell, in units of the start's norm, in which each matrix stays.
     """
 
     chunk: int | None = None
@@ -36,7 +38,7 @@ class Level:
     rule: str = "dgd"
     objective: str = "l2"
     meta_lr: float = 0.1
-    bound: float | None = 2.0
+    bound: tuple[float, float] | None = (0.25, 2.0)
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -67,7 +69,7 @@ class ContinuumState(NamedTuple):
 
 
 class LevelMLP(nn.Module):
-    """One level: √D · W_2 σ(W_1 z), z the normalised input, with weights that learn from the stream.
+    """One level: √D · W_2 σ(W_1 z), z the normalised input; its weights learn from the stream.
 
     Inside a chunk the weights stand still; its end writes the pairs (z_{t−1}, P z_t) of the chunk,
     the level's own associative objective: to tell, from what it read, what comes next.
@@ -117,7 +119,7 @@ class LevelMLP(nn.Module):
             return math.sqrt(self.dim) * self.memory.read(tuple(w.to(z.dtype) for w in W0), z), None
         assert state is not None
         past = torch.cat([state.last.to(z.dtype), z[:, :-1]], 1)
-        gate = 2 * torch.sigmoid(z.float() @ self.gate.float() * math.sqrt(self.dim))
+        gate = 2 * torch.sigmoid(wide(z @ self.gate.to(z.dtype)) * math.sqrt(self.dim))
         eta = self.lr * gate
         if position == 0:  # nothing came before the first token
             eta = torch.cat([torch.zeros_like(eta[:, :1]), eta[:, 1:]], 1)
@@ -127,22 +129,22 @@ class LevelMLP(nn.Module):
 
         def step(carried: tuple[FastWeights, Weights | None], xs: tuple, span: Span):
             fast, start = carried
-            z, past, v, eta, log_theta = xs
-            gates = Gates(eta, None, log_theta)
+            z, past, v, gates = xs
             o, fast = self.writer.write(fast, z, past, v, gates, span, W0)
             if start is not None and self.parent is not None and span.ends(self.parent):
-                start = tuple(w + self.meta_lr * (now - w) for w, now in zip(start, fast.now))
+                assert self.meta_lr is not None
+                start = tuple(w.lerp(now, self.meta_lr) for w, now in zip(start, fast.now))
                 fast = FastWeights(start, start, self.writer.rule.init(start))
             return o, (fast, start)
 
         chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
         ys, (fast, start) = scan(
-            step, (state.fast, state.start), (z, past, self.value(z), eta, log_theta),
+            step, (state.fast, state.start), (z, past, self.value(z), Gates(eta, None, log_theta)),
             length=x.shape[1], chunks=chunks, position=position,
             truncate=self.truncate, remat=self.remat,
         )  # fmt: skip
         return math.sqrt(self.dim) * torch.cat(ys, 1), LevelState(
-            z[:, -1:].to(state.last.dtype), fast, start
+            z[:, -1:].to(state.last.dtype).contiguous(), fast, start
         )
 
 
@@ -191,7 +193,10 @@ class ContinuumMemory(nn.Module):
 
     def init_state(self, batch: int) -> ContinuumState:
         """The state before the first token."""
-        return ContinuumState(0, tuple(mlp.init_state(batch) for mlp in self.mlps))
+        return ContinuumState(0, tuple(mlp.init_state(batch) for mlp in self._chain()))
+
+    def _chain(self) -> list[LevelMLP]:
+        return [mlp for mlp in self.mlps if isinstance(mlp, LevelMLP)]
 
     def forward(
         self, x: Tensor, state: ContinuumState | None = None
@@ -199,7 +204,7 @@ class ContinuumMemory(nn.Module):
         check_input(x, self.dim)
         state = self.init_state(x.shape[0]) if state is None else state
         y, states = x, []
-        for i, mlp in enumerate(self.mlps):
+        for i, mlp in enumerate(self._chain()):
             o, after = mlp(y if self.mix is None else x, state.levels[i], state.position)
             y = y + (o if self.mix is None else self.mix[i] * o).to(x.dtype)
             states.append(after)
@@ -214,7 +219,7 @@ def _share(dim: int, levels: int) -> int:
 def _parents(levels: tuple[Level, ...]) -> list[int | None]:
     """For each level the chunk of the next slower one that updates."""
     sizes = sorted({level.chunk for level in levels if level.chunk is not None})
-    for fast, slow in zip(sizes, sizes[1:]):
+    for fast, slow in pairwise(sizes):
         if slow % fast:
             raise ValueError(
                 f"nested levels with chunks {fast} and {slow}: a slower level's context must end "

@@ -22,13 +22,26 @@ from ..scan import FastWeights, Span, Writer, scan
 
 
 def check_input(x: Tensor, dim: int) -> None:
-    """Raise ValueError unless x is floating [B, T ≥ 1, dim]."""
+    """Raise ValueError unless x is floating [B, T ≥ 1, dim] and finite."""
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ValueError(f"x has shape {tuple(x.shape)}: this layer takes [batch, tokens, {dim}]")
     if x.shape[1] == 0:
         raise ValueError("x has T = 0 tokens: give at least one")
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}: give a floating type")
+    if not traced() and not x.isfinite().all():
+        b, t, _ = (int(i) for i in (~x.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"x has NaN or infinity, first in sample {b} at token {t}: one such value would stay in "
+            "that sample's memory for good, so find where it comes from"
+        )
+
+
+def traced() -> bool:
+    """Whether a compiler or a CUDA graph is recording: then values cannot be looked at."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def check_heads(dim: int, heads: int) -> None:
@@ -55,7 +68,7 @@ class ShortConvolution(nn.Module):
         past = self.init_state(x) if state is None else state.to(x.dtype)
         seen = torch.cat([past, x.mT], -1)
         y = F.conv1d(seen, self.weight.to(x.dtype).unsqueeze(1), groups=x.shape[2])
-        return F.silu(y).mT, seen[..., seen.shape[-1] - self.width + 1 :]
+        return F.silu(y).mT, seen[..., seen.shape[-1] - self.width + 1 :].contiguous()
 
 
 class Readout(nn.Module):
@@ -71,6 +84,11 @@ class Readout(nn.Module):
         """o [B, H, T, D / H], x [B, T, D] -> [B, T, D]."""
         o = rearrange(self.norm(o), "b h t d -> b t (h d)")
         return self.out(o * F.silu(self.gate(x)))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: gates near 0 and 1 need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def logit(p: float) -> float:
@@ -155,8 +173,8 @@ class MixerState(NamedTuple):
 class StaticProjections(nn.Module):
     """One memory per head, written with keys, values and gates from static projections.
 
-    The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose the memory
-    and the rule. eta_max bounds the step: 2 gives the delta rule negative eigenvalues.
+    The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose
+    the memory and the rule. eta_max bounds the step: 2 gives the delta rule negative eigenvalues.
     """
 
     def __init__(
@@ -176,6 +194,7 @@ class StaticProjections(nn.Module):
             self.gates.bias.copy_(
                 torch.tensor([0.0, *[5.0] * rule.decay, 0.0][:kinds]).repeat_interleave(heads)
             )
+        assert isinstance(writer.memory, Matrix | ResidualMLP)
         self.start = nn.ParameterList(start_weights(writer.memory, heads))
         self.readout = Readout(dim, heads)
 
@@ -189,17 +208,19 @@ class StaticProjections(nn.Module):
             z, conv = self.conv(x, state.conv)
         q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b t h d", n=3, h=self.heads)
         q, k = unit(q)[0], unit(k)[0]
-        gates = list(rearrange(self.gates(z), "b t (n h) -> n b t h", h=self.heads).float())
+        gates = list(rearrange(wide(self.gates(z)), "b t (n h) -> n b t h", h=self.heads))
         eta = self.eta_max * torch.sigmoid(gates.pop(0))
         log_alpha = F.logsigmoid(gates.pop(0)) if self.writer.rule.decay else None
         log_theta = F.logsigmoid(gates.pop(0)) if gates else None
 
-        def step(memory: FastWeights, xs, span: Span):
-            q, k, v, *gates = (None if a is None else a.movedim(1, 2) for a in xs)
-            return self.writer.write(memory, q, k, v, Gates(*gates), span, W0)
+        def step(memory: FastWeights, xs: tuple, span: Span):
+            *qkv, gates = xs
+            q, k, v = (a.movedim(1, 2) for a in qkv)
+            gates = gates.map(lambda g: g.movedim(1, 2))
+            return self.writer.write(memory, q, k, v, gates, span, W0)
 
         ys, memory = scan(
-            step, state.memory, (q, k, v, eta, log_alpha, log_theta), length=x.shape[1],
+            step, state.memory, (q, k, v, Gates(eta, log_alpha, log_theta)), length=x.shape[1],
             chunks=(self.writer.chunk,), position=state.position,
             truncate=self.truncate, remat=self.remat,
         )  # fmt: skip
@@ -221,7 +242,7 @@ def static_titans(dim: int, heads: int, *, chunk: int = 64, hidden: int | None =
     width = dim // heads
     memory = ResidualMLP(width, hidden or width, gain=math.sqrt(hidden or width))
     rule = with_momentum(decay(hebbian(normalize=True)))
-    writer = Writer(memory, rule, chunk, objective="l2", bound=2.0)
+    writer = Writer(memory, rule, chunk, objective="l2", bound=(0.25, 2.0))
     return StaticProjections(dim, heads, writer, **options)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, scan
-from .mixers import Readout, ShortConvolution, check_heads, check_input, logit
+from .mixers import Readout, ShortConvolution, check_heads, check_input, logit, wide
 
 PROJECTIONS = ("k", "v", "eta", "alpha", "q")
 
@@ -33,7 +33,8 @@ class SelfModifyingTitans(nn.Module):
     """Memories M_k, M_v, M_η, M_α, M_mem that write each other and themselves (eqs. 83–93).
 
         q_t = W_q x_t,  k_t = M_k(x_t),  v_t = M_v(x_t),  η_t = M_η(x_t),  α_t = M_α(x_t)
-        o_t = M_mem(q_t);   v̂_□ = M_□(v_t);   M_□ ← M_□ (α_t I − η_t k_t k_tᵀ) − η_t ∇L(M_□; k_t, v̂_□)
+        o_t = M_mem(q_t),   v̂_□ = M_□(v_t)   for every memory □
+        M_□ ← M_□ (α_t I − η_t k_t k_tᵀ) − η_t ∇L(M_□; k_t, v̂_□)
 
     x [B, T, dim] -> y [B, T, dim]. All that a memory reads is of unit norm per head; the scalars
     η, α are a learned readout of their memory's vector answer. The outer gradient reaches every
@@ -44,10 +45,11 @@ class SelfModifyingTitans(nn.Module):
     start value ("q" is static W_q unless named). objective: "dot" or "l2". dgd: the retention
     term −η k kᵀ. weight_decay: the retention α_t. momentum: input-gated S. eta_max: 1, or 2 for
     transitions with negative eigenvalues. read: "token" answers through the writes of the chunk so
-    far, "boundary" through the chunk's first weights. bound: factor on a matrix's start norm that it
-    may not exceed after a chunk. depth, hidden: matrices of each memory (1: a matrix memory) and
-    width between them. truncate: the outer gradient stops at multiples of so many tokens. remat:
-    recompute each chunk in the backward pass.
+    far, "boundary" through the chunk's first weights. bound: the shell, in units of the start's
+    norm, to which each matrix is brought back after a chunk (None: free). depth, hidden: matrices
+    of each memory (1: a matrix memory) and the width between them (default: that of a head).
+    truncate: the outer gradient stops at multiples of so many tokens. remat: recompute each chunk
+    in the backward pass. backend: as in `nestlearn.scan.update`.
 
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
@@ -61,13 +63,13 @@ class SelfModifyingTitans(nn.Module):
         *,
         projection_chunk: int | None = None,
         adapt: tuple[str, ...] = ("k", "v", "eta", "alpha"),
-        objective: str = "l2",
+        objective: str = "dot",
         dgd: bool = True,
         weight_decay: bool = True,
         momentum: bool = False,
         eta_max: float = 1.0,
         read: str = "token",
-        bound: float | None = 1.0,
+        bound: tuple[float, float] | None = (0.25, 1.0),
         depth: int = 2,
         hidden: int | None = None,
         conv: int = 4,
@@ -103,7 +105,7 @@ class SelfModifyingTitans(nn.Module):
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
             {
-                n: nn.ParameterList(_start(memory, heads))
+                n: nn.ParameterList(_fresh(memory, heads))
                 for n in names
                 if weight_decay or n != "alpha"
             }
@@ -119,13 +121,18 @@ class SelfModifyingTitans(nn.Module):
 
     def start_weights(self, names: tuple[str, ...]) -> Weights:
         """Start values of these memories, stacked: each [H, G, out, in]."""
-        return tuple(torch.stack(ws, 1) for ws in zip(*(self.start[n] for n in names)))
+        return tuple(torch.stack(ws, 1) for ws in zip(*(self._start(n) for n in names)))
+
+    def _start(self, name: str) -> Weights:
+        weights = self.start[name]
+        assert isinstance(weights, nn.ParameterList)
+        return tuple(weights)
 
     def init_state(self, batch: int) -> TitansState:
         """The state before the first token."""
         W0 = self.start_weights(self._stacked)
         projections = self.projection_writer.begin(W0, batch) if self._stacked else None
-        memory = self.writer.begin(tuple(self.start["mem"]), batch)
+        memory = self.writer.begin(self._start("mem"), batch)
         return TitansState(0, None, projections, memory)
 
     @property
@@ -140,9 +147,9 @@ class SelfModifyingTitans(nn.Module):
             z, conv = self.conv(x, state.conv)
         heads = "b t (h d) -> b t h d"
         q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))[0]
-        log_theta = None if self.theta is None else F.logsigmoid(self.theta(z).float())
+        log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z)))
         z = unit(rearrange(z, heads, h=self.heads))[0]
-        starts = (self.start_weights(self._stacked), tuple(self.start["mem"]))
+        starts = (self.start_weights(self._stacked), self._start("mem"))
 
         def step(fast: tuple[FastWeights | None, FastWeights], xs: tuple, span: Span):
             return self._step(fast, xs, span, starts)
@@ -164,12 +171,13 @@ class SelfModifyingTitans(nn.Module):
         """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
         projections, memory = fast
         z, q, log_theta = (None if a is None else a.movedim(1, 2) for a in xs)
+        assert z is not None
         dtype = memory.start[0].dtype
         z = z.to(dtype)
         read = self.projection_writer.memory.read
 
         fixed = [n for n in self.start if n not in (*self._stacked, "mem")]
-        said = {n: read(tuple(w.to(dtype) for w in self.start[n]), z) for n in fixed}
+        said = {n: read(tuple(w.to(dtype) for w in self._start(n)), z) for n in fixed}
         if projections is not None:
             answers = read(projections.start, z.unsqueeze(2))
             said.update(zip(self._stacked, answers.unbind(2)))
@@ -181,7 +189,7 @@ class SelfModifyingTitans(nn.Module):
 
         o, memory = self.writer.write(memory, q, k, read(memory.start, v), gates, span, starts[1])
         if projections is not None:
-            shared = Gates(*(None if g is None else g.unsqueeze(2) for g in gates))
+            shared = gates.map(lambda g: g.unsqueeze(2))
             target = read(projections.start, v.unsqueeze(2))
             _, projections = self.projection_writer.write(
                 projections, None, k.unsqueeze(2), target, shared, span, starts[0]
@@ -198,10 +206,10 @@ class Scalar(nn.Module):
         self.bias = nn.Parameter(torch.full((heads,), bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bhtd,hd->bht", x, self.weight) + self.bias.unsqueeze(-1)
+        return torch.einsum("bhtd,hd->bht", x, self.weight.to(x.dtype)) + self.bias.unsqueeze(-1)
 
 
-def _start(memory: Matrix | ResidualMLP, heads: int) -> list[nn.Parameter]:
+def _fresh(memory: Matrix | ResidualMLP, heads: int) -> list[nn.Parameter]:
     """Identity for a matrix; for an MLP, pre-activations and answers of about unit norm."""
     if isinstance(memory, Matrix):
         eye = torch.eye(memory.value_dim, memory.key_dim).repeat(heads, 1, 1)

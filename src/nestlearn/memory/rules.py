@@ -30,7 +30,12 @@ class Gates(NamedTuple):
 
     def at(self, t: int) -> Gates:
         """The gates of token t, each [*b]."""
-        return Gates(*(None if g is None else g[..., t] for g in self))
+        return self.map(lambda g: g[..., t])
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Gates:
+        """f of every gate that is given."""
+        alpha, theta = (None if g is None else f(g) for g in self[1:])
+        return Gates(f(self.eta), alpha, theta)
 
 
 class Gradient(NamedTuple):
@@ -50,23 +55,27 @@ class RuleState(NamedTuple):
     ahead: Weights | None = None
 
 
-def write_strength(norm: Tensor, normalize: bool) -> Tensor:
-    """By how much an error is scaled before it is written along the *unit* input x / ‖x‖.
+def strengths(norm: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """How strongly a write acts along the *unit* input x / ‖x‖: on the error, and in the retention.
 
-    ‖x‖ is the plain gradient δ xᵀ. Normalised it is 2‖x‖ / (1 + ‖x‖²): the same at ‖x‖ = 1, and at
-    most 1, so that no input, large or tiny, moves a matrix by more than η ‖δ‖.
+    The gradient is δ xᵀ, so its strength is ‖x‖, and that of x xᵀ is ‖x‖². Eq. 57 shrinks the step
+    for long inputs, η' = η / max(1, ‖x‖²): always in the retention, whose eigenvalue α − η' ‖x‖²
+    then stays in [α − η, α]; in the gradient if `normalize`. At ‖x‖ = 1 nothing changes. A short
+    input fades what it finds as little as it writes: retention along the unit input at full
+    strength would let an MLP's matrices fade together to zero.
     """
-    return 2 * norm / (1 + norm.square()) if normalize else norm
+    long = norm.square().clamp(min=1.0)
+    return norm / long if normalize else norm, norm.square() / long
 
 
 @dataclass(frozen=True)
 class GradientRule:
     """W ← W (α_t I − η_t x xᵀ) + S_t,  S_t = θ_t S_{t−1} − η_t ∇L  (eq. 88; momentum of Titans).
 
-    delta: the retention term −η x xᵀ with x the unit input of *that* matrix (DGD, eq. 57).
+    delta: the retention term −η' x xᵀ with x the input of *that* matrix (DGD, eq. 57).
     decay: α_t from the gates, else 1. momentum: θ_t from the gates, else S_t = −η_t ∇L.
     period: writes become visible every so many tokens (eq. 71), counted from the chunk's start.
-    normalize: bound the step for inputs that are not of unit norm (see `write_strength`).
+    normalize: shrink the step of ∇L too for inputs longer than 1 (see `strengths`).
     """
 
     delta: bool = False
@@ -97,11 +106,15 @@ class GradientRule:
             force = -eta * g
             kept = _retained(w, gates)
             if self.delta or self.normalize:
+                assert inputs is not None  # `scan.update` refuses other memories
                 x, norm = unit(inputs[i])
-                force = force * (write_strength(norm, self.normalize) / norm).unsqueeze(-1)
+                error_strength, retention_strength = strengths(norm, self.normalize)
+                force = force * (error_strength / norm).unsqueeze(-1)
                 if self.delta:
-                    kept = kept - eta * (w @ x.unsqueeze(-1)) * x.unsqueeze(-2)
-            if self.momentum:
+                    found = w @ (retention_strength * x).unsqueeze(-1)
+                    kept = kept - eta * found * x.unsqueeze(-2)
+            if S.momentum is not None:
+                assert gates.log_theta is not None
                 force = _over(gates.log_theta.exp(), w) * S.momentum[i] + force
             written.append(kept + force)
             speeds.append(force)
@@ -139,7 +152,7 @@ def every(period: int, rule: GradientRule) -> GradientRule:
 
 @dataclass(frozen=True)
 class Oja:
-    """Oja's rule with a given value: W ← α W + η v (k − Wᵀ v)ᵀ. A `Matrix` in the reference form."""
+    """Oja's rule with a given value: W ← α W + η v (k − Wᵀ v)ᵀ. For `Matrix`, reference form."""
 
     decay: bool = False
 

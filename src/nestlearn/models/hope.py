@@ -7,14 +7,17 @@ The same skeleton carries the baselines: `mixer="attention", channel="mlp"` is a
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..disk import atomic_write
 from ..layers import (
     Attention,
     ContinuumMemory,
@@ -25,6 +28,7 @@ from ..layers import (
     static_titans,
 )
 
+FORMAT = "nestlearn-hope-1"
 MIXERS = ("hope", "attention", "titans", "deltanet", "linear")
 SIZES = {  # dim, layers, heads
     "tiny": (128, 3, 4),
@@ -52,11 +56,11 @@ class HopeConfig:
     channel: str = "cms"
     chunk: int = 64
     hidden: int | None = None
-    objective: str = "l2"
+    objective: str = "dot"
     momentum: bool = False
     eta_max: float = 1.0
     read: str = "token"
-    bound: float | None = 1.0
+    bound: tuple[float, float] | None = (0.25, 1.0)
     adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
     conv: int = 4
     levels: tuple[Level, ...] = (Level(chunk=16), Level(chunk=64), Level())
@@ -93,9 +97,15 @@ class HopeConfig:
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)} in the model's configuration")
-        data = {**data, "levels": tuple(Level(**level) for level in data.get("levels", ()))}
-        data["adapt"] = tuple(data.get("adapt", ()))
-        return cls(**data)
+        data = dict(data)
+        if "levels" in data:
+            data["levels"] = tuple(Level(**_tuples(level)) for level in data["levels"])
+        return cls(**_tuples(data))
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that a configuration holds."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
 
 
 class HopeState(NamedTuple):
@@ -185,6 +195,83 @@ class HopeLM(nn.Module):
             states.append(after)
         return self.head(self.norm(x)), HopeState(tuple(states))
 
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        state: HopeState | None = None,
+    ) -> Tensor:
+        """Continue ids [B, T]: [B, T + max_new_tokens]. temperature 0 takes the likeliest token.
+
+        The prompt is read in one pass of chunks, after `state` if given; each new token then costs
+        one step of the state, however long the text is.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature}: give 0 (greedy) or more")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k}: give 1 or more, or None")
+        longer, new = [ids], ids
+        for _ in range(max_new_tokens):
+            logits, state = self(new, state)
+            new = _choose(logits[:, -1].float(), temperature, top_k, generator)
+            longer.append(new)
+        return torch.cat(longer, 1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into the folder, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        text = json.dumps({"format": FORMAT, **self.config.to_dict()}, indent=2)
+        atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path))
+        atomic_write(folder / "config.json", lambda path: path.write_text(text + "\n"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> HopeLM:
+        """The model that `save_pretrained` wrote.
+
+        Raises FileNotFoundError if there is none, ValueError if a file is damaged or does not fit.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} is missing: give a folder that save_pretrained wrote"
+                )
+        again = "save the model again, or take it from a checkpoint"
+        try:
+            data = json.loads((folder / "config.json").read_text())
+            if data.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            model = cls(HopeConfig.from_dict(data))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'} is damaged ({error}): {again}") from error
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{folder / 'model.safetensors'} is damaged or of another model ({reason}): {again}"
+            ) from error
+        return model
+
     def parameter_count(self) -> int:
         """Number of trained values."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token for each row of logits [B, V]: [B, 1]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

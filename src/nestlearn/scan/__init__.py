@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -53,14 +54,14 @@ def update(
     _check(memory, rule, k, gates, read, backend)
     dtype = torch.promote_types(W[0].dtype, torch.float32)
     reply = q.dtype if q is not None else dtype
-    q, k, v = (x if x is None else x.to(dtype) for x in (q, k, v))
-    gates = Gates(*(g if g is None else g.to(dtype) for g in gates))
+    q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
+    gates = gates.map(lambda g: g.to(dtype))
     parallel = isinstance(rule, GradientRule) and backend != "naive"
     run: Any = _chunk.update if parallel else _naive.update
     with torch.autocast(device_type=k.device.type, enabled=False):
         o, W, S = run(
             memory, rule, W, S, q, k, v, gates,
-            at=W if at is None else at, objective=_objective(objective), read=read, offset=offset,
+            at=W if at is None or offset == 0 else at, objective=_objective(objective), read=read, offset=offset,
             first_order=first_order,
         )  # fmt: skip
     return None if o is None else o.to(reply), W, S
@@ -129,8 +130,8 @@ def scan(
     for start, stop in pairwise(sorted(cuts)):
         if truncate is not None and start > 0 and start % truncate == 0:
             state = tree.detach(state)
-        here = tree.tree_map(lambda x: x[:, start - position : stop - position], xs)
-        args = (state, here, Span(start, stop))
+        tokens = slice(start - position, stop - position)
+        args = (state, tree.tree_map(itemgetter((slice(None), tokens)), xs), Span(start, stop))
         if remat and torch.is_grad_enabled():
             y, state = checkpoint(f, *args, use_reentrant=False)
         else:

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..memory.linalg import decay_products, solve_unit_lower, unit
-from ..memory.memories import FunctionMemory, MatrixMemory, Memory, Weights
+from ..memory.memories import MatrixMemory, Memory, Weights
 from ..memory.objectives import Objective
-from ..memory.rules import Gates, GradientRule, RuleState, write_strength
+from ..memory.rules import Gates, GradientRule, RuleState, strengths
 
 
 def update(
@@ -48,7 +48,8 @@ def update(
     written: list[Written] | list[DenseWritten]
     if isinstance(memory, MatrixMemory):
         inputs, outputs, errors = memory.factors(origin, k, v, objective)
-        found = outputs if origin is live else (None,) * len(W)  # W x is known at a chunk's start
+        known = offset == 0 and not first_order  # then W x is among the gradient's own values
+        found = outputs if known else (None,) * len(W)
         each = zip(live, speed, inputs, found, errors)
         written = [Written(rule, w, s, x, y, d, scalars) for w, s, x, y, d in each]
     else:
@@ -75,8 +76,8 @@ def update(
 class Coefficients(NamedTuple):
     """The scalars of a chunk, the same for all matrices that share its gates.
 
-    eta, gamma [*b, T]: step size, and retention γ_t since the chunk's start (None: 1). retain, force
-    [*b, T, T]: what is left at t of the delta term (Γ) and of the gradient (c) of token s ≤ t.
+    eta, gamma [*b, T]: step size, and retention γ_t since the chunk's start (None: 1). retain,
+    force [*b, T, T]: what is left at t of token s's delta term (Γ) and gradient (c), s ≤ t.
     With momentum: carry [*b, T] is b_t, theta [*b, T] is Π θ, keep [*b, T] what is left of each
     gradient in S at the end.
     """
@@ -129,13 +130,14 @@ class Written:
     ):
         self.W, self.S, self.c = W, S, scalars
         self.x, norm = unit(x)
-        self.forced = -error * (write_strength(norm, rule.normalize) * scalars.eta.unsqueeze(-1))
+        error_strength, self.fade = strengths(norm, rule.normalize)
+        self.forced = -error * (error_strength * scalars.eta.unsqueeze(-1))
         self.terms = [(scalars.force, self.forced)]
         if rule.delta:
             self._add_delta_term(self.x @ W.mT if y is None else y / norm)
 
     def _add_delta_term(self, found: Tensor) -> None:
-        c, eta = self.c, self.c.eta.unsqueeze(-1)
+        c, eta = self.c, self.c.eta.unsqueeze(-1) * self.fade
         overlap = self.x @ self.x.mT
         system = eta * before(c.retain, -2, 0.0) * overlap
         if c.gamma is not None:
@@ -186,7 +188,9 @@ class Written:
     def momentum(self) -> Float[Tensor, "*b out in"]:
         """S at the chunk's end."""
         c = self.c
-        assert self.S is not None and c.theta is not None and c.keep is not None
+        assert self.S is not None
+        assert c.theta is not None
+        assert c.keep is not None
         left = (c.keep.unsqueeze(-1) * self.forced).mT @ self.x
         return c.theta[..., -1, None, None] * self.S + left
 
@@ -216,7 +220,9 @@ class DenseWritten:
     def momentum(self) -> Tensor:
         """S at the chunk's end."""
         c = self.c
-        assert self.S is not None and c.theta is not None and c.keep is not None
+        assert self.S is not None
+        assert c.theta is not None
+        assert c.keep is not None
         left = (c.keep.unsqueeze(-2) @ self.forced).squeeze(-2)
         return (c.theta[..., -1:] * self._flat(self.S) + left).reshape(self.S.shape)
 

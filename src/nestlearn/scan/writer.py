@@ -31,10 +31,10 @@ class FastWeights(NamedTuple):
 class Writer:
     """How one memory is written along a stream.
 
-    chunk: tokens between two points where inner gradients are taken. bound: after each chunk a
-    matrix whose Frobenius norm exceeds `bound` times that of its start value is scaled back onto
-    that ball (projected gradient descent; None: no bound). Errors and `first_order` as in
-    `nestlearn.scan.update`.
+    chunk: tokens between two points where inner gradients are taken. bound: (low, high), the
+    shell in which each matrix stays: after a chunk it is scaled so that its Frobenius norm is
+    between low and high times that of its start value (projected gradient descent; None: free).
+    Errors, `first_order` and `backend` as in `nestlearn.scan.update`.
     """
 
     memory: Memory
@@ -42,7 +42,7 @@ class Writer:
     chunk: int
     objective: str = "dot"
     read: str = "token"
-    bound: float | None = None
+    bound: tuple[float, float] | None = None
     first_order: bool = False
     backend: str = "auto"
 
@@ -52,8 +52,8 @@ class Writer:
             raise ValueError(
                 f"chunk={self.chunk}: give a positive multiple of the rule's period ({period})"
             )
-        if self.bound is not None and not self.bound > 0:
-            raise ValueError(f"bound={self.bound}: give a factor > 0, or None for no bound")
+        if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
+            raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
 
     def begin(self, W0: Weights, batch: int) -> FastWeights:
         """The state before the first token, from start values [...] shared by all samples."""
@@ -84,11 +84,12 @@ class Writer:
         if not span.ends(self.chunk):
             return o, FastWeights(fast.start, now, rule)
         if self.bound is not None:
-            now = tuple(_within(w, self.bound * frobenius(w0)) for w, w0 in zip(now, W0))
+            now = tuple(_into_shell(w, w0, *self.bound) for w, w0 in zip(now, W0))
             if getattr(rule, "ahead", None) is not None:
                 rule = rule._replace(ahead=now)
         return o, FastWeights(now, now, rule)
 
 
-def _within(W: Tensor, radius: Tensor) -> Tensor:
-    return W * (radius / frobenius(W)).clamp(max=1.0).to(W.dtype)
+def _into_shell(W: Tensor, W0: Tensor, low: float, high: float) -> Tensor:
+    norm, start = frobenius(W), frobenius(W0).to(W.dtype)
+    return W * (norm.clamp(min=low * start, max=high * start) / norm)

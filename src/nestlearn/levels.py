@@ -1,0 +1,376 @@
+"""The nested-learning view (section 3): a model and its optimizer as levels of memories.
+
+An *associative memory* (eq. 6) maps keys to values and is trained by an objective on a context.
+Its *update frequency* (def. 2) is the number of its updates for each unit of time, here a token.
+A is *faster* than B (def. 3) if its frequency is higher or, at equal frequency, if B's state at
+time t needs A's state at time t. A *level* (def. 4) holds what has equal frequency and
+independent states; a model with its optimizer is a nested system of such levels.
+
+What is counted, where the definitions leave room:
+
+* An update is a change that the memory's readers can see. A memory that answers through the first
+  weights of its chunk is updated once per chunk, though its product of decays runs token by token.
+  Where it answers through each write, it is updated at every token, and `gradient_period` says how
+  seldom the weights are refreshed at which its inner gradients are taken.
+* "Needs" means that the update itself reads the other state, as weights read their momentum. That
+  an input was computed by another memory does not count: every block of a deep model would be a
+  level of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .layers import Attention, ContinuumMemory, SelfModifyingTitans, StaticProjections
+from .models.hope import SwiGLU
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SYMBOLS = {"k": "M_k", "v": "M_v", "eta": "M_η", "alpha": "M_α", "q": "M_q", "mem": "M_mem"}
+OPTIMIZERS = {  # its memories: name, objective, rule; and the step that reads them
+    "AdamW": (
+        (
+            ("first moment m", "½‖m − g‖²", "m ← β₁ m + (1 − β₁) g"),
+            ("second moment v", "½‖v − g²‖²", "v ← β₂ v + (1 − β₂) g²"),
+        ),
+        "W ← W − lr (m / (√v + ε) + λ W)",
+    ),
+    "momentum": ((("momentum m", "−⟨m, g⟩", "m ← β m + g"),), "W ← W − lr m"),
+    "SGD": ((), "W ← W − lr g"),
+}
+_READ_BY_OTHERS = ("momentum", "optimizer")  # kinds that the weights of equal frequency need
+_LAYERS = (Attention, ContinuumMemory, SelfModifyingTitans, StaticProjections, SwiGLU)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One associative memory: (objective, context, parameters) and how often it is updated.
+
+    kind: "memory" (fast weights), "cache" (keys and values, uncompressed), "buffer" (the last
+    inputs), "momentum" (of a memory), "start" (a start value that moves along the stream),
+    "optimizer" or "weights". period: tokens between two updates; None, it is never updated.
+    gradient_period: tokens between two refreshes of the weights at which its gradients are taken;
+    None, it takes none. parameters: values that all samples share (the model's, or the
+    optimizer's). state_per_sample: values of each sample; state_per_token: those that each token
+    of a sample adds. objective: what it is trained on; None, it stores without one. blocks: where
+    it stands, all numbers being sums over them; () outside of the blocks.
+    """
+
+    name: str
+    kind: str
+    period: int | None
+    gradient_period: int | None
+    parameters: int
+    state_per_sample: int
+    state_per_token: int
+    objective: str | None
+    context: str
+    rule: str
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def frequency(self) -> float:
+        """Updates for each token (def. 2); 0 if it is never updated."""
+        return 0.0 if self.period is None else 1 / self.period
+
+
+@dataclass(frozen=True)
+class Level:
+    """Components of equal frequency and independent states (def. 4); number 1 is the fastest."""
+
+    number: int
+    period: int | None
+    components: tuple[Component, ...]
+
+
+def levels(
+    model: nn.Module, *, tokens_per_step: int | None = None, optimizer: str = "AdamW"
+) -> list[Level]:
+    """The levels of a model and its optimizer (defs. 2–4), fast to slow.
+
+    Read off the modules of `nestlearn.layers` wherever they stand in the model; every other
+    parameter belongs to pre-training, the level whose context is the whole data set.
+    tokens_per_step: tokens of one optimizer step (batch × length). Without it the model is in use
+    and not in training: its parameters are never updated and there is no optimizer. optimizer:
+    "AdamW", "momentum" or "SGD"; what it remembers of the gradients is faster than the weights,
+    whose state needs it. Parameters without `requires_grad` are never updated.
+
+    Raises ValueError for another optimizer, or fewer tokens than 1.
+    """
+    if tokens_per_step is not None and tokens_per_step < 1:
+        raise ValueError(
+            f"tokens_per_step={tokens_per_step}: give batch × length, 1 token or more, or None for "
+            "a model in use"
+        )
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: use one of {sorted(OPTIMIZERS)}")
+    found = [
+        replace(component, blocks=_block(path))
+        for path, module in model.named_modules()
+        for component in _stream(module)
+    ]
+    found += _pretraining(model, tokens_per_step, OPTIMIZERS[optimizer][1])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if tokens_per_step is not None and trained:
+        found += [
+            Component(
+                f"{optimizer}: {name}", "optimizer", tokens_per_step, tokens_per_step, trained,
+                0, 0, objective, "the stream of gradients g", rule,
+            )
+            for name, objective, rule in OPTIMIZERS[optimizer][0]
+        ]  # fmt: skip
+    return _grouped(_merged(found))
+
+
+def _merged(found: list[Component]) -> list[Component]:
+    """One component for those that differ in their blocks and their sizes only."""
+    merged: dict[Component, Component] = {}
+    for c in found:
+        key = replace(c, parameters=0, state_per_sample=0, state_per_token=0, blocks=())
+        old = merged.get(key, key)
+        merged[key] = replace(
+            c,
+            parameters=old.parameters + c.parameters,
+            state_per_sample=old.state_per_sample + c.state_per_sample,
+            state_per_token=old.state_per_token + c.state_per_token,
+            blocks=tuple(sorted({*old.blocks, *c.blocks})),
+        )
+    return list(merged.values())
+
+
+def _grouped(components: list[Component]) -> list[Level]:
+    """Levels by def. 3: by frequency, and at equal frequency first what others need."""
+
+    def speed(c: Component) -> tuple[float, bool]:
+        return -c.frequency, c.kind not in _READ_BY_OTHERS
+
+    groups = groupby(sorted(components, key=speed), key=speed)
+    levels = [tuple(group) for _, group in groups]
+    return [Level(i, group[0].period, group) for i, group in enumerate(levels, 1)]
+
+
+def _block(path: str) -> tuple[int, ...]:
+    """The first number on the path of a module or parameter."""
+    return tuple(int(part) for part in path.split(".") if part.isdigit())[:1]
+
+
+# ------------------------------------------------------------------- what moves with the stream
+
+
+def _stream(module: nn.Module) -> Iterator[Component]:
+    """The components of one layer whose state belongs to a sample."""
+    if isinstance(module, SelfModifyingTitans):
+        yield from _titans(module)
+    elif isinstance(module, StaticProjections):
+        size = _numel(module.start)
+        exact = module.writer.objective == "dot" and len(module.start) == 1
+        yield from _memory("M", module.writer, size, pair=("k", "v"), exact=exact)
+    elif isinstance(module, Attention):
+        yield Component(
+            "keys and values", "cache", 1, None, 0, 0, 2 * module.dim,
+            "Σ exp(⟨q, k⟩) ‖o − v‖², solved anew for every token", "the sequence: pairs (k, v)",
+            "append",
+        )  # fmt: skip
+    elif isinstance(module, ContinuumMemory):
+        yield from _continuum(module)
+    conv = getattr(module, "conv", None)
+    if isinstance(module, _LAYERS) and conv is not None:
+        yield _buffer("inputs of the convolution", module.dim * (conv.width - 1), conv.width - 1)
+
+
+def _titans(module: SelfModifyingTitans) -> Iterator[Component]:
+    written = [n for n in module.adapt if n in module.start]
+    for name in [*written, "mem"]:
+        writer = module.writer if name == "mem" else module.projection_writer
+        # the other memories are read by the layer at their chunk's first weights
+        read = writer.read if name == "mem" else "boundary"
+        yield from _memory(SYMBOLS[name], writer, _numel(module.start[name]), ("k", "v̂"), read)
+
+
+def _continuum(module: ContinuumMemory) -> Iterator[Component]:
+    writing = 0
+    for i, mlp in enumerate(module.mlps, 1):
+        if mlp.level.chunk is None:  # then it belongs to pre-training
+            continue
+        writing += 1
+        size, name = _numel(mlp.start), f"MLP⁽{i}⁾ of the CMS"
+        yield from _memory(name, mlp.writer, size, ("z₋₁", "P z"))
+        if mlp.parent is not None:
+            yield Component(
+                f"start value of {name}", "start", mlp.parent, None, 0, size, 0,
+                f"what {name} has learned", f"contexts of {mlp.parent} tokens",
+                "W₀ ← W₀ + λ (W − W₀), then W ← W₀",
+            )  # fmt: skip
+    if writing:
+        yield _buffer("previous inputs z₋₁ of the CMS", module.dim * writing, 1)
+
+
+def _memory(
+    name: str, writer: Any, size: int, pair: tuple[str, str], read: str | None = None,
+    exact: bool = False,
+) -> Iterator[Component]:  # fmt: skip
+    """Fast weights under a `Writer`, and their momentum if the rule has one.
+
+    exact: the inner gradient does not depend on the weights, so that no chunk makes it older.
+    """
+    rule, (k, v) = writer.rule, pair
+    by_token = (read or writer.read) == "token"
+    period = getattr(rule, "period", 1) if by_token else writer.chunk
+    gradient_period = 1 if exact else writer.chunk
+    kind = getattr(writer.objective, "name", writer.objective)
+    objective = {"dot": f"−⟨M({k}), {v}⟩", "l2": f"½‖M({k}) − {v}‖²"}.get(kind, kind)
+    yield Component(
+        name, "memory", period, gradient_period, 0, size, 0,
+        objective, f"the sequence: pairs ({k}, {v})", _rule(rule),
+    )  # fmt: skip
+    if getattr(rule, "momentum", False):
+        yield Component(
+            f"momentum S of {name}", "momentum", 1, gradient_period, 0, size, 0,
+            "−⟨S, ∇L⟩", f"the inner gradients of {name}", "S ← θ S − η ∇L",
+        )  # fmt: skip
+
+
+def _rule(rule: Any) -> str:
+    if not hasattr(rule, "delta"):
+        return f"{type(rule).__name__} rule"
+    steps = ["delta rule (DGD)" if rule.delta else "gradient descent"]
+    steps += ["retention α"] * rule.decay + ["momentum θ"] * rule.momentum
+    return ", ".join(steps)
+
+
+def _buffer(name: str, size: int, tokens: int) -> Component:
+    last = "the previous token" if tokens == 1 else f"the last {tokens} tokens"
+    return Component(name, "buffer", 1, None, 0, size, 0, None, last, "shift")
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------------- what pre-training learns
+
+
+def _pretraining(model: nn.Module, tokens_per_step: int | None, step: str) -> list[Component]:
+    """The model's parameters, in groups by their part in it."""
+    modules = dict(model.named_modules())
+    found = []
+    for path, parameter in model.named_parameters():
+        period = tokens_per_step if parameter.requires_grad else None
+        rule = step if period else "fixed" if parameter.requires_grad else "frozen"
+        found.append(
+            Component(
+                _part(path, modules), "weights", period, period, parameter.numel(), 0, 0,
+                "the outer loss", "the whole data set", rule, _block(path),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _part(path: str, modules: dict[str, nn.Module]) -> str:
+    """What a parameter is for: the name of its group."""
+    names = path.split(".")
+    if "norm" in names:
+        return "norms"
+    for i in range(len(names) - 1, -1, -1):
+        owner = modules[".".join(names[:i])]
+        if isinstance(owner, _LAYERS):
+            return _part_of_layer(owner, names[i:])
+        if isinstance(owner, nn.Embedding):
+            return "embedding"
+    return "output head" if names[0] == "head" else "other weights"
+
+
+def _part_of_layer(owner: nn.Module, rest: list[str]) -> str:
+    if isinstance(owner, SwiGLU):
+        return "MLP (SwiGLU)"
+    if isinstance(owner, ContinuumMemory):
+        if rest[0] != "mlps":
+            return "weights of the sum over the CMS"
+        if owner.levels[int(rest[1])].chunk is None:
+            return f"MLP⁽{int(rest[1]) + 1}⁾ of the CMS, never written"
+        return "start values of the CMS" if rest[2] == "start" else "targets P, steps η of the CMS"
+    if rest[0] != "start":
+        return "projections and gates of the mixer"
+    if isinstance(owner, SelfModifyingTitans) and rest[1] not in (*owner.adapt, "mem"):
+        return f"{SYMBOLS[rest[1]]}, never written"
+    return "start values of the memories"
+
+
+# ------------------------------------------------------------------------------------- showing
+
+
+def to_json(levels: list[Level]) -> list[dict[str, Any]]:
+    """The levels as plain JSON data, with every component's frequency."""
+    data = []
+    for level in levels:
+        components = [{**asdict(c), "frequency": c.frequency} for c in level.components]
+        data.append({"number": level.number, "period": level.period, "components": components})
+    return data
+
+
+def render(levels: list[Level]) -> Table:
+    """The levels as a table for `rich.print`; components that differ in name only share a row."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=False, pad_edge=False, highlight=False)
+    for head in ("Level", "Component", "Values", "Learns", "From", "How"):
+        table.add_column(head, overflow="fold", justify="right" if head == "Values" else "left")
+    for level in levels:
+        table.add_section()
+        head = Text.assemble((str(level.number), "bold"), f" {_every(level)}")
+        for c in _same_but_name(level.components):
+            how = c.rule
+            if c.gradient_period not in (None, c.period):
+                how += f"; ∇ refreshed every {c.gradient_period:,} tokens"
+            cells = (_where(c), _values(c), c.objective or "nothing", c.context, how)
+            table.add_row(head, *map(Text, cells))
+            head = Text()
+    return table
+
+
+def _every(level: Level) -> str:
+    if level.period is None:
+        return "never"
+    every = "every token" if level.period == 1 else f"every {level.period:,} tokens"
+    step = any(c.kind in ("weights", "optimizer") for c in level.components)
+    return f"{every} (one step)" if step else every
+
+
+def _same_but_name(components: tuple[Component, ...]) -> list[Component]:
+    rows: dict[Component, Component] = {}
+    for c in components:
+        key = replace(c, name="", parameters=0, state_per_sample=0, state_per_token=0)
+        if c.kind != "memory" or key not in rows:
+            rows[key if c.kind == "memory" else c] = c
+            continue
+        old = rows[key]
+        size = old.state_per_sample + c.state_per_sample
+        rows[key] = replace(old, name=f"{old.name}, {c.name}", state_per_sample=size)
+    return list(rows.values())
+
+
+def _where(c: Component) -> str:
+    if not c.blocks:
+        return c.name
+    first, last = c.blocks[0], c.blocks[-1]
+    if first == last:
+        return f"{c.name} (block {first})"
+    if c.blocks == tuple(range(first, last + 1)):
+        return f"{c.name} (blocks {first}–{last})"
+    return f"{c.name} (blocks {', '.join(map(str, c.blocks))})"
+
+
+def _values(c: Component) -> str:
+    if c.state_per_token:
+        return f"{c.state_per_token:,} per token of a sample"
+    return f"{c.state_per_sample:,} per sample" if c.state_per_sample else f"{c.parameters:,}"
+
+
+__all__ = ["OPTIMIZERS", "Component", "Level", "levels", "render", "to_json"]

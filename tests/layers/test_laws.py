@@ -1,0 +1,209 @@
+"""The four laws, for every layer, variant and model: causality, streaming, isolation, state."""
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nestlearn import HopeConfig, HopeLM, Level, state
+from nestlearn.layers import (
+    Attention,
+    ContinuumMemory,
+    SelfModifyingTitans,
+    gated_deltanet,
+    linear_attention,
+    static_titans,
+)
+
+D, H, B, T = 16, 2, 3, 21
+FAST = [Level(chunk=2), Level(chunk=6), Level()]
+
+
+def titans(**options):
+    return SelfModifyingTitans(D, H, **{"chunk": 4, **options})
+
+
+def cms(variant="sequential", levels=FAST, **options):
+    return ContinuumMemory(D, levels, variant, **options)
+
+
+def hope(**changes):
+    config = HopeConfig(11, D, layers=2, heads=H, chunk=4, levels=tuple(FAST))
+    return HopeLM(replace(config, **changes))
+
+
+LAYERS = {
+    "titans": titans,
+    "titans-l2": lambda: titans(objective="l2"),
+    "titans-boundary": lambda: titans(read="boundary"),
+    "titans-momentum": lambda: titans(momentum=True),
+    "titans-matrix": lambda: titans(depth=1),
+    "titans-deep": lambda: titans(depth=3, hidden=5),
+    "titans-gd": lambda: titans(dgd=False, weight_decay=False),
+    "titans-eta2": lambda: titans(eta_max=2.0, objective="l2"),
+    "titans-two-chunks": lambda: titans(projection_chunk=6),
+    "titans-fast-projections": lambda: titans(chunk=8, projection_chunk=1),
+    "titans-chunk-1": lambda: titans(chunk=1),
+    "titans-all-adapt": lambda: titans(adapt=("k", "v", "eta", "alpha", "q")),
+    "titans-none-adapts": lambda: titans(adapt=()),
+    "titans-only-v": lambda: titans(adapt=("v",), conv=0),
+    "titans-free": lambda: titans(bound=None),
+    "titans-naive": lambda: titans(backend="naive"),
+    "titans-remat": lambda: titans(remat=True),
+    "cms-sequential": cms,
+    "cms-nested": lambda: cms("nested"),
+    "cms-independent": lambda: cms("independent"),
+    "cms-gd": lambda: cms(levels=[Level(chunk=4, rule="gd", lr=0.05)]),
+    "cms-momentum": lambda: cms(levels=[Level(chunk=4, rule="momentum", lr=0.05)]),
+    "cms-dot": lambda: cms(levels=[Level(chunk=4, objective="dot")]),
+    "cms-chunk-1": lambda: cms(levels=[Level(chunk=1)]),
+    "cms-first-order": lambda: cms(meta_gradient="first-order"),
+    "cms-remat": lambda: cms(remat=True),
+    "attention": lambda: Attention(D, H),
+    "attention-skeleton": lambda: Attention(D, H, conv=4, gate=True, rotary=False),
+    "static-titans": lambda: static_titans(D, H, chunk=4),
+    "deltanet": lambda: gated_deltanet(D, H, chunk=4),
+    "deltanet-eta2": lambda: gated_deltanet(D, H, chunk=4, eta_max=2.0),
+    "linear": lambda: linear_attention(D, H, chunk=4),
+    "hope": hope,
+    "hope-attention": lambda: hope(mixer="attention"),
+    "transformer": lambda: hope(mixer="attention", channel="mlp"),
+    "hope-nested": lambda: hope(variant="nested"),
+    "lm-titans": lambda: hope(mixer="titans", channel="mlp"),
+    "lm-deltanet": lambda: hope(mixer="deltanet"),
+}
+every_layer = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
+TOLERANCE = {"rtol": 0, "atol": 1e-9}
+
+
+def make(build):
+    """The layer in float64 with its steps made large, so that writes matter; and its input."""
+    torch.manual_seed(0)
+    layer = build().double()
+    for name, p in layer.named_parameters():
+        if name.endswith("eta.bias"):
+            torch.nn.init.constant_(p, 0.0)
+        if name.endswith(("gate", "meta_lr")) and p.ndim < 2:
+            torch.nn.init.normal_(p, 0.3, 0.1)
+    if isinstance(layer, HopeLM):
+        return layer, torch.randint(0, 11, (B, T))
+    return layer, torch.randn(B, T, D, dtype=torch.float64)
+
+
+def changed(x, t):
+    """x with another token at position t."""
+    y = x.clone()
+    y[:, t] = (y[:, t] + 1) % 11 if x.dtype == torch.int64 else y[:, t] + 1.0
+    return y
+
+
+def equal_states(a, b, tolerance=TOLERANCE):
+    pairs = list(zip(state.leaves(a), state.leaves(b), strict=True))
+    for (path, x), (other, y) in pairs:
+        assert path == other
+        if isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, y, **tolerance, msg=lambda m, p=path: f"{p}: {m}")
+        else:
+            assert x == y, path
+
+
+@every_layer
+def test_causality(build):
+    layer, x = make(build)
+    y, _ = layer(x)
+    for t in range(0, T, 5):
+        z, _ = layer(changed(x, t))
+        torch.testing.assert_close(z[:, :t], y[:, :t], **TOLERANCE)
+        assert (z[:, t] - y[:, t]).abs().max() > 1e-6  # and it does read its own token
+
+
+@every_layer
+def test_streaming(build):
+    layer, x = make(build)
+    y, final = layer(x)
+    splits = [[T // 2], range(1, T)]
+    splits += [sorted(random.Random(i).sample(range(1, T), 3)) for i in range(3)]
+    for cuts in splits:
+        carried, pieces = None, []
+        for a, b in itertools.pairwise([0, *cuts, T]):
+            out, carried = layer(x[:, a:b], carried)
+            pieces.append(out)
+        torch.testing.assert_close(torch.cat(pieces, 1), y, **TOLERANCE)
+        equal_states(carried, final)
+
+
+@every_layer
+def test_isolation(build):
+    layer, x = make(build)
+    y, final = layer(x)
+    alone, one = layer(x[1:2])
+    torch.testing.assert_close(y[1:2], alone, **TOLERANCE)
+    equal_states(state.select(final, [1]), one)
+    poisoned = changed(x, 3)
+    poisoned[1] = x[1]
+    torch.testing.assert_close(layer(poisoned)[0][1], y[1], rtol=0, atol=0)
+
+
+@every_layer
+def test_state_is_data(build, tmp_path):
+    layer, x = make(build)
+    _, half = layer(x[:, :10])
+    expected, end = layer(x[:, 10:], half)
+    state.save(state.detach(half), tmp_path / "state.safetensors")
+    loaded = state.load(tmp_path / "state.safetensors", like=half)
+    out, after = layer(x[:, 10:], loaded)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    equal_states(after, end, {"rtol": 0, "atol": 0})
+
+    rows = [2, 0, 0]
+    out, _ = layer(x[rows, 10:], state.select(half, rows))
+    torch.testing.assert_close(out, expected[rows], **TOLERANCE)
+    joined = state.concat([state.select(half, [0]), state.select(half, [1, 2])])
+    torch.testing.assert_close(layer(x[:, 10:], joined)[0], expected, **TOLERANCE)
+    assert not any(
+        leaf.requires_grad
+        for _, leaf in state.leaves(state.detach(half))
+        if isinstance(leaf, torch.Tensor)
+    )
+
+
+@every_layer
+def test_the_outer_gradient_reaches_every_parameter(build):
+    layer, x = make(build)
+    y, _ = layer(x)
+    loss = (y * torch.randn(y.shape, dtype=y.dtype)).sum()
+    loss.backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is not None, f"{name} has no gradient"
+        assert torch.isfinite(p.grad).all(), name
+        if name.endswith("embed.weight"):
+            continue
+        if ".start." in name or name.startswith("start."):  # every head of every memory
+            parts = p.grad.flatten(1 if p.ndim == 3 else 0).abs().sum(-1)
+            assert (parts > 0).all(), f"{name} has a zero gradient"
+        assert p.grad.abs().sum() > 0, f"{name} has a zero gradient"
+
+
+@every_layer
+def test_bad_input_is_refused_by_name(build):
+    layer, x = make(build)
+    if isinstance(layer, HopeLM):
+        with pytest.raises(ValueError, match="token id 11 is outside the vocabulary of 11"):
+            layer(torch.full((1, 3), 11))
+        with pytest.raises(ValueError, match="token id -1"):
+            layer(torch.full((1, 3), -1))
+        with pytest.raises(ValueError, match=r"shape \(3,\)"):
+            layer(x[0, :3])
+    else:
+        with pytest.raises(ValueError, match=r"\(3, 21, 15\)"):
+            layer(x[..., :-1])
+        with pytest.raises(ValueError, match="dtype torch.int64"):
+            layer(x.long())
+        broken = x.clone()
+        broken[1, 5, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"NaN.*sample 1.*token 5"):
+            layer(broken)
+    with pytest.raises(ValueError, match="T = 0|tokens ≥ 1"):
+        layer(x[:, :0])
