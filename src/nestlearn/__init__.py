@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import layers, levels, memory, models, scan, state, train
     from .layers import Attention, ContinuumMemory, Level, SelfModifyingTitans
     from .models import HopeConfig, HopeLM
     from .train import TrainConfig, evaluate, load_text

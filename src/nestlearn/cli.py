@@ -26,8 +26,8 @@ app = typer.Typer(
     name="nestlearn",
     help="Models that keep learning: Nested Learning and Hope in PyTorch.",
     epilog=(
-        "Start here:  nestlearn train --data my_texts/ --out runs/first   then   "
-        'nestlearn generate runs/first --prompt "Once"'
+        "Start here:  nestlearn quickstart --quick   then   "
+        "nestlearn train --data my_texts/ --out runs/first"
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -51,6 +51,47 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None: ...
+
+
+# ------------------------------------------------------------------------------- quickstart
+
+
+@app.command()
+def quickstart(
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Your own text; without it, the standard library of this Python."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where models, figure and table go.")] = Path(
+        "runs/quickstart"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Half a minute in all.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps (default: 200, or 30 with --quick).")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 1,
+    every_model: Annotated[
+        bool, typer.Option("--all", help="Seven models instead of Hope and a Transformer.")
+    ] = False,
+    size: Annotated[str, typer.Option(help="tiny, small, ...: width and depth.")] = "tiny",
+) -> None:
+    """Train Hope beside a Transformer, and compare them.
+
+    The same command again goes on where it was stopped; what is done is read back in seconds.
+
+    Example:  nestlearn quickstart --quick
+    """
+    from nestlearn.recipes.quickstart import report, run, settings
+
+    config = settings(steps, quick=quick)
+    try:
+        records = run(
+            data or [], out, config, seeds=seeds, every_model=every_model, size=size, say=_say
+        )
+    except KeyboardInterrupt:
+        _say("Stopped and saved: the same command goes on from here.", "yellow")
+        raise typer.Exit(130) from None
+    report(records, out, Console())
 
 
 # ------------------------------------------------------------------------------------ train
@@ -231,6 +272,67 @@ def _model_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model in {folder}; pass the --out of a finished training run")
     return folder
+
+
+# ----------------------------------------------------------------------------------- levels
+
+
+@app.command()
+def levels(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run's folder, finished or not, or a model's.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Show what learns in a model, on what, and how often: its nested levels.
+
+    Of a run's folder in training, with its optimizer; of a model's folder in use.
+
+    Example:  nestlearn levels runs/first
+    """
+    import json
+
+    import torch
+
+    from nestlearn.levels import levels as of
+    from nestlearn.levels import render, to_json
+    from nestlearn.models.hope import HopeLM
+
+    config, training = _settings(folder)
+    with torch.device("meta"):  # the shapes are enough
+        model = HopeLM(config)
+    step = training["batch"] * training["length"] if training else None
+    found = of(model, tokens_per_step=step)
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=2, ensure_ascii=False))
+        return
+    Console().print(render(found))
+    for component in (c for level in found for c in level.components if c.kind == "memory"):
+        if training and (component.period or 0) > training["length"]:
+            _say(
+                f"{component.name} is never written in training: its period of {component.period} "
+                f"is longer than the windows of {training['length']} tokens.",
+                "yellow",
+            )
+
+
+def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
+    """The model's configuration and, of a run, how it is trained."""
+    import json
+
+    from nestlearn.models.hope import FORMAT, HopeConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run or model in {folder}: it has no config.json")
+    try:
+        data = json.loads(path.read_text())
+        training, model = (data["train"], data["model"]) if "train" in data else (None, data)
+        if training is None and model.pop("format", None) != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        return HopeConfig.from_dict(model), training
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} describes no run or model of nestlearn ({error})") from error
 
 
 # ------------------------------------------------------------------------------------- main

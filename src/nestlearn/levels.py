@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .layers import Attention, ContinuumMemory, SelfModifyingTitans, StaticProjections
+from .layers.cms import LevelMLP
 from .models.hope import SwiGLU
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 SYMBOLS = {"k": "M_k", "v": "M_v", "eta": "M_η", "alpha": "M_α", "q": "M_q", "mem": "M_mem"}
 OPTIMIZERS = {  # its memories: name, objective, rule; and the step that reads them
@@ -121,7 +122,7 @@ def levels(
         found += [
             Component(
                 f"{optimizer}: {name}", "optimizer", tokens_per_step, tokens_per_step, trained,
-                0, 0, objective, "the stream of gradients g", rule,
+                0, 0, objective, "gradients g", rule,
             )
             for name, objective, rule in OPTIMIZERS[optimizer][0]
         ]  # fmt: skip
@@ -174,14 +175,13 @@ def _stream(module: nn.Module) -> Iterator[Component]:
     elif isinstance(module, Attention):
         yield Component(
             "keys and values", "cache", 1, None, 0, 0, 2 * module.dim,
-            "Σ exp(⟨q, k⟩) ‖o − v‖², solved anew for every token", "the sequence: pairs (k, v)",
-            "append",
+            "Σ exp⟨q, k⟩ ‖o − v‖²", "the sequence", "append; solved anew for each q",
         )  # fmt: skip
     elif isinstance(module, ContinuumMemory):
         yield from _continuum(module)
     conv = getattr(module, "conv", None)
     if isinstance(module, _LAYERS) and conv is not None:
-        yield _buffer("inputs of the convolution", module.dim * (conv.width - 1), conv.width - 1)
+        yield _buffer("convolution inputs", module.dim * (conv.width - 1), conv.width - 1)
 
 
 def _titans(module: SelfModifyingTitans) -> Iterator[Component]:
@@ -196,19 +196,19 @@ def _titans(module: SelfModifyingTitans) -> Iterator[Component]:
 def _continuum(module: ContinuumMemory) -> Iterator[Component]:
     writing = 0
     for i, mlp in enumerate(module.mlps, 1):
-        if mlp.level.chunk is None:  # then it belongs to pre-training
-            continue
+        if not isinstance(mlp, LevelMLP) or mlp.level.chunk is None:
+            continue  # never written: it belongs to pre-training
         writing += 1
-        size, name = _numel(mlp.start), f"MLP⁽{i}⁾ of the CMS"
+        size, name = _numel(mlp.start), f"CMS MLP {i}"
         yield from _memory(name, mlp.writer, size, ("z₋₁", "P z"))
         if mlp.parent is not None:
             yield Component(
-                f"start value of {name}", "start", mlp.parent, None, 0, size, 0,
-                f"what {name} has learned", f"contexts of {mlp.parent} tokens",
+                f"start of {name}", "start", mlp.parent, None, 0, size, 0,
+                "‖W₀ − W‖²", f"{mlp.parent} tokens",
                 "W₀ ← W₀ + λ (W − W₀), then W ← W₀",
             )  # fmt: skip
     if writing:
-        yield _buffer("previous inputs z₋₁ of the CMS", module.dim * writing, 1)
+        yield _buffer("CMS previous inputs", module.dim * writing, 1)
 
 
 def _memory(
@@ -227,12 +227,12 @@ def _memory(
     objective = {"dot": f"−⟨M({k}), {v}⟩", "l2": f"½‖M({k}) − {v}‖²"}.get(kind, kind)
     yield Component(
         name, "memory", period, gradient_period, 0, size, 0,
-        objective, f"the sequence: pairs ({k}, {v})", _rule(rule),
+        objective, "the sequence", _rule(rule),
     )  # fmt: skip
     if getattr(rule, "momentum", False):
         yield Component(
-            f"momentum S of {name}", "momentum", 1, gradient_period, 0, size, 0,
-            "−⟨S, ∇L⟩", f"the inner gradients of {name}", "S ← θ S − η ∇L",
+            f"momentum of {name}", "momentum", 1, gradient_period, 0, size, 0,
+            "−⟨S, ∇L⟩", "its gradients", "S ← θ S − η ∇L",
         )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def _rule(rule: Any) -> str:
 
 
 def _buffer(name: str, size: int, tokens: int) -> Component:
-    last = "the previous token" if tokens == 1 else f"the last {tokens} tokens"
+    last = "the last token" if tokens == 1 else f"the last {tokens} tokens"
     return Component(name, "buffer", 1, None, 0, size, 0, None, last, "shift")
 
 
@@ -266,7 +266,7 @@ def _pretraining(model: nn.Module, tokens_per_step: int | None, step: str) -> li
         found.append(
             Component(
                 _part(path, modules), "weights", period, period, parameter.numel(), 0, 0,
-                "the outer loss", "the whole data set", rule, _block(path),
+                "the outer loss", "all data", rule, _block(path),
             )
         )  # fmt: skip
     return found
@@ -291,15 +291,15 @@ def _part_of_layer(owner: nn.Module, rest: list[str]) -> str:
         return "MLP (SwiGLU)"
     if isinstance(owner, ContinuumMemory):
         if rest[0] != "mlps":
-            return "weights of the sum over the CMS"
+            return "CMS weights of the sum"
         if owner.levels[int(rest[1])].chunk is None:
-            return f"MLP⁽{int(rest[1]) + 1}⁾ of the CMS, never written"
-        return "start values of the CMS" if rest[2] == "start" else "targets P, steps η of the CMS"
+            return f"CMS MLP {int(rest[1]) + 1}, never written"
+        return "CMS start values" if rest[2] == "start" else "CMS targets P, steps η"
     if rest[0] != "start":
-        return "projections and gates of the mixer"
+        return "mixer projections, gates"
     if isinstance(owner, SelfModifyingTitans) and rest[1] not in (*owner.adapt, "mem"):
         return f"{SYMBOLS[rest[1]]}, never written"
-    return "start values of the memories"
+    return "memory start values"
 
 
 # ------------------------------------------------------------------------------------- showing
@@ -314,33 +314,59 @@ def to_json(levels: list[Level]) -> list[dict[str, Any]]:
     return data
 
 
-def render(levels: list[Level]) -> Table:
-    """The levels as a table for `rich.print`; components that differ in name only share a row."""
+def render(levels: list[Level]) -> Group:
+    """The levels as text for `rich.print`; memories that differ in name only share a row."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_lines=False, pad_edge=False, highlight=False)
-    for head in ("Level", "Component", "Values", "Learns", "From", "How"):
-        table.add_column(head, overflow="fold", justify="right" if head == "Values" else "left")
-    for level in levels:
-        table.add_section()
-        head = Text.assemble((str(level.number), "bold"), f" {_every(level)}")
-        for c in _same_but_name(level.components):
-            how = c.rule
-            if c.gradient_period not in (None, c.period):
-                how += f"; ∇ refreshed every {c.gradient_period:,} tokens"
-            cells = (_where(c), _values(c), c.objective or "nothing", c.context, how)
-            table.add_row(head, *map(Text, cells))
-            head = Text()
-    return table
+    shown: list[Any] = []
+    rows = [[_row(c) for c in _same_but_name(level.components)] for level in levels]
+    cells = [_HEAD, *(row for part in rows for row in part)]
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    for level, part in zip(levels, rows):
+        table = Table(box=None, show_header=level.number == 1, pad_edge=False, header_style="dim")
+        table.expand = True  # then the ratios align the tables of all levels
+        for name, width, share in zip(_HEAD, [*widths, None, None, None], _SHARES):
+            table.add_column(name, width=width, ratio=share, overflow="fold")
+        table.columns[2].justify = "right"
+        for i, row in enumerate(part):
+            same = i > 0 and row[3:] == part[i - 1][3:]
+            table.add_row(*map(Text, row[:3]), *map(Text, _DITTO if same else row[3:]))
+        title = Text(_title(level), style="bold cyan")
+        shown += [Text(), title, table]
+    shown += [Text(), Text(_LEGEND, style="dim")]
+    return Group(*shown)
 
 
-def _every(level: Level) -> str:
+_HEAD = ("Component", "Blocks", "Values", "Objective", "Context", "Rule")
+_DITTO = ("″", "″", "″")
+_SHARES = (None, None, None, 15, 14, 22)  # of the width that the first three leave
+_LEGEND = (
+    "∇ every n tokens: the inner gradients are taken at weights that are refreshed so often. "
+    "Equal frequency, two levels: the upper one's state is needed for the lower one's update."
+)
+
+
+def _title(level: Level) -> str:
     if level.period is None:
-        return "never"
-    every = "every token" if level.period == 1 else f"every {level.period:,} tokens"
-    step = any(c.kind in ("weights", "optimizer") for c in level.components)
-    return f"{every} (one step)" if step else every
+        every = "never updated"
+    else:
+        every = "every token" if level.period == 1 else f"every {level.period:,} tokens"
+    kinds = {c.kind for c in level.components}
+    if level.period is not None and kinds & {"weights", "optimizer"}:
+        every += ", an optimizer step"
+    whose = "shared by all samples" if kinds <= {"weights", "optimizer"} else "of each sample"
+    return f"Level {level.number} · {every} · {whose}"
+
+
+def _row(c: Component) -> tuple[str, ...]:
+    rule = c.rule
+    if c.gradient_period not in (None, c.period):
+        rule += f"; ∇ every {c.gradient_period:,} tokens"
+    size = c.state_per_sample or c.parameters
+    values = f"{c.state_per_token:,} a token" if c.state_per_token else f"{size:,}"
+    return c.name, _range(c.blocks), values, c.objective or "–", c.context, rule
 
 
 def _same_but_name(components: tuple[Component, ...]) -> list[Component]:
@@ -356,21 +382,10 @@ def _same_but_name(components: tuple[Component, ...]) -> list[Component]:
     return list(rows.values())
 
 
-def _where(c: Component) -> str:
-    if not c.blocks:
-        return c.name
-    first, last = c.blocks[0], c.blocks[-1]
-    if first == last:
-        return f"{c.name} (block {first})"
-    if c.blocks == tuple(range(first, last + 1)):
-        return f"{c.name} (blocks {first}–{last})"
-    return f"{c.name} (blocks {', '.join(map(str, c.blocks))})"
-
-
-def _values(c: Component) -> str:
-    if c.state_per_token:
-        return f"{c.state_per_token:,} per token of a sample"
-    return f"{c.state_per_sample:,} per sample" if c.state_per_sample else f"{c.parameters:,}"
+def _range(blocks: tuple[int, ...]) -> str:
+    if len(blocks) > 1 and blocks == tuple(range(blocks[0], blocks[-1] + 1)):
+        return f"{blocks[0]}–{blocks[-1]}"
+    return ", ".join(map(str, blocks))
 
 
 __all__ = ["OPTIMIZERS", "Component", "Level", "levels", "render", "to_json"]

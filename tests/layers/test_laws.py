@@ -199,11 +199,11 @@ def test_bad_input_is_refused_by_name(build):
     else:
         with pytest.raises(ValueError, match=r"\(3, 21, 15\)"):
             layer(x[..., :-1])
-        with pytest.raises(ValueError, match="dtype torch.int64"):
+        with pytest.raises(ValueError, match=r"dtype torch\.int64"):
             layer(x.long())
         broken = x.clone()
         broken[1, 5, 0] = float("nan")
         with pytest.raises(ValueError, match=r"NaN.*sample 1.*token 5"):
             layer(broken)
-    with pytest.raises(ValueError, match="T = 0|tokens ≥ 1"):
+    with pytest.raises(ValueError, match=r"T = 0|tokens ≥ 1"):
         layer(x[:, :0])

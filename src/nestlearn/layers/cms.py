@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..memory import Gates, GradientRule, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, scan
-from .mixers import check_input, wide
+from .mixers import check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
@@ -178,6 +178,7 @@ class ContinuumMemory(nn.Module):
             raise ValueError("levels is empty: give at least one Level")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: use one of {VARIANTS}")
+        check_truncate(truncate)
         if meta_gradient not in META_GRADIENTS:
             raise ValueError(f"meta_gradient={meta_gradient!r}: use one of {META_GRADIENTS}")
         self.dim, self.levels, self.variant = dim, tuple(levels), variant

@@ -32,8 +32,8 @@ def check_input(x: Tensor, dim: int) -> None:
     if not traced() and not x.isfinite().all():
         b, t, _ = (int(i) for i in (~x.isfinite()).nonzero()[0])
         raise ValueError(
-            f"x has NaN or infinity, first in sample {b} at token {t}: one such value would stay in "
-            "that sample's memory for good, so find where it comes from"
+            f"x has NaN or infinity, first in sample {b} at token {t}: one such value would stay "
+            "in that sample's memory for good, so find where it comes from"
         )
 
 
@@ -48,6 +48,12 @@ def check_heads(dim: int, heads: int) -> None:
     """Raise ValueError unless `heads` divides `dim`."""
     if heads < 1 or dim % heads:
         raise ValueError(f"dim={dim} is not divisible by heads={heads}: choose a divisor of {dim}")
+
+
+def check_truncate(truncate: int | None) -> None:
+    """Raise ValueError unless `truncate` is None or a number of tokens."""
+    if truncate is not None and truncate < 1:
+        raise ValueError(f"truncate={truncate}: give 1 token or more, or None for no truncation")
 
 
 class ShortConvolution(nn.Module):
@@ -183,6 +189,7 @@ class StaticProjections(nn.Module):
     ):  # fmt: skip
         super().__init__()
         check_heads(dim, heads)
+        check_truncate(truncate)
         self.dim, self.heads, self.writer, self.eta_max = dim, heads, writer, eta_max
         self.truncate, self.remat = truncate, remat
         rule = writer.rule

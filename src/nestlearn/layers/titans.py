@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, scan
-from .mixers import Readout, ShortConvolution, check_heads, check_input, logit, wide
+from .mixers import Readout, ShortConvolution, check_heads, check_input, check_truncate, logit, wide
 
 PROJECTIONS = ("k", "v", "eta", "alpha", "q")
 
@@ -79,6 +79,7 @@ class SelfModifyingTitans(nn.Module):
     ):
         super().__init__()
         check_heads(dim, heads)
+        check_truncate(truncate)
         unknown = set(adapt) - set(PROJECTIONS)
         if unknown:
             raise ValueError(f"adapt={adapt}: {sorted(unknown)} not among {PROJECTIONS}")

@@ -211,7 +211,9 @@ class HopeLM(nn.Module):
         The prompt is read in one pass of chunks, after `state` if given; each new token then costs
         one step of the state, however long the text is.
         """
-        if temperature < 0:
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: give 0 or more")
+        if not temperature >= 0:
             raise ValueError(f"temperature={temperature}: give 0 (greedy) or more")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k}: give 1 or more, or None")

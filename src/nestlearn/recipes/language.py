@@ -21,6 +21,7 @@ from nestlearn.disk import atomic_write
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.train import Corpus, TrainConfig, evaluate, train
 from nestlearn.train.checkpoint import read_log, versions
+from nestlearn.train.plots import comparison
 
 LEARNING_RATE = 8e-3  # best of 2, 4, 6, 8, 12, 16e-3 for the Transformer, of 4, 8, 12e-3 for Hope
 STRETCH = 4  # the second measurement: sequences so many times longer than the trained ones
@@ -82,6 +83,7 @@ def compare(
     text = json.dumps(records, indent=1)
     atomic_write(out / "results.json", lambda path: path.write_text(text + "\n"))
     atomic_write(out / "table.md", lambda path: path.write_text(table(records) + "\n"))
+    comparison(records, out / "comparison.png")
     return records
 
 

@@ -16,7 +16,7 @@ from ..memory import Gates, GradientRule, Memory, Objective, Rule, RuleState, We
 from ..memory.memories import FunctionMemory, MatrixMemory
 from . import chunk as _chunk
 from . import naive as _naive
-from .writer import FastWeights, Writer
+from .writer import FastWeights, Writer, check_read
 
 
 def update(
@@ -61,8 +61,8 @@ def update(
     with torch.autocast(device_type=k.device.type, enabled=False):
         o, W, S = run(
             memory, rule, W, S, q, k, v, gates,
-            at=W if at is None or offset == 0 else at, objective=_objective(objective), read=read, offset=offset,
-            first_order=first_order,
+            at=W if at is None or offset == 0 else at, offset=offset,
+            objective=_objective(objective), read=read, first_order=first_order,
         )  # fmt: skip
     return None if o is None else o.to(reply), W, S
 
@@ -71,8 +71,7 @@ _objective = objective  # `update` has an argument of that name
 
 
 def _check(memory: Memory, rule: Rule, k: Tensor, gates: Gates, read: str, backend: str) -> None:
-    if read not in ("token", "boundary"):
-        raise ValueError(f"read={read!r}: use 'token' or 'boundary'")
+    check_read(read)
     if backend not in ("auto", "naive", "chunk"):
         raise ValueError(f"backend={backend!r}: use 'auto', 'naive' or 'chunk'")
     if k.shape[-2] == 0:
@@ -124,7 +123,7 @@ def scan(
     states between spans and compute each span again in the backward pass. Returns the list of y.
     """
     cuts = {position, position + length}
-    for size in chunks:
+    for size in chunks if truncate is None else (*chunks, truncate):
         cuts.update(range(position - position % size + size, position + length, size))
     ys = []
     for start, stop in pairwise(sorted(cuts)):

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import Gates, Memory, Rule, Weights
+from ..memory import Gates, Memory, Rule, Weights, objective
 from ..memory.linalg import frobenius
 
 if TYPE_CHECKING:
     from . import Span
+
+
+def check_read(read: str) -> None:
+    """Raise ValueError unless `read` names a way to read."""
+    if read not in ("token", "boundary"):
+        raise ValueError(f"read={read!r}: use 'token' or 'boundary'")
 
 
 class FastWeights(NamedTuple):
@@ -52,6 +58,8 @@ class Writer:
             raise ValueError(
                 f"chunk={self.chunk}: give a positive multiple of the rule's period ({period})"
             )
+        check_read(self.read)
+        objective(self.objective)  # refuses an unknown name
         if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
             raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
 

@@ -1,0 +1,176 @@
+"""Self-modifying Titans against the paper's equations, written out with autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nestlearn import SelfModifyingTitans
+from nestlearn.layers import gated_deltanet
+from nestlearn.memory import dot_product, l2
+
+D, H, B, T = 8, 2, 2, 11
+W = D // H
+TOLERANCE = {"rtol": 0, "atol": 1e-10}
+
+
+def x(T=T):
+    return torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def by_hand(layer, x, chunk, objective, eta_max):
+    """Eqs. 83-90, one sample, one head, one token, one memory at a time."""
+    z = layer.conv(x)[0]
+    q_all = layer.query(z)
+    out = torch.zeros(B, H, T, W, dtype=x.dtype)
+    for b in range(B):
+        for h in range(H):
+            memories = {
+                n: [p[h].detach().clone() for p in layer.start[n]]
+                for n in ("k", "v", "eta", "alpha", "mem")
+            }
+            g = memories["k"][0].shape[0] ** 0.5
+
+            def read(w, a, g=g):
+                return a + w[1] @ (F.silu(g * w[0] @ a) / g)
+
+            for t in range(T):
+                if t % chunk == 0:
+                    first = {n: [w.clone() for w in ws] for n, ws in memories.items()}
+                a = F.normalize(z[b, t, h * W : (h + 1) * W], dim=0)
+                q = F.normalize(q_all[b, t, h * W : (h + 1) * W], dim=0)
+                k = F.normalize(read(first["k"], a), dim=0)
+                v = F.normalize(read(first["v"], a), dim=0)
+                eta = eta_max * torch.sigmoid(
+                    layer.eta.weight[h] @ read(first["eta"], a) + layer.eta.bias[h]
+                )
+                alpha = torch.sigmoid(
+                    layer.alpha.weight[h] @ read(first["alpha"], a) + layer.alpha.bias[h]
+                )
+                for n, ws in memories.items():
+                    target = read(first[n], v).detach()
+                    start = [w.clone().requires_grad_() for w in first[n]]
+                    with torch.enable_grad():
+                        loss = objective.value(read(start, k), target)
+                        grads = torch.autograd.grad(loss, start)
+                    hidden = F.silu(g * first[n][0] @ k) / g
+                    for i, into in enumerate((k, hidden)):
+                        step = eta / into.square().sum().clamp(min=1)
+                        kept = alpha * ws[i] - step * torch.outer(ws[i] @ into, into)
+                        ws[i] = (kept - step * grads[i]).detach()
+                out[b, h, t] = read(memories["mem"], q)
+    return layer.readout(out, x)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("objective", [dot_product, l2], ids=lambda o: o.name)
+def test_the_paper_by_hand(chunk, objective):
+    torch.manual_seed(0)
+    eta_max = 1.5
+    layer = SelfModifyingTitans(
+        D, H, chunk, objective=objective.name, eta_max=eta_max, hidden=5, bound=None
+    ).double()
+    torch.nn.init.zeros_(layer.eta.bias)
+    torch.nn.init.constant_(layer.alpha.bias, 2.0)
+    expected = by_hand(layer, x(), chunk, objective, eta_max)
+    torch.testing.assert_close(layer(x())[0], expected, **TOLERANCE)
+
+
+OPTIONS = {
+    "objective": {"objective": "l2"},
+    "chunk": {"chunk": 2},
+    "projection_chunk": {"projection_chunk": 2},
+    "momentum": {"momentum": True},
+    "q adapts": {"adapt": ("k", "v", "eta", "alpha", "q")},
+    "k is static": {"adapt": ("v", "eta", "alpha")},
+    "v is static": {"adapt": ("k", "eta", "alpha")},
+    "eta is static": {"adapt": ("k", "v", "alpha")},
+    "alpha is static": {"adapt": ("k", "v", "eta")},
+    "eta_max": {"eta_max": 2.0},
+    "no DGD": {"dgd": False},
+    "no weight decay": {"weight_decay": False},
+    "no convolution": {"conv": 0},
+    "depth": {"depth": 3},
+    "matrix": {"depth": 1},
+    "hidden": {"hidden": 7},
+    "read": {"read": "boundary"},
+    "bound": {"bound": (1.0, 1.0)},
+}
+
+
+def output(**options):
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(D, H, **{"chunk": 4, **options}).double()
+    torch.nn.init.zeros_(layer.eta.bias)
+    return layer(x())[0]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_changes_the_output(options):
+    assert (output(**options) - output()).abs().max() > 1e-6
+
+
+def test_how_it_is_computed_does_not_change_the_output():
+    for options in ({"backend": "naive"}, {"remat": True}, {"truncate": 4}):
+        torch.testing.assert_close(output(**options), output(), **TOLERANCE)
+
+
+def test_static_writes_nothing_into_the_projections():
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(D, H, 4, adapt=("k",)).double()
+    _, state = layer(x())
+    assert state.projections.now[0].shape == (B, H, 1, W, W)
+    layer = SelfModifyingTitans(D, H, 4, adapt=())
+    assert layer(x().float())[1].projections is None
+
+
+def test_the_shell_holds_after_every_chunk():
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(D, H, 4, eta_max=2.0, bound=(0.5, 1.0)).double()
+    torch.nn.init.constant_(layer.eta.bias, 3.0)
+    state = None
+    for _ in range(20):
+        _, state = layer(5 * torch.randn(B, 4, D, dtype=torch.float64), state)
+        for w, start in zip(state.memory.now, layer.start["mem"]):
+            ratio = w.norm(dim=(-2, -1)) / start.norm(dim=(-2, -1))
+            assert ratio.max() <= 1.0 + 1e-9
+            assert ratio.min() >= 0.5 - 1e-9
+
+
+def test_deltanet_layer_is_the_recurrence():
+    """The layer's memory at chunk 4 ≡ S_t = α S − β (S k − v) kᵀ token by token."""
+    torch.manual_seed(0)
+    layer = gated_deltanet(D, H, chunk=4).double()
+    z = layer.conv(x())[0]
+    q, k, v = (part.unflatten(-1, (H, W)).transpose(1, 2) for part in layer.qkv(z).chunk(3, -1))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    beta, alpha = torch.sigmoid(layer.gates(z)).transpose(1, 2).chunk(2, 1)
+    S = torch.zeros(B, H, W, W, dtype=torch.float64)
+    out = []
+    for t in range(T):
+        kt, b = k[:, :, t, :, None], beta[:, :, t, None, None]
+        S = alpha[:, :, t, None, None] * S + b * (v[:, :, t, :, None] - S @ kt) @ kt.mT
+        out.append(S @ q[:, :, t, :, None])
+    expected = layer.readout(torch.cat(out, -1).mT, x())
+    torch.testing.assert_close(layer(x())[0], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "dim=8 is not divisible by heads=3"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"projection_chunk": -1}, "chunk=-1"),
+        ({"adapt": ("k", "z")}, r"\['z'\]"),
+        ({"eta_max": 3.0}, r"eta_max=3\.0"),
+        ({"depth": 0}, "depth=0"),
+        ({"bound": (2.0, 1.0)}, "bound="),
+        ({"conv": -1}, "width=-1"),
+        ({"read": "late"}, "read='late'"),
+        ({"objective": "l1"}, "'l1'"),
+        ({"truncate": 0}, "truncate=0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SelfModifyingTitans(**{"dim": D, "heads": H, **options})

@@ -1,0 +1,143 @@
+"""HopeLM: configuration, generation, files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nestlearn import HopeConfig, HopeLM, Level
+
+TINY = HopeConfig(17, 16, 2, 2, chunk=4, levels=(Level(chunk=2), Level(chunk=6), Level()))
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    return HopeLM(replace(TINY, **changes)).eval()
+
+
+@pytest.mark.parametrize("mixer", ["hope", "attention", "titans", "deltanet", "linear"])
+@pytest.mark.parametrize("channel", ["cms", "mlp"])
+def test_generation_from_the_state_equals_generation_without(mixer, channel):
+    lm = model(mixer=mixer, channel=channel).double()
+    prompt = torch.randint(0, 17, (2, 7))
+    ids = lm.generate(prompt, 12, temperature=0)
+    assert torch.equal(ids[:, :7], prompt)
+    for t in range(7, 19):  # every token again, each from the whole text before it
+        with torch.no_grad():
+            logits, _ = lm(ids[:, :t])
+        assert torch.equal(logits[:, -1].argmax(-1), ids[:, t])
+
+
+def test_sampling_is_seeded_and_top_k_1_is_greedy():
+    lm, prompt = model(), torch.zeros(1, 1, dtype=torch.int64)
+
+    def draw(seed, **options):
+        return lm.generate(prompt, 20, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1, top_k=1), lm.generate(prompt, 20, temperature=0))
+    assert lm.generate(prompt, 0).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"max_new_tokens": 1, "temperature": -0.5}, r"temperature=-0\.5"),
+        ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature=nan"),
+        ({"max_new_tokens": 1, "top_k": 0}, "top_k=0"),
+    ],
+)
+def test_generate_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        model().generate(torch.zeros(1, 1, dtype=torch.int64), **options)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    lm = model(adapt=("k", "v"), bound=None)
+    lm.save_pretrained(tmp_path / "m")
+    again = HopeLM.from_pretrained(tmp_path / "m")
+    assert again.config == lm.config
+    ids = torch.randint(0, 17, (2, 9))
+    assert torch.equal(again(ids)[0], lm(ids)[0])
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        HopeLM.from_pretrained(tmp_path)
+    model().save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        HopeLM.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+
+    for broken in (
+        text[:40],
+        "[]",
+        json.dumps({**json.loads(text), "colour": "red"}),
+        json.dumps({**json.loads(text), "mixer": "rnn"}),
+        json.dumps({**json.loads(text), "format": "other"}),
+    ):
+        config.write_text(broken)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            HopeLM.from_pretrained(tmp_path)
+    config.write_text(json.dumps({**json.loads(text), "dim": 32}))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or of another model"):
+        HopeLM.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_keeps_the_old_model(tmp_path, monkeypatch):
+    import errno
+
+    from nestlearn.models import hope
+
+    model().save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hope, "save_file", full)
+    with pytest.raises(OSError, match="free some space"):
+        model(heads=4).save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_sizes_and_refusals():
+    assert HopeConfig.size("tiny", mixer="attention").mixer == "attention"
+    assert HopeConfig.size("small").dim > HopeConfig.size("tiny").dim
+    assert HopeConfig.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
+    for make, message in (
+        (lambda: HopeConfig.size("huge"), "'huge'"),
+        (lambda: replace(TINY, mixer="rnn"), "'rnn'"),
+        (lambda: replace(TINY, channel="moe"), "'moe'"),
+        (lambda: replace(TINY, layers=0), "layers=0"),
+        (lambda: HopeLM(replace(TINY, heads=3)), "heads=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.parametrize("mixer", ["hope", "attention"])
+def test_bfloat16_and_autocast_stay_near_float32(mixer):
+    lm, ids = model(mixer=mixer), torch.randint(0, 17, (2, 40))
+    with torch.no_grad():
+        truth = lm(ids)[0].softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = lm(ids)[0].float().softmax(-1)
+        half = lm.bfloat16()(ids)[0].float().softmax(-1)
+    assert (mixed - truth).abs().mean() < 5e-3
+    assert (half - truth).abs().mean() < 5e-3
+
+
+def test_prefill_then_decode_in_training_mode_keeps_gradients_out():
+    lm = model().train()
+    ids = lm.generate(torch.zeros(1, 3, dtype=torch.int64), 2)
+    assert not ids.requires_grad
+    assert lm.training

@@ -1,0 +1,88 @@
+"""100,000 tokens: no memory vanishes, explodes or turns into NaN."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nestlearn import HopeConfig, HopeLM, Level, state
+
+N = 100_000
+CONFIG = HopeConfig(
+    256, 32, layers=1, heads=2, chunk=64, levels=(Level(chunk=16), Level(chunk=64), Level())
+)
+
+
+@pytest.fixture(scope="module")
+def text():
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    data = b"".join(f.read_bytes() for f in files)[:N]
+    assert len(data) == N
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+
+
+@pytest.fixture(scope="module")
+def trained(text):
+    """A few dozen steps at a high rate, from which the gates have moved."""
+    torch.manual_seed(0)
+    model = HopeLM(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = None
+    for step in range(60):
+        at = torch.randint(0, N - 129, (8,), generator=torch.Generator().manual_seed(step))
+        ids = torch.stack([text[i : i + 129] for i in at])
+        loss = F.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        first = first or float(loss.detach())
+    assert float(loss.detach()) < 0.6 * first
+    return model
+
+
+def norms(states):
+    """Frobenius norm of every memory matrix, by path: [B, ...]."""
+    return {
+        path: leaf.float().norm(dim=(-2, -1))
+        for path, leaf in state.leaves(states)
+        if isinstance(leaf, torch.Tensor) and ".start." in f".{path}."
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["untrained", "trained"])
+def test_memories_keep_their_size(kind, dtype, text, trained):
+    torch.manual_seed(0)
+    model = HopeLM(CONFIG)
+    if kind == "trained":
+        model.load_state_dict(trained.state_dict())
+    model = model.to(dtype).eval()
+    noise = torch.randint(0, 256, (N,), generator=torch.Generator().manual_seed(1))
+    ids = torch.stack([text, noise])
+    first = norms(tuple((b.mixer.init_state(2), b.channel.init_state(2)) for b in model.blocks))
+    assert len(first) == 8  # (2 stacks of memories + 2 levels) × 2 matrices
+    carried = None
+    with torch.no_grad():
+        for a in range(0, N, 4000):
+            logits, carried = model(ids[:, a : a + 4000], carried)
+            assert torch.isfinite(logits).all(), a
+            for path, norm in norms(carried.blocks).items():
+                ratio = norm / first[path]
+                assert ratio.min() > 0.1, (path, a, ratio.min())
+                assert ratio.max() < 10, (path, a, ratio.max())
+
+
+def test_an_untrained_memory_still_remembers_after_many_chunks():
+    """What was written 64 chunks ago still changes the answer: α does not fade it away."""
+    torch.manual_seed(0)
+    model = HopeLM(CONFIG).double().eval()
+    a = torch.randint(0, 256, (1, 64))
+    b = torch.randint(0, 256, (1, 64))
+    rest = torch.randint(0, 256, (1, 64 * 64))
+    with torch.no_grad():
+        first, _ = model(torch.cat([a, rest], 1))
+        second, _ = model(torch.cat([b, rest], 1))
+    assert (first[:, -1] - second[:, -1]).abs().max() > 1e-4
