@@ -16,9 +16,9 @@ def python(code):
 
 def test_importing_the_package_loads_no_heavy_library():
     heavy = ["triton", "transformers", "accelerate", "datasets", "matplotlib", "rich", "typer"]
-    code = f"import nestlearn, sys; print(*[m for m in {heavy} if m in sys.modules])"
-    assert python(code) == []
-    loaded = python(code.replace("import nestlearn", "from nestlearn import HopeLM"))
+    report = f"import sys; print(*[m for m in {heavy} if m in sys.modules])"
+    assert python(f"import nestlearn; {report}") == []
+    loaded = python(f"from nestlearn import HopeLM; {report}")
     assert not {"transformers", "accelerate", "datasets", "matplotlib"} & set(loaded)
 
 
