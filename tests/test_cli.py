@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import re
 import signal
@@ -212,3 +213,119 @@ def test_an_interrupt_exits_with_130(call, hope, monkeypatch, tmp_path, text):
     assert "stopped after step 1 of 4" in err
     assert "--resume" in err
     assert "Traceback" not in err
+
+
+# -------------------------------------------------------------------------------- levels
+
+
+@pytest.fixture
+def model(hope):
+    return hope.HopeLM(hope.HopeConfig(dim=16, layers=2, heads=2))
+
+
+def periods(shown):
+    code, out, err = shown
+    assert code == 0, err
+    return [level["period"] for level in json.loads(out)]
+
+
+def test_levels_of_a_model_and_of_a_run(call, model, tmp_path):
+    model.save_pretrained(tmp_path / "run" / "model")
+    code, out, err = call("levels", tmp_path / "run" / "model")
+    assert code == 0, err
+    assert "Level 1 · every token · of each sample" in out
+    assert "Level 4 · never updated · shared by all samples" in out
+    assert "AdamW" not in out
+    assert periods(call("levels", tmp_path / "run" / "model", "--json")) == [1, 16, 64, None]
+
+    config = {"train": {"batch": 4, "length": 48}, "model": model.config.to_dict()}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert periods(call("levels", tmp_path / "run", "--json")) == [1, 16, 64, 192, 192]
+    code, out, err = call("levels", tmp_path / "run")
+    assert code == 0, err
+    assert "AdamW: first moment m" in out
+    assert "CMS MLP 2 is never written in training" in err
+    assert "64 is longer than the windows of 48" in err
+    assert "CMS MLP 1" not in err
+
+
+def test_levels_errors(call, tmp_path):
+    assert_one_line(call("levels", tmp_path), "no run or model in", "config.json")
+    for text in ("{", "[]", '{"format": "other"}', '{"train": {}, "model": {"dim": 0}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert_one_line(call("levels", tmp_path), "config.json describes no run or model")
+
+
+# ---------------------------------------------------------------------------- quickstart
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    lines = [f"line {i}: {i} times {i} is {i * i}, and so it goes on" for i in range(400)]
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def language(hope, monkeypatch):
+    language = pytest.importorskip("nestlearn.recipes.language")
+    monkeypatch.setattr(language, "EVAL_TOKENS", 512)
+    monkeypatch.setitem(hope.SIZES, "tiny", (32, 1, 2))
+    return language
+
+
+def test_quickstart_trains_shows_and_reads_back(
+    call, language, monkeypatch, tmp_path, text, long_text
+):
+    out = tmp_path / "start"
+    command = ("quickstart", "--quick", "--steps", 2, "--data", long_text, "--out", out)
+    code, shown, err = call(*command)
+    assert code == 0, err
+    assert "2 steps of 4 × 128 bytes" in err
+    assert "This takes about" in err
+    for part in ("bits per byte at 128", "bits per byte at 512", "Try next"):
+        assert part in shown
+    records = json.loads((out / "results.json").read_text())
+    assert [record["model"] for record in records] == ["Hope", "Transformer"]
+    for record in records:
+        assert f"{record['bits_per_byte']['512']:.3f}" in shown
+        assert f"{record['parameters']:,}" in shown
+        assert f"─ {record['model']} ─" in shown
+        assert f"│ {record['sample'].split()[0]} " in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)  # whatever bytes a model draws
+    assert (out / "comparison.png").stat().st_size > 10_000
+    assert f"nestlearn levels {out}/hope-seed0" in shown
+    assert call("generate", out / "hope-seed0", "--prompt", "line", "--tokens", 1)[0] == 0
+    assert periods(call("levels", out / "hope-seed0", "--json")) == [1, 16, 64, 512, 512]
+
+    def fail(*args, **kwargs):
+        raise AssertionError("what is done was trained again")
+
+    monkeypatch.setattr(language, "train", fail)
+    again = call(*command)
+    assert (again[0], again[1]) == (0, shown)
+    assert "All of it is done" in again[2]
+    assert_one_line(call(*command, "--steps", 3), "hope-seed0 holds other settings", "--out")
+    other = ("--data", text, "--data", long_text)
+    assert_one_line(call(*command, *other), "trained on other text (", "long.txt", "--out")
+
+
+def test_quickstart_fails_before_it_trains(call, language, tmp_path, text):
+    out = ("--out", tmp_path / "start")
+    assert_one_line(call("quickstart", "--quick", "--data", text, *out), "shorter than one window")
+    assert_one_line(call("quickstart", "--data", tmp_path / "absent", *out), "no such file")
+    assert_one_line(call("quickstart", "--steps", 0, *out), "steps=0", "choose")
+    assert call("quickstart", "--seeds", 0, *out)[0] == 2
+    assert not (tmp_path / "start").exists()
+
+
+def test_quickstart_stops_at_an_interrupt(call, language, monkeypatch, tmp_path, long_text):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language, "train", interrupted)
+    out = ("--out", tmp_path / "start")
+    code, shown, err = call("quickstart", "--quick", "--data", long_text, *out)
+    assert (code, shown) == (130, "")
+    assert "the same command goes on" in err

@@ -66,13 +66,13 @@ class ShortConvolution(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.randn(dim, width) / math.sqrt(width))
 
-    def init_state(self, x: Tensor) -> Tensor:
+    def init_state(self, batch: int) -> Tensor:
         """Zeros: before the first token there is nothing."""
-        return x.new_zeros(x.shape[0], x.shape[2], self.width - 1)
+        return self.weight.new_zeros(batch, self.weight.shape[0], self.width - 1)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        past = self.init_state(x) if state is None else state.to(x.dtype)
-        seen = torch.cat([past, x.mT], -1)
+        past = self.init_state(x.shape[0]) if state is None else state
+        seen = torch.cat([past.to(x.dtype), x.mT], -1)
         y = F.conv1d(seen, self.weight.to(x.dtype).unsqueeze(1), groups=x.shape[2])
         return F.silu(y).mT, seen[..., seen.shape[-1] - self.width + 1 :].contiguous()
 
@@ -129,18 +129,25 @@ class Attention(nn.Module):
         self.readout = Readout(dim, heads) if gate else None
         self.out = None if gate else nn.Linear(dim, dim, bias=False)
 
+    def init_state(self, batch: int) -> AttentionState:
+        """The state before the first token: an empty cache."""
+        conv = None if self.conv is None else self.conv.init_state(batch)
+        empty = self.qkv.weight.new_zeros(batch, self.heads, 0, self.dim // self.heads)
+        return AttentionState(0, conv, empty, empty)
+
     def forward(
         self, x: Tensor, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState]:
         check_input(x, self.dim)
-        T, past = x.shape[1], 0 if state is None else state.position
+        state = self.init_state(x.shape[0]) if state is None else state
+        T, past = x.shape[1], state.position
         z, conv = x, None
         if self.conv is not None:
-            z, conv = self.conv(x, None if state is None else state.conv)
+            z, conv = self.conv(x, state.conv)
         q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         if self.rotary:
             q, k = _rotate(q, past), _rotate(k, past)
-        if state is not None:
+        if past > 0:
             k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
         if past == 0:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -205,11 +212,15 @@ class StaticProjections(nn.Module):
         self.start = nn.ParameterList(start_weights(writer.memory, heads))
         self.readout = Readout(dim, heads)
 
+    def init_state(self, batch: int) -> MixerState:
+        """The state before the first token."""
+        conv = None if self.conv is None else self.conv.init_state(batch)
+        return MixerState(0, conv, self.writer.begin(tuple(self.start), batch))
+
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         check_input(x, self.dim)
+        state = self.init_state(x.shape[0]) if state is None else state
         W0 = tuple(self.start)
-        if state is None:
-            state = MixerState(0, None, self.writer.begin(W0, x.shape[0]))
         z, conv = x, None
         if self.conv is not None:
             z, conv = self.conv(x, state.conv)

@@ -134,7 +134,8 @@ class SelfModifyingTitans(nn.Module):
         W0 = self.start_weights(self._stacked)
         projections = self.projection_writer.begin(W0, batch) if self._stacked else None
         memory = self.writer.begin(self._start("mem"), batch)
-        return TitansState(0, None, projections, memory)
+        conv = None if self.conv is None else self.conv.init_state(batch)
+        return TitansState(0, conv, projections, memory)
 
     @property
     def _stacked(self) -> tuple[str, ...]:

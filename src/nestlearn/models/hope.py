@@ -27,6 +27,7 @@ from ..layers import (
     linear_attention,
     static_titans,
 )
+from ..layers.mixers import traced
 
 FORMAT = "nestlearn-hope-1"
 MIXERS = ("hope", "attention", "titans", "deltanet", "linear")
@@ -124,6 +125,9 @@ class SwiGLU(nn.Module):
         self.into = nn.Linear(dim, hidden, bias=False)
         self.out = nn.Linear(hidden, dim, bias=False)
 
+    def init_state(self, batch: int) -> None:
+        """An MLP keeps nothing."""
+
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         n = self.norm(x)
         return x + self.out(F.silu(self.gate(n)) * self.into(n)), None
@@ -135,12 +139,16 @@ class HopeBlock(nn.Module):
     def __init__(self, config: HopeConfig):
         super().__init__()
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.mixer = _mixer(config)
-        self.channel = _channel(config)
+        self.mixer: Any = _mixer(config)
+        self.channel: Any = _channel(config)
 
-    def forward(self, x: Tensor, state: tuple[Any, Any] | None) -> tuple[Tensor, tuple[Any, Any]]:
-        mixed, mixer = self.mixer(self.norm(x), None if state is None else state[0])
-        y, channel = self.channel(x + mixed, None if state is None else state[1])
+    def init_state(self, batch: int) -> tuple[Any, Any]:
+        """The (mixer, channel) states before the first token."""
+        return self.mixer.init_state(batch), self.channel.init_state(batch)
+
+    def forward(self, x: Tensor, state: tuple[Any, Any]) -> tuple[Tensor, tuple[Any, Any]]:
+        mixed, mixer = self.mixer(self.norm(x), state[0])
+        y, channel = self.channel(x + mixed, state[1])
         return y, (mixer, channel)
 
 
@@ -180,20 +188,33 @@ class HopeLM(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=1.0)
 
+    def init_state(self, batch: int) -> HopeState:
+        """The state before the first token; also the template to load a saved state into."""
+        return HopeState(tuple(block.init_state(batch) for block in self._chain()))
+
+    def _chain(self) -> list[HopeBlock]:
+        return [block for block in self.blocks if isinstance(block, HopeBlock)]
+
     def forward(self, ids: Tensor, state: HopeState | None = None) -> tuple[Tensor, HopeState]:
+        self._check_ids(ids)
+        state = self.init_state(ids.shape[0]) if state is None else state
+        x, states = self.embed(ids), []
+        for block, before in zip(self._chain(), state.blocks, strict=True):
+            x, after = block(x, before)
+            states.append(after)
+        return self.head(self.norm(x)), HopeState(tuple(states))
+
+    def _check_ids(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids has shape {tuple(ids.shape)}: give [batch, tokens ≥ 1]")
+        if traced():
+            return
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
                 f"token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self.config.vocab_size}: use the tokenizer that the model was trained with"
             )
-        x, states = self.embed(ids), []
-        for i, block in enumerate(self.blocks):
-            x, after = block(x, None if state is None else state.blocks[i])
-            states.append(after)
-        return self.head(self.norm(x)), HopeState(tuple(states))
 
     @torch.no_grad()
     def generate(

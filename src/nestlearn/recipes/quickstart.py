@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -175,14 +176,15 @@ def report(records: list[Record], out: Path, console: Console) -> None:
     places += [("Model", folder / "model") for folder in folders]
     lines = "".join(f"{what:<8}{path}\n" for what, path in places)
     console.print(Text("\n" + lines), soft_wrap=True)  # soft: a path stays one word
-    word = records[0]["sample"].split()[0]
+    word = (records[0]["sample"].split() or ["The"])[0]
     console.print(_next(folders[0], word), soft_wrap=True)
 
 
 def _next(folder: Path, word: str) -> Text:
+    place = shlex.quote(str(folder))
     lines = [
-        (f'nestlearn generate {folder} --prompt "{word} "', "let the model go on"),
-        (f"nestlearn levels {folder}", "what learns in it, and how often"),
+        (f"nestlearn generate {place} --prompt {shlex.quote(word + ' ')}", "let the model go on"),
+        (f"nestlearn levels {place}", "what learns in it, and how often"),
         ("nestlearn train --data my_texts/ --out runs/mine", "train on your own text"),
         ("nestlearn quickstart --all --seeds 3 --out runs/all", "where the difference comes from"),
     ]

@@ -73,8 +73,8 @@ def comparison(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         where = [(j + 0.5) * context / _BINS for j in range(_BINS)]
         means = torch.stack([part.mean(1) for part in curves.tensor_split(_BINS, 1)], 1)
         _line(right, i, where, means, marker=_MARKERS[i % len(_MARKERS)], ms=5, label=name)
-    _fit(left, 0.06)
-    _fit(right, 0.16)
+    _fit(left, skip=0.125)  # the steep beginning
+    _fit(right, room=0.16)
     right.set_xlim(0, context)
     right.set_xticks([trained * i for i in range(context // trained + 1)])
     right.axvline(trained, color="#555555", lw=1, ls=(0, (4, 3)), zorder=1)
@@ -133,10 +133,10 @@ def _smoothed(values: torch.Tensor, window: int) -> list[float]:
     return ((total[high] - total[low]) / (high - low)).tolist()
 
 
-def _fit(axes: Any, room: float) -> None:
-    """Limit the loss to what the curves show after their steep beginning, with room above."""
+def _fit(axes: Any, skip: float = 0.0, room: float = 0.06) -> None:
+    """Limit the loss to what the curves show after a share of their points, with room above."""
     curves = [torch.tensor(line.get_ydata()) for line in axes.lines]
-    shown = torch.cat([curve[len(curve) // 16 :] for curve in curves])
+    shown = torch.cat([curve[int(skip * len(curve)) :] for curve in curves])
     low, high = float(shown.min()), float(shown.max())
     axes.set_ylim(low - 0.06 * (high - low), high + room * (high - low) + 1e-6)
 
