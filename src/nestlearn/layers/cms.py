@@ -26,7 +26,7 @@ class Level:
 
     chunk: tokens between two updates (eq. 71); None: it never updates, a plain MLP. lr: step size
     at the start of training, then learned. hidden: width (default: 4 dim, shared among the levels).
-    rule: "gd", "dgd" (delta gradient descent) or "momentum" (dgd with a learned momentum).
+    rule: "gd", "dgd" (delta gradient descent) or "momentum" (gd with a learned momentum).
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
     towards what the level has learned whenever the next slower level's context ends. bound: the
     shell, in units of the start's norm, in which each matrix stays.
