@@ -62,9 +62,10 @@ def quickstart(
         list[Path] | None,
         typer.Option(help="Your own text; without it, the standard library of this Python."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where models, figure and table go.")] = Path(
-        "runs/quickstart"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="For models, figure, table (default: runs/quickstart, runs/quick)."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Half a minute in all.")] = False,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps (default: 200, or 30 with --quick).")
@@ -84,6 +85,7 @@ def quickstart(
     from nestlearn.recipes.quickstart import report, run, settings
 
     config = settings(steps, quick=quick)
+    out = out or Path("runs", "quick" if quick else "quickstart")
     try:
         records = run(
             data or [], out, config, seeds=seeds, every_model=every_model, size=size, say=_say

@@ -54,6 +54,9 @@ LAYERS = {
     "titans-remat": lambda: titans(remat=True),
     "cms-sequential": cms,
     "cms-nested": lambda: cms("nested"),
+    "cms-nested-momentum": lambda: cms(
+        "nested", [Level(chunk=2, rule="momentum", lr=0.05), Level(chunk=6)]
+    ),
     "cms-independent": lambda: cms("independent"),
     "cms-gd": lambda: cms(levels=[Level(chunk=4, rule="gd", lr=0.05)]),
     "cms-momentum": lambda: cms(levels=[Level(chunk=4, rule="momentum", lr=0.05)]),
@@ -191,6 +194,109 @@ def test_the_outer_gradient_reaches_every_parameter(build):
             parts = p.grad.flatten(1 if p.ndim == 3 else 0).abs().sum(-1)
             assert (parts > 0).all(), f"{name} has a zero gradient"
         assert p.grad.abs().sum() > 0, f"{name} has a zero gradient"
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n != "cms-first-order"])  # by definition
+def test_gradients_are_those_of_finite_differences(name):
+    """Nothing is detached on the way: every parameter, in a random direction."""
+    build = LAYERS[name]
+    layer, x = make(build)
+    weight = torch.randn(layer(x)[0].shape, dtype=torch.float64)
+
+    def loss():
+        return (layer(x)[0] * weight).sum()
+
+    names, parameters = zip(*layer.named_parameters())
+    for name, p, grad in zip(names, parameters, torch.autograd.grad(loss(), parameters)):
+        direction = torch.randn_like(p)
+        step = 1e-5
+        with torch.no_grad():
+            p.add_(step * direction)
+            above = loss()
+            p.sub_(2 * step * direction)
+            below = loss()
+            p.add_(step * direction)
+        numeric, exact = (above - below) / (2 * step), (grad * direction).sum()
+        torch.testing.assert_close(
+            numeric, exact, rtol=1e-4, atol=1e-5, msg=f"{name}: {numeric}, {exact}"
+        )
+
+
+@every_layer
+def test_a_state_does_not_hang_on_the_parameters(build):
+    """An optimizer's step between two calls leaves what was learned alone."""
+    layer, x = make(build)
+    _, short = layer(x[:, :1])
+    short = state.detach(short)
+    before = [t.clone() for _, t in state.leaves(short) if isinstance(t, torch.Tensor)]
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(1.0)
+    after = [t for _, t in state.leaves(short) if isinstance(t, torch.Tensor)]
+    for a, b in zip(before, after):
+        assert torch.equal(a, b)
+
+
+@every_layer
+def test_a_state_of_another_shape_is_refused(build):
+    layer, x = make(build)
+    _, mine = layer(x)
+    with pytest.raises(ValueError, match="state is"):
+        layer(x, 3)
+    with pytest.raises(ValueError, match=r"has 2 rows for 3 samples.*select"):
+        layer(x, state.select(mine, [0, 1]))
+    foreign = layer.init_state(B)
+    if isinstance(layer, HopeLM):
+        foreign = foreign._replace(blocks=foreign.blocks[:1])
+    else:
+        foreign = {
+            "position": lambda s: s._replace(conv=torch.zeros(B, D, 9)),
+            "levels": lambda s: s._replace(levels=s.levels[:-1]),
+        }["levels" if "levels" in foreign._fields else "position"](foreign)
+    with pytest.raises(ValueError, match="another"):
+        layer(x, foreign)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (titans(adapt=("k", "v")), titans(adapt=("v",))),
+        (titans(depth=3), titans(depth=2)),
+        (titans(depth=2), titans(depth=1)),
+        (titans(momentum=True), titans()),
+        (titans(), titans(momentum=True)),
+        (titans(conv=0), titans()),
+        (cms(), cms("nested")),
+        (cms(), cms(levels=FAST[:1])),
+        (cms(), titans()),
+        (titans(), static_titans(D, H)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_state_of_another_configuration_is_refused(one, other):
+    x = torch.randn(B, 5, D)
+    with pytest.raises(ValueError, match="another layer or configuration"):
+        other(x, one(x)[1])
+
+
+@pytest.mark.parametrize(
+    "build", [titans, cms, lambda: static_titans(D, H), lambda: gated_deltanet(D, H)]
+)
+def test_truncation_changes_gradients_only_and_zero_tokens_are_finite_in_float16(build):
+    x, gradients = torch.randn(B, T, D, dtype=torch.float64), []
+    for reach in (None, 4):
+        torch.manual_seed(0)
+        layer = build().double()
+        for module in layer.modules():
+            if hasattr(module, "truncate"):
+                module.truncate = reach
+        y, _ = layer(x)
+        y.square().sum().backward()
+        gradients.append((y.detach(), torch.cat([p.grad.flatten() for p in layer.parameters()])))
+    (y, full), (z, cut) = gradients
+    torch.testing.assert_close(y, z, **TOLERANCE)
+    assert (full - cut).abs().max() > 1e-6
+    assert torch.isfinite(build().half()(torch.zeros(1, 9, D, dtype=torch.float16))[0]).all()
 
 
 @every_layer

@@ -77,7 +77,7 @@ def run(memory, rule, data, backend, cuts, chunk=C, **options):
         piece = Gates(*(x if x is None else x[..., a:b] for x in gates))
         o, W, S = scan.update(
             memory, rule, W, S, q[..., a:b, :], k[..., a:b, :], v[..., a:b, :], piece,
-            backend=backend, at=at, offset=a % chunk, **options,
+            backend=backend, at=at if a % chunk else None, offset=a % chunk, **options,
         )  # fmt: skip
         outputs.append(o)
     results = [torch.cat(outputs, -2), *W]
@@ -124,15 +124,14 @@ def test_memories_that_share_keys_are_one_group(rule):
             tuple(w[:, :, i] for w in W), q[:, :, i], k[:, :, 0], v[:, :, i],
             Gates(*(x if x is None else x[:, :, 0] for x in gates)), [],
         )  # fmt: skip
-        S, at, w = rule.init(one[0]), one[0], one[0]
+        S, w = rule.init(one[0]), one[0]
         outputs = []
         for a in range(0, T, C):
             piece = slice(a, min(a + C, T))
-            at = w
             o, w, S = scan.update(
                 memory, rule, w, S, one[1][..., piece, :], one[2][..., piece, :],
                 one[3][..., piece, :], Gates(*(x if x is None else x[..., piece] for x in one[4])),
-                at=at, backend="naive",
+                backend="naive",
             )  # fmt: skip
             outputs.append(o)
         same([grouped[0][:, :, i]], [torch.cat(outputs, -2)])
@@ -220,6 +219,9 @@ def test_a_key_of_zeros_writes_nothing_and_has_finite_gradients():
     k = torch.zeros_like(k).requires_grad_()
     results = run(memory, rule, (W, q, k, v, gates, [*leaves, k]), "chunk", [])
     assert all(torch.isfinite(r).all() for r in results)
+    kept = gates.log_alpha.sum(-1).exp()[..., None, None]
+    for before, after in zip(W, results[1:3]):
+        torch.testing.assert_close(after, kept * before, **TOLERANCE)
 
 
 def test_bfloat16_inputs_keep_a_float32_state():
@@ -233,6 +235,14 @@ def test_bfloat16_inputs_keep_a_float32_state():
     assert all(w.dtype == torch.float32 for w in W)
 
 
+def test_a_period_that_does_not_divide_the_chunk():
+    memory, rule = ResidualMLP(4, 6), every(4, decay(delta()))
+    data = stream(memory, rule, 20)
+    same(
+        run(memory, rule, data, "chunk", [], chunk=6), run(memory, rule, data, "naive", [], chunk=6)
+    )
+
+
 def test_options_that_do_not_fit_are_refused():
     memory, rule = Matrix(5, 4), delta()
     W, q, k, v, gates, _ = stream(memory, rule, 2)
@@ -244,6 +254,8 @@ def test_options_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             scan.update(*args, **options)
+    with pytest.raises(ValueError, match="offset=3 and at=None"):
+        scan.update(*args, offset=3)
     with pytest.raises(ValueError, match="log_alpha"):
         scan.update(memory, decay(rule), *args[2:])
     with pytest.raises(ValueError, match="log_theta"):

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory import Gates, GradientRule, ResidualMLP, Weights
+from .. import state as tree
+from ..memory import Gates, GradientRule, ResidualMLP, Weights, objective
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, scan
-from .mixers import check_input, check_truncate, wide
+from .mixers import StreamingLayer, check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
@@ -45,6 +46,11 @@ class Level:
             raise ValueError(f"chunk={self.chunk}: give 1 token or more, or None for no updates")
         if not 0 <= self.lr < 1:
             raise ValueError(f"lr={self.lr}: give a step size in [0, 1)")
+        objective(self.objective)  # refuses an unknown name
+        if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
+            raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
         if self.rule not in ("gd", "dgd", "momentum"):
             raise ValueError(f"rule={self.rule!r}: use 'gd', 'dgd' or 'momentum'")
         if not 0 <= self.meta_lr <= 1:
@@ -120,9 +126,7 @@ class LevelMLP(nn.Module):
         assert state is not None
         past = torch.cat([state.last.to(z.dtype), z[:, :-1]], 1)
         gate = 2 * torch.sigmoid(wide(z @ self.gate.to(z.dtype)) * math.sqrt(self.dim))
-        eta = self.lr * gate
-        if position == 0:  # nothing came before the first token
-            eta = torch.cat([torch.zeros_like(eta[:, :1]), eta[:, 1:]], 1)
+        eta = (self.lr * gate).clamp(0.0, 1.0)
         log_theta = None
         if self.theta is not None:
             log_theta = F.logsigmoid(self.theta).expand_as(eta)
@@ -133,13 +137,15 @@ class LevelMLP(nn.Module):
             o, fast = self.writer.write(fast, z, past, v, gates, span, W0)
             if start is not None and self.parent is not None and span.ends(self.parent):
                 assert self.meta_lr is not None
-                start = tuple(w.lerp(now, self.meta_lr) for w, now in zip(start, fast.now))
+                share = self.meta_lr.clamp(0.0, 1.0)
+                start = tuple(w.lerp(now, share) for w, now in zip(start, fast.now))
                 fast = FastWeights(start, start, self.writer.rule.init(start))
             return o, (fast, start)
 
         chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
+        pairs = (z, past, self.value(z), Gates(eta, None, log_theta))
         ys, (fast, start) = scan(
-            step, (state.fast, state.start), (z, past, self.value(z), Gates(eta, None, log_theta)),
+            step, tree.tree_map(wide, (state.fast, state.start)), pairs,
             length=x.shape[1], chunks=chunks, position=position,
             truncate=self.truncate, remat=self.remat,
         )  # fmt: skip
@@ -148,7 +154,7 @@ class LevelMLP(nn.Module):
         )
 
 
-class ContinuumMemory(nn.Module):
+class ContinuumMemory(StreamingLayer):
     """A chain of MLP levels, each updated at its own period (eqs. 70–74).
 
     x [B, T, dim] -> y [B, T, dim], residual. levels: fast to slow is the paper's order.
@@ -203,7 +209,7 @@ class ContinuumMemory(nn.Module):
         self, x: Tensor, state: ContinuumState | None = None
     ) -> tuple[Tensor, ContinuumState]:
         check_input(x, self.dim)
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = self.begin(state, x.shape[0])
         y, states = x, []
         for i, mlp in enumerate(self._chain()):
             o, after = mlp(y if self.mix is None else x, state.levels[i], state.position)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import state as tree
 from ..memory import Gates, Matrix, ResidualMLP, decay, delta, hebbian
 from ..memory import momentum as with_momentum
 from ..memory.linalg import unit
@@ -54,6 +55,57 @@ def check_truncate(truncate: int | None) -> None:
     """Raise ValueError unless `truncate` is None or a number of tokens."""
     if truncate is not None and truncate < 1:
         raise ValueError(f"truncate={truncate}: give 1 token or more, or None for no truncation")
+
+
+class StreamingLayer(nn.Module):
+    """A layer whose state is `init_state(batch)` before the first token, checked after that."""
+
+    _template: Any = None
+
+    def init_state(self, batch: int) -> Any:
+        """The state before the first token, for `batch` samples."""
+        raise NotImplementedError
+
+    def begin(self, state: Any, batch: int) -> Any:
+        """`state`, or the first one if it is None.
+
+        Raises ValueError unless it has this layer's structure and shapes, and `batch` rows.
+        """
+        if state is None:
+            return self.init_state(batch)
+        if self._template is None:
+            with torch.no_grad():
+                self._template = tree.to(self.init_state(0), "meta")
+        check_state(state, self._template, batch, type(self).__name__)
+        return state
+
+
+def check_state(state: Any, template: Any, batch: int, owner: str) -> None:
+    """Raise ValueError unless `state` fits the template; axes of length 0 there are free."""
+    foreign = f"this is a state of another layer or configuration: give {owner} one of its own"
+    if type(state) is not type(template):
+        raise ValueError(f"state is a {type(state).__name__}; {foreign}")
+    given, expected = dict(tree.leaves(state)), dict(tree.leaves(template))
+    for path in sorted(given.keys() ^ expected.keys()):
+        raise ValueError(
+            f"state.{path} is {'missing' if path in expected else 'too much'}; {foreign}"
+        )
+    for path, like in expected.items():
+        leaf = given[path]
+        if not isinstance(leaf, Tensor) or not isinstance(like, Tensor):
+            if isinstance(leaf, Tensor) or isinstance(like, Tensor):
+                raise ValueError(f"state.{path} is a {type(leaf).__name__}; {foreign}")
+            continue
+        fits = leaf.ndim == like.ndim and all(
+            b in (0, a) for a, b in zip(leaf.shape[1:], like.shape[1:])
+        )
+        if not fits:
+            raise ValueError(f"state.{path} has shape {tuple(leaf.shape)}; {foreign}")
+        if leaf.shape[0] != batch:
+            raise ValueError(
+                f"state.{path} has {leaf.shape[0]} rows for {batch} samples: choose them with "
+                "nestlearn.state.select"
+            )
 
 
 class ShortConvolution(nn.Module):
@@ -111,7 +163,7 @@ class AttentionState(NamedTuple):
     v: Tensor
 
 
-class Attention(nn.Module):
+class Attention(StreamingLayer):
     """Causal softmax attention with rotary positions, in the skeleton of the memories.
 
     `conv=0` and `gate=False` is the attention of a plain Transformer++. `rotary=False` leaves the
@@ -139,7 +191,7 @@ class Attention(nn.Module):
         self, x: Tensor, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState]:
         check_input(x, self.dim)
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = self.begin(state, x.shape[0])
         T, past = x.shape[1], state.position
         z, conv = x, None
         if self.conv is not None:
@@ -183,7 +235,7 @@ class MixerState(NamedTuple):
     memory: FastWeights
 
 
-class StaticProjections(nn.Module):
+class StaticProjections(StreamingLayer):
     """One memory per head, written with keys, values and gates from static projections.
 
     The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose
@@ -208,7 +260,14 @@ class StaticProjections(nn.Module):
             self.gates.bias.copy_(
                 torch.tensor([0.0, *[5.0] * rule.decay, 0.0][:kinds]).repeat_interleave(heads)
             )
-        assert isinstance(writer.memory, Matrix | ResidualMLP)
+        if not isinstance(writer.memory, Matrix | ResidualMLP):
+            raise ValueError(f"memory {writer.memory!r}: give a Matrix or a ResidualMLP")
+        if isinstance(writer.memory, Matrix) and writer.bound is not None:
+            raise ValueError(
+                "bound: a matrix memory starts at zero, so no multiple of it bounds it"
+            )
+        if not 0 < eta_max <= 2:
+            raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
         self.start = nn.ParameterList(start_weights(writer.memory, heads))
         self.readout = Readout(dim, heads)
 
@@ -219,7 +278,7 @@ class StaticProjections(nn.Module):
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         check_input(x, self.dim)
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = self.begin(state, x.shape[0])
         W0 = tuple(self.start)
         z, conv = x, None
         if self.conv is not None:
@@ -237,8 +296,9 @@ class StaticProjections(nn.Module):
             gates = gates.map(lambda g: g.movedim(1, 2))
             return self.writer.write(memory, q, k, v, gates, span, W0)
 
+        pairs = (q, k, v, Gates(eta, log_alpha, log_theta))
         ys, memory = scan(
-            step, state.memory, (q, k, v, Gates(eta, log_alpha, log_theta)), length=x.shape[1],
+            step, tree.tree_map(wide, state.memory), pairs, length=x.shape[1],
             chunks=(self.writer.chunk,), position=state.position,
             truncate=self.truncate, remat=self.remat,
         )  # fmt: skip

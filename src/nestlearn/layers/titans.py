@@ -10,10 +10,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import state as tree
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, scan
-from .mixers import Readout, ShortConvolution, check_heads, check_input, check_truncate, logit, wide
+from .mixers import (
+    Readout,
+    ShortConvolution,
+    StreamingLayer,
+    check_heads,
+    check_input,
+    check_truncate,
+    logit,
+    wide,
+)
 
 PROJECTIONS = ("k", "v", "eta", "alpha", "q")
 
@@ -29,7 +39,7 @@ class TitansState(NamedTuple):
     memory: FastWeights
 
 
-class SelfModifyingTitans(nn.Module):
+class SelfModifyingTitans(StreamingLayer):
     """Memories M_k, M_v, M_η, M_α, M_mem that write each other and themselves (eqs. 83–93).
 
         q_t = W_q x_t,  k_t = M_k(x_t),  v_t = M_v(x_t),  η_t = M_η(x_t),  α_t = M_α(x_t)
@@ -48,8 +58,10 @@ class SelfModifyingTitans(nn.Module):
     far, "boundary" through the chunk's first weights. bound: the shell, in units of the start's
     norm, to which each matrix is brought back after a chunk (None: free). depth, hidden: matrices
     of each memory (1: a matrix memory) and the width between them (default: that of a head).
-    truncate: the outer gradient stops at multiples of so many tokens. remat: recompute each chunk
-    in the backward pass. backend: as in `nestlearn.scan.update`.
+    truncate: the outer gradient through the memories stops at multiples of so many tokens; give it
+    for long sequences with large steps (eta_max > 1, momentum), where products of many writes make
+    it explode. remat: recompute each chunk in the backward pass. backend: as in
+    `nestlearn.scan.update`.
 
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
@@ -83,25 +95,27 @@ class SelfModifyingTitans(nn.Module):
         unknown = set(adapt) - set(PROJECTIONS)
         if unknown:
             raise ValueError(f"adapt={adapt}: {sorted(unknown)} not among {PROJECTIONS}")
+        if "alpha" in adapt and not weight_decay:
+            adapt = tuple(n for n in adapt if n != "alpha")
         if not 0 < eta_max <= 2:
             raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
         self.dim, self.heads, self.eta_max = dim, heads, eta_max
         self.truncate, self.remat = truncate, remat
         self.adapt = tuple(n for n in PROJECTIONS if n in adapt)
         width = dim // heads
-        hidden = hidden or width
+        hidden = width if hidden is None else hidden
         memory: Matrix | ResidualMLP = (
             Matrix(width, width)
             if depth == 1
-            else ResidualMLP(width, hidden, depth, gain=math.sqrt(hidden))
+            else ResidualMLP(width, hidden, depth, gain=math.sqrt(max(hidden, 1)))
         )
         rule = GradientRule(delta=dgd, decay=weight_decay, momentum=momentum, normalize=True)
         self.writer = Writer(
             memory, rule, chunk, objective=objective, read=read, bound=bound, backend=backend
         )
         self.projection_writer = Writer(
-            memory, rule, projection_chunk or chunk, objective=objective, bound=bound,
-            backend=backend,
+            memory, rule, chunk if projection_chunk is None else projection_chunk,
+            objective=objective, bound=bound, backend=backend,
         )  # fmt: skip
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
@@ -143,7 +157,7 @@ class SelfModifyingTitans(nn.Module):
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         check_input(x, self.dim)
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = self.begin(state, x.shape[0])
         z, conv = x, None
         if self.conv is not None:
             z, conv = self.conv(x, state.conv)
@@ -158,7 +172,7 @@ class SelfModifyingTitans(nn.Module):
 
         ys, (projections, memory) = scan(
             step,
-            (state.projections, state.memory),
+            tree.tree_map(wide, (state.projections, state.memory)),
             (z, q, log_theta),
             length=x.shape[1],
             chunks=(self.writer.chunk, self.projection_writer.chunk),

@@ -10,9 +10,13 @@ _EPS = 1e-12
 
 
 def unit(x: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b 1"]]:
-    """x / ‖x‖ and ‖x‖ along the last axis; a zero vector stays zero, with finite gradient."""
-    norm = (x.square().sum(-1, keepdim=True) + _EPS).sqrt()
-    return x / norm, norm
+    """x / ‖x‖ and ‖x‖ along the last axis; a zero vector stays zero, its gradient finite but large.
+
+    The norm is taken in float32 at least: in float16 the square of a small vector is zero.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = (wide.square().sum(-1, keepdim=True) + _EPS).sqrt()
+    return (wide / norm).to(x.dtype), norm.to(x.dtype)
 
 
 def decay_products(

@@ -150,6 +150,8 @@ class ResidualMLP(MatrixMemory):
     residual: bool = True
 
     def __post_init__(self) -> None:
+        if self.dim < 1 or self.hidden < 1:
+            raise ValueError(f"dim={self.dim}, hidden={self.hidden}: give widths of 1 or more")
         if self.depth < 2:
             raise ValueError(f"depth={self.depth}: an MLP has 2 matrices or more; or use Matrix")
         if self.activation not in ACTIVATIONS:
@@ -209,6 +211,7 @@ class FunctionMemory:
         def loss(W: Weights, k: Tensor, v: Tensor) -> Tensor:
             return objective.value(self.f(W, k), v)
 
+        k = k.expand(*v.shape[:-1], k.shape[-1])
         over_tokens = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
         return self._over_lead(over_tokens, k.ndim - 2)(W, k, v)
 

@@ -58,11 +58,12 @@ class RuleState(NamedTuple):
 def strengths(norm: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """How strongly a write acts along the *unit* input x / ‖x‖: on the error, and in the retention.
 
-    The gradient is δ xᵀ, so its strength is ‖x‖, and that of x xᵀ is ‖x‖². Eq. 57 shrinks the step
-    for long inputs, η' = η / max(1, ‖x‖²): always in the retention, whose eigenvalue α − η' ‖x‖²
-    then stays in [α − η, α]; in the gradient if `normalize`. At ‖x‖ = 1 nothing changes. A short
-    input fades what it finds as little as it writes: retention along the unit input at full
-    strength would let an MLP's matrices fade together to zero.
+    The gradient is δ xᵀ, so its strength is ‖x‖, and that of x xᵀ is ‖x‖². As in eq. 57 the step
+    shrinks for long inputs; ours is η' = η / max(1, ‖x‖²), which at ‖x‖ = 1 is eq. 88 (the paper's
+    η / (1 + η ‖x‖²) is η / (1 + η) there): always in the retention, whose eigenvalue α − η' ‖x‖²
+    then stays in [α − η, α]; in the gradient if `normalize`. A short input fades what it finds as
+    little as it writes: retention along the unit input at full strength would let an MLP's matrices
+    fade together to zero.
     """
     long = norm.square().clamp(min=1.0)
     return norm / long if normalize else norm, norm.square() / long

@@ -56,7 +56,11 @@ class HopeConfig:
     mixer: str = "hope"
     channel: str = "cms"
     chunk: int = 64
+    projection_chunk: int | None = None
     hidden: int | None = None
+    depth: int = 2
+    dgd: bool = True
+    weight_decay: bool = True
     objective: str = "dot"
     momentum: bool = False
     eta_max: float = 1.0
@@ -74,6 +78,8 @@ class HopeConfig:
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:
             raise ValueError(f"mixer={self.mixer!r}: use one of {MIXERS}")
+        if self.mlp_hidden is not None and self.mlp_hidden < 1:
+            raise ValueError(f"mlp_hidden={self.mlp_hidden}: give a width of 1 or more")
         if self.channel not in ("cms", "mlp"):
             raise ValueError(f"channel={self.channel!r}: use 'cms' or 'mlp'")
         for name in ("vocab_size", "dim", "layers", "heads"):
@@ -158,8 +164,10 @@ def _mixer(c: HopeConfig) -> nn.Module:
     common: dict[str, Any] = {"conv": c.conv, "truncate": c.truncate, "remat": c.remat}
     if c.mixer == "hope":
         return SelfModifyingTitans(
-            c.dim, c.heads, c.chunk, hidden=c.hidden, objective=c.objective, momentum=c.momentum,
-            eta_max=c.eta_max, read=c.read, bound=c.bound, adapt=c.adapt, **common,
+            c.dim, c.heads, c.chunk, projection_chunk=c.projection_chunk, hidden=c.hidden,
+            depth=c.depth, objective=c.objective, dgd=c.dgd, weight_decay=c.weight_decay,
+            momentum=c.momentum, eta_max=c.eta_max, read=c.read, bound=c.bound, adapt=c.adapt,
+            **common,
         )  # fmt: skip
     if c.mixer == "titans":
         return static_titans(c.dim, c.heads, chunk=c.chunk, hidden=c.hidden, **common)
@@ -169,7 +177,7 @@ def _mixer(c: HopeConfig) -> nn.Module:
 
 def _channel(c: HopeConfig) -> nn.Module:
     if c.channel == "mlp":
-        return SwiGLU(c.dim, c.mlp_hidden or 8 * c.dim // 3)
+        return SwiGLU(c.dim, 8 * c.dim // 3 if c.mlp_hidden is None else c.mlp_hidden)
     return ContinuumMemory(
         c.dim, c.levels, c.variant, meta_gradient=c.meta_gradient,
         truncate=c.truncate, remat=c.remat,
@@ -198,6 +206,11 @@ class HopeLM(nn.Module):
     def forward(self, ids: Tensor, state: HopeState | None = None) -> tuple[Tensor, HopeState]:
         self._check_ids(ids)
         state = self.init_state(ids.shape[0]) if state is None else state
+        if not isinstance(state, HopeState) or len(state.blocks) != len(self.blocks):
+            raise ValueError(
+                f"state is of another model: give a HopeState of {len(self.blocks)} blocks, as "
+                "an earlier call returned it"
+            )
         x, states = self.embed(ids), []
         for block, before in zip(self._chain(), state.blocks, strict=True):
             x, after = block(x, before)
@@ -205,8 +218,10 @@ class HopeLM(nn.Module):
         return self.head(self.norm(x)), HopeState(tuple(states))
 
     def _check_ids(self, ids: Tensor) -> None:
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids has shape {tuple(ids.shape)}: give [batch, tokens ≥ 1]")
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}: give [batch ≥ 1, tokens ≥ 1]")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids has dtype {ids.dtype}: give int64 token ids")
         if traced():
             return
         low, high = int(ids.min()), int(ids.max())
@@ -238,6 +253,7 @@ class HopeLM(nn.Module):
             raise ValueError(f"temperature={temperature}: give 0 (greedy) or more")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k}: give 1 or more, or None")
+        self._check_ids(ids)
         longer, new = [ids], ids
         for _ in range(max_new_tokens):
             logits, state = self(new, state)
@@ -275,7 +291,9 @@ class HopeLM(nn.Module):
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'config.json'} is damaged ({error}): {again}") from error
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            weights = load_file(folder / "model.safetensors")
+            model.load_state_dict(weights)
+            model.to(next(iter(weights.values())).dtype)
         except (SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -297,4 +315,5 @@ def _choose(
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
+    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not overflow
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -48,7 +48,9 @@ def update(
     written: list[Written] | list[DenseWritten]
     if isinstance(memory, MatrixMemory):
         inputs, outputs, errors = memory.factors(origin, k, v, objective)
-        known = offset == 0 and not first_order  # then W x is among the gradient's own values
+        known = (
+            offset == 0 and S.ahead is None and not first_order
+        )  # then W x is among the gradient's own values
         found = outputs if known else (None,) * len(W)
         each = zip(live, speed, inputs, found, errors)
         written = [Written(rule, w, s, x, y, d, scalars) for w, s, x, y, d in each]

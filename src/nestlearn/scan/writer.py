@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..memory import Gates, Memory, Rule, Weights, objective
 from ..memory.linalg import frobenius
-
-if TYPE_CHECKING:
-    from . import Span
-
-
-def check_read(read: str) -> None:
-    """Raise ValueError unless `read` names a way to read."""
-    if read not in ("token", "boundary"):
-        raise ValueError(f"read={read!r}: use 'token' or 'boundary'")
+from .door import check_read, update
+from .loop import Span
 
 
 class FastWeights(NamedTuple):
@@ -39,7 +32,8 @@ class Writer:
 
     chunk: tokens between two points where inner gradients are taken. bound: (low, high), the
     shell in which each matrix stays: after a chunk it is scaled so that its Frobenius norm is
-    between low and high times that of its start value (projected gradient descent; None: free).
+    between low and high times that of its start value (projected gradient descent; None: free,
+    and then nothing stops a memory that writes what it reads from growing without end).
     Errors, `first_order` and `backend` as in `nestlearn.scan.update`.
     """
 
@@ -65,8 +59,9 @@ class Writer:
 
     def begin(self, W0: Weights, batch: int) -> FastWeights:
         """The state before the first token, from start values [...] shared by all samples."""
-        W = tuple(
-            w.to(torch.promote_types(w.dtype, torch.float32)).expand(batch, *w.shape) for w in W0
+        W = tuple(  # a copy: the state must not change when an optimizer steps on the start values
+            w.to(torch.promote_types(w.dtype, torch.float32)).expand(batch, *w.shape).clone()
+            for w in W0
         )
         return FastWeights(W, W, self.rule.init(W))
 
@@ -81,13 +76,11 @@ class Writer:
         W0: Weights,
     ) -> tuple[Tensor | None, FastWeights]:
         """Write the pairs of one span and answer its queries (see `nestlearn.scan.update`)."""
-        from . import update
-
+        offset = span.start % self.chunk
         o, now, rule = update(
             self.memory, self.rule, fast.now, fast.rule, q, k, v, gates,
-            objective=self.objective, read=self.read,
-            at=fast.start, offset=span.start % self.chunk, first_order=self.first_order,
-            backend=self.backend,
+            objective=self.objective, read=self.read, backend=self.backend,
+            at=fast.start if offset else None, offset=offset, first_order=self.first_order,
         )  # fmt: skip
         if not span.ends(self.chunk):
             return o, FastWeights(fast.start, now, rule)

@@ -1,0 +1,97 @@
+"""The one door to a chunk: checks, types, and the choice of the form that runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import state as tree
+from ..memory import Gates, GradientRule, Memory, Objective, Rule, Weights
+from ..memory import objective as objective_named
+from ..memory.memories import FunctionMemory, MatrixMemory
+from . import chunk as _chunk
+from . import naive as _naive
+
+
+def update(
+    memory: Memory,
+    rule: Rule,
+    W: Weights,
+    S: Any,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    *,
+    objective: str | Objective = "dot",
+    read: str = "token",
+    backend: str = "auto",
+    at: Weights | None = None,
+    offset: int = 0,
+    first_order: bool = False,
+) -> tuple[Tensor | None, Weights, Any]:
+    """Write one chunk of pairs into a memory and read it: (o, W, S) after the chunk (eqs. 88, 90).
+
+    Every inner gradient is taken at the chunk's first weights; retention and delta term run token
+    by token. `read="token"` answers q_t through the weights that token t's write left, "boundary"
+    through the chunk's first weights; q=None skips the answers.
+
+    Shapes: W and S have leading axes *b, q and k are [*b, T, K], v is [*b, T, V], gates [*b, T];
+    an axis of size 1 in k and in the gates is shared. A call may end inside a chunk: the next one
+    goes on with W, S, `at` = the weights that the chunk began with, and `offset` = the tokens of
+    the chunk already taken. States and solves are float32 at least; o has the type of q.
+    `first_order` leaves the inner gradient's own dependence on the weights out of the outer
+    gradient (first-order MAML); k, v and the gates stay in it.
+
+    Raises ValueError for an unknown option and for a rule that the memory or backend cannot run.
+    """
+    _check(memory, rule, k, gates, read, backend)
+    if (offset > 0) != (at is not None):
+        raise ValueError(
+            f"offset={offset} and at={'given' if at is not None else None}: inside a chunk give "
+            "both, the tokens of it already taken and its first weights; at its start neither"
+        )
+    dtype = torch.promote_types(W[0].dtype, torch.float32)
+    W, S, at = tree.tree_map(lambda x: x.to(dtype), (W, S, W if at is None else at))
+    reply = q.dtype if q is not None else dtype
+    q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
+    gates = gates.map(lambda g: g.to(dtype))
+    parallel = isinstance(rule, GradientRule) and backend != "naive"
+    run: Any = _chunk.update if parallel else _naive.update
+    with torch.autocast(device_type=k.device.type, enabled=False):
+        o, W, S = run(
+            memory, rule, W, S, q, k, v, gates,
+            at=at, offset=offset,
+            objective=objective_named(objective), read=read, first_order=first_order,
+        )  # fmt: skip
+    return None if o is None else o.to(reply), W, S
+
+
+def _check(memory: Memory, rule: Rule, k: Tensor, gates: Gates, read: str, backend: str) -> None:
+    check_read(read)
+    if backend not in ("auto", "naive", "chunk"):
+        raise ValueError(f"backend={backend!r}: use 'auto', 'naive' or 'chunk'")
+    if k.shape[-2] == 0:
+        raise ValueError("the chunk has T = 0 tokens: give at least one")
+    if isinstance(rule, GradientRule):
+        if (rule.delta or rule.normalize) and isinstance(memory, FunctionMemory):
+            raise ValueError(
+                "delta and normalize need each matrix's input, which a FunctionMemory does not "
+                "give: use hebbian(), or a Matrix or ResidualMLP memory"
+            )
+        if rule.momentum != (gates.log_theta is not None):
+            raise ValueError("gates.log_theta goes with momentum(rule): give both or neither")
+    elif backend == "chunk":
+        raise ValueError(f"{type(rule).__name__} has no parallel form: use backend='naive'")
+    elif not isinstance(memory, MatrixMemory) or len(memory.shapes()) != 1:
+        raise ValueError(f"{type(rule).__name__} writes a Matrix memory, not {memory!r}")
+    if rule.decay != (gates.log_alpha is not None):
+        raise ValueError("gates.log_alpha goes with decay(rule): give both or neither")
+
+
+def check_read(read: str) -> None:
+    """Raise ValueError unless `read` names a way to read."""
+    if read not in ("token", "boundary"):
+        raise ValueError(f"read={read!r}: use 'token' or 'boundary'")

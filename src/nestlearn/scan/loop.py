@@ -1,0 +1,61 @@
+"""The loop over chunks: where spans end, what is recomputed, how far the outer gradient reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .. import state as tree
+
+
+class Span(NamedTuple):
+    """The tokens [start, stop) of the stream that one step of a scan covers."""
+
+    start: int
+    stop: int
+
+    def ends(self, chunk: int) -> bool:
+        """Whether a chunk of that size ends here."""
+        return self.stop % chunk == 0
+
+
+def scan(
+    f: Callable[[Any, Any, Span], tuple[Any, Any]],
+    state: Any,
+    xs: Any,
+    *,
+    length: int,
+    chunks: tuple[int, ...],
+    position: int = 0,
+    truncate: int | None = None,
+    remat: bool = False,
+) -> tuple[list[Any], Any]:
+    """Run `f(state, xs_span, span) -> (y, state)` along a stream, one span at a time.
+
+    xs is a tree of [B, T, ...] tensors with T = `length`. Spans end at the call's end and at every
+    multiple of every size in `chunks`, counted from the stream's first token, which `position`
+    tokens of earlier calls came before: so splitting a call changes nothing but its spans.
+    `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
+    `remat`: keep only the states between spans and compute each span again in the backward pass.
+    Returns the list of y.
+    """
+    cuts = {position, position + length}
+    for size in chunks if truncate is None else (*chunks, truncate):
+        cuts.update(range(position - position % size + size, position + length, size))
+    ys = []
+    for start, stop in pairwise(sorted(cuts)):
+        if truncate is not None and start > 0 and start % truncate == 0:
+            state = tree.detach(state)
+        tokens = slice(start - position, stop - position)
+        args = (state, tree.tree_map(itemgetter((slice(None), tokens)), xs), Span(start, stop))
+        if remat and torch.is_grad_enabled():
+            y, state = checkpoint(f, *args, use_reentrant=False)
+        else:
+            y, state = f(*args)
+        ys.append(y)
+    return ys, state
