@@ -270,7 +270,6 @@ def long_text(tmp_path):
 @pytest.fixture
 def language(hope, monkeypatch):
     language = pytest.importorskip("nestlearn.recipes.language")
-    monkeypatch.setattr(language, "EVAL_TOKENS", 512)
     monkeypatch.setitem(hope.SIZES, "tiny", (32, 1, 2))
     return language
 

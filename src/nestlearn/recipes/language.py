@@ -25,7 +25,6 @@ from nestlearn.train.plots import comparison
 
 LEARNING_RATE = 8e-3  # best of 2, 4, 6, 8, 12, 16e-3 for the Transformer, of 4, 8, 12e-3 for Hope
 STRETCH = 4  # the second measurement: sequences so many times longer than the trained ones
-EVAL_TOKENS = 16_384
 
 Record = dict[str, Any]
 
@@ -103,11 +102,7 @@ def _cell(entry: Entry, corpus: Corpus, settings: TrainConfig, out: Path, prompt
     model = HopeLM(entry.config)
     train(model, corpus, settings, folder, resume=(folder / "config.json").is_file())
     log = read_log(folder / "log.jsonl")
-    losses, curve = {}, []
-    for length in (settings.length, STRETCH * settings.length):
-        windows = corpus.val_windows(max(1, EVAL_TOKENS // length), length)
-        losses[length], by_position = evaluate(model, windows, settings.batch, settings.dtype)
-        curve = by_position.tolist()
+    losses, curve = measure(model, corpus, settings)
     record = {
         "benchmark": "language",
         "task": corpus.name,
@@ -117,7 +112,7 @@ def _cell(entry: Entry, corpus: Corpus, settings: TrainConfig, out: Path, prompt
         "value": losses[settings.length],
         "value_at": losses,
         "bits_per_byte": {n: corpus.bits_per_byte(x) for n, x in losses.items()},
-        "loss_by_position": curve,
+        "loss_by_position": curve.tolist(),
         "parameters": model.parameter_count(),
         "steps": settings.steps,
         "tokens": settings.steps * settings.batch * settings.length,
@@ -132,6 +127,27 @@ def _cell(entry: Entry, corpus: Corpus, settings: TrainConfig, out: Path, prompt
     record = json.loads(json.dumps(record))  # the same types as when read back
     atomic_write(done, lambda path: path.write_text(json.dumps(record)))
     return record
+
+
+def eval_tokens(settings: TrainConfig) -> int:
+    """How many tokens of validation text are read at each length."""
+    trained = settings.steps * settings.batch * settings.length
+    return max(STRETCH * settings.length, min(65_536, trained // 4))
+
+
+def measure(
+    model: HopeLM, corpus: Corpus, settings: TrainConfig
+) -> tuple[dict[int, float], torch.Tensor]:
+    """The mean loss at the trained length and at STRETCH times it, and the latter by position [T].
+
+    Both read the same text: the long windows, and the same windows in STRETCH pieces.
+    """
+    T = settings.length
+    long = corpus.val_windows(eval_tokens(settings) // (STRETCH * T), STRETCH * T)
+    pieces = torch.cat([long[:, i * T : (i + 1) * T + 1] for i in range(STRETCH)])
+    short_loss, _ = evaluate(model, pieces, settings.batch, settings.dtype)
+    long_loss, by_position = evaluate(model, long, settings.batch, settings.dtype)
+    return {T: short_loss, STRETCH * T: long_loss}, by_position
 
 
 def _sample(model: HopeLM, corpus: Corpus, prompt: str, tokens: int = 200) -> str:

@@ -23,12 +23,12 @@ from rich.text import Text
 
 from nestlearn.models.hope import HopeLM
 from nestlearn.recipes.language import (
-    EVAL_TOKENS,
     STRETCH,
     Entry,
     Record,
     all_models,
     compare,
+    eval_tokens,
     quick_models,
     table,
 )
@@ -119,7 +119,9 @@ def _seconds(todo: list[Entry], corpus: Corpus, config: TrainConfig) -> float:
     took = {entry.name: _step_seconds(entry, corpus, config) for entry in todo}
     tokens = config.batch * config.length
     read = (config.steps // config.eval_every) * config.eval_windows * config.length
-    steps = config.steps + (read + 2 * EVAL_TOKENS) / tokens / 3  # reading: a third of a step
+    steps = (
+        config.steps + (read + 2 * eval_tokens(config)) / tokens / 3
+    )  # reading: a third of a step
     return sum(steps * took[entry.name] + 3 for entry in todo)
 
 
