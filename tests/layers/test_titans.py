@@ -95,6 +95,7 @@ OPTIONS = {
     "hidden": {"hidden": 7},
     "read": {"read": "boundary"},
     "bound": {"bound": (1.0, 1.0)},
+    "half_life": {"half_life": 8},
 }
 
 
@@ -143,6 +144,18 @@ def test_the_shell_holds_after_every_chunk():
             assert ratio.min() >= 0.5 - 1e-9
 
 
+def test_half_life_fades_towards_the_start():
+    """W ← W_0 + 2^(−C/h) (W − W_0) at the chunk's end: by a quarter where h = C / 2."""
+    states = []
+    for half_life in (None, 2):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(D, H, 4, bound=None, half_life=half_life).double()
+        states.append(layer(x()[:, :4])[1].memory.now)
+    for w0, free, faded in zip(layer.start["mem"], *states):
+        torch.testing.assert_close(faded, w0 + (free - w0) / 4, **TOLERANCE)
+        assert (free - w0).abs().max() > 1e-3
+
+
 def test_deltanet_layer_is_the_recurrence():
     """The layer's memory at chunk 4 ≡ S_t = α S − β (S k − v) kᵀ token by token."""
     torch.manual_seed(0)
@@ -175,6 +188,7 @@ def test_deltanet_layer_is_the_recurrence():
         ({"read": "late"}, "read='late'"),
         ({"objective": "l1"}, "'l1'"),
         ({"truncate": 0}, "truncate=0"),
+        ({"half_life": 0}, "half_life=0"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -65,6 +65,16 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_a_half_life_can_be_given_when_loading(tmp_path):
+    model().save_pretrained(tmp_path)
+    fading = HopeLM.from_pretrained(tmp_path, half_life=3)
+    assert fading.config.half_life == 3
+    assert [level.half_life for level in fading.config.levels] == [3, 3, 3]
+    ids = torch.randint(0, 17, (1, 30))
+    assert (fading(ids)[0] - model()(ids)[0]).abs().max() > 1e-6
+    assert torch.equal(fading(ids[:, :2])[0], model()(ids[:, :2])[0])
+
+
 def test_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         HopeLM.from_pretrained(tmp_path)

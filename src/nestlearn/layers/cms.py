@@ -30,7 +30,8 @@ class Level:
     rule: "gd", "dgd" (delta gradient descent) or "momentum" (gd with a learned momentum).
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
     towards what the level has learned whenever the next slower level's context ends. bound: the
-    shell, in units of the start's norm, in which each matrix stays.
+    shell, in units of the start's norm, in which each matrix stays. half_life: tokens in which
+    what was learned fades by half towards the start (None: never).
     """
 
     chunk: int | None = None
@@ -40,6 +41,7 @@ class Level:
     objective: str = "l2"
     meta_lr: float = 0.1
     bound: tuple[float, float] | None = (0.25, 2.0)
+    half_life: int | None = None
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -49,6 +51,8 @@ class Level:
         objective(self.objective)  # refuses an unknown name
         if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
             raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
+        if self.half_life is not None and self.half_life < 1:
+            raise ValueError(f"half_life={self.half_life}: give 1 token or more, or None")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
         if self.rule not in ("gd", "dgd", "momentum"):
@@ -100,7 +104,8 @@ class LevelMLP(nn.Module):
         rule = GradientRule(delta=level.rule == "dgd", momentum=with_momentum, normalize=True)
         self.writer = Writer(
             self.memory, rule, level.chunk, objective=level.objective, read="boundary",
-            bound=level.bound, first_order=meta_gradient == "first-order",
+            bound=level.bound, half_life=level.half_life,
+            first_order=meta_gradient == "first-order",
         )  # fmt: skip
         self.value = nn.Linear(dim, dim, bias=False)
         self.lr = nn.Parameter(torch.tensor(float(level.lr)))

@@ -56,7 +56,9 @@ class SelfModifyingTitans(StreamingLayer):
     term −η k kᵀ. weight_decay: the retention α_t. momentum: input-gated S. eta_max: 1, or 2 for
     transitions with negative eigenvalues. read: "token" answers through the writes of the chunk so
     far, "boundary" through the chunk's first weights. bound: the shell, in units of the start's
-    norm, to which each matrix is brought back after a chunk (None: free). depth, hidden: matrices
+    norm, to which each matrix is brought back after a chunk (None: free). half_life: tokens in
+    which what was learned fades by half towards the start (None: never), for streams much longer
+    than the trained ones. depth, hidden: matrices
     of each memory (1: a matrix memory) and the width between them (default: that of a head).
     truncate: the outer gradient through the memories stops at multiples of so many tokens; give it
     for long sequences with large steps (eta_max > 1, momentum), where products of many writes make
@@ -82,6 +84,7 @@ class SelfModifyingTitans(StreamingLayer):
         eta_max: float = 1.0,
         read: str = "token",
         bound: tuple[float, float] | None = (0.25, 1.0),
+        half_life: int | None = None,
         depth: int = 2,
         hidden: int | None = None,
         conv: int = 4,
@@ -111,11 +114,18 @@ class SelfModifyingTitans(StreamingLayer):
         )
         rule = GradientRule(delta=dgd, decay=weight_decay, momentum=momentum, normalize=True)
         self.writer = Writer(
-            memory, rule, chunk, objective=objective, read=read, bound=bound, backend=backend
+            memory,
+            rule,
+            chunk,
+            objective=objective,
+            read=read,
+            bound=bound,
+            half_life=half_life,
+            backend=backend,
         )
         self.projection_writer = Writer(
             memory, rule, chunk if projection_chunk is None else projection_chunk,
-            objective=objective, bound=bound, backend=backend,
+            objective=objective, bound=bound, half_life=half_life, backend=backend,
         )  # fmt: skip
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(

@@ -7,7 +7,7 @@ The same skeleton carries the baselines: `mixer="attention", channel="mlp"` is a
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ class HopeConfig:
     eta_max: float = 1.0
     read: str = "token"
     bound: tuple[float, float] | None = (0.25, 1.0)
+    half_life: int | None = None
     adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
     conv: int = 4
     levels: tuple[Level, ...] = (Level(chunk=16), Level(chunk=64), Level())
@@ -93,6 +94,11 @@ class HopeConfig:
             raise ValueError(f"size {name!r} is unknown: use one of {sorted(SIZES)}")
         dim, layers, heads = SIZES[name]
         return cls(**{"dim": dim, "layers": layers, "heads": heads, **changes})
+
+    def with_half_life(self, tokens: int | None) -> HopeConfig:
+        """The same model with memories and levels that fade to their start by half in so long."""
+        levels = tuple(replace(level, half_life=tokens) for level in self.levels)
+        return replace(self, half_life=tokens, levels=levels)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -166,7 +172,8 @@ def _mixer(c: HopeConfig) -> nn.Module:
         return SelfModifyingTitans(
             c.dim, c.heads, c.chunk, projection_chunk=c.projection_chunk, hidden=c.hidden,
             depth=c.depth, objective=c.objective, dgd=c.dgd, weight_decay=c.weight_decay,
-            momentum=c.momentum, eta_max=c.eta_max, read=c.read, bound=c.bound, adapt=c.adapt,
+            momentum=c.momentum, eta_max=c.eta_max, read=c.read, bound=c.bound,
+            half_life=c.half_life, adapt=c.adapt,
             **common,
         )  # fmt: skip
     if c.mixer == "titans":
@@ -271,8 +278,11 @@ class HopeLM(nn.Module):
         atomic_write(folder / "config.json", lambda path: path.write_text(text + "\n"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> HopeLM:
+    def from_pretrained(cls, folder: str | Path, *, half_life: int | None = None) -> HopeLM:
         """The model that `save_pretrained` wrote.
+
+        half_life: let its memories fade to their start by half in so many tokens; for streams much
+        longer than those that it was trained on (see `docs/results.md`).
 
         Raises FileNotFoundError if there is none, ValueError if a file is damaged or does not fit.
         """
@@ -287,7 +297,8 @@ class HopeLM(nn.Module):
             data = json.loads((folder / "config.json").read_text())
             if data.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
-            model = cls(HopeConfig.from_dict(data))
+            config = HopeConfig.from_dict(data)
+            model = cls(config if half_life is None else config.with_half_life(half_life))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'config.json'} is damaged ({error}): {again}") from error
         try:

@@ -34,6 +34,9 @@ class Writer:
     shell in which each matrix stays: after a chunk it is scaled so that its Frobenius norm is
     between low and high times that of its start value (projected gradient descent; None: free,
     and then nothing stops a memory that writes what it reads from growing without end).
+    half_life: tokens in which what was learned fades by half *towards the start value*, once per
+    chunk, W ← W_0 + 2^(−chunk/half_life) (W − W_0) (None: it does not): a retention (eq. 59) for
+    streams much longer than those trained on.
     Errors, `first_order` and `backend` as in `nestlearn.scan.update`.
     """
 
@@ -43,6 +46,7 @@ class Writer:
     objective: str = "dot"
     read: str = "token"
     bound: tuple[float, float] | None = None
+    half_life: int | None = None
     first_order: bool = False
     backend: str = "auto"
 
@@ -52,6 +56,8 @@ class Writer:
             raise ValueError(
                 f"chunk={self.chunk}: give a positive multiple of the rule's period ({period})"
             )
+        if self.half_life is not None and self.half_life < 1:
+            raise ValueError(f"half_life={self.half_life}: give 1 token or more, or None")
         check_read(self.read)
         objective(self.objective)  # refuses an unknown name
         if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
@@ -84,10 +90,13 @@ class Writer:
         )  # fmt: skip
         if not span.ends(self.chunk):
             return o, FastWeights(fast.start, now, rule)
+        if self.half_life is not None:
+            faded = 1 - 2 ** (-self.chunk / self.half_life)
+            now = tuple(w.lerp(w0.to(w.dtype).expand_as(w), faded) for w, w0 in zip(now, W0))
         if self.bound is not None:
             now = tuple(_into_shell(w, w0, *self.bound) for w, w0 in zip(now, W0))
-            if getattr(rule, "ahead", None) is not None:
-                rule = rule._replace(ahead=now)
+        if getattr(rule, "ahead", None) is not None:
+            rule = rule._replace(ahead=now)
         return o, FastWeights(now, now, rule)
 
 
