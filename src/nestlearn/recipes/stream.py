@@ -29,7 +29,7 @@ FRESH = 1024
 
 @torch.no_grad()
 def stream_loss(model: HopeLM, ids: torch.Tensor, restart: int | None = None) -> torch.Tensor:
-    """Nats per token along ids [N + 1], in pieces of 1,024; the state starts anew every `restart`."""
+    """Nats per token along ids [N + 1]; the state starts anew every `restart` tokens, if given."""
     state, losses = None, []
     for a in range(0, len(ids) - 1, FRESH):
         if restart is not None and a % restart == 0:
