@@ -132,7 +132,7 @@ def _cell(entry: Entry, corpus: Corpus, settings: TrainConfig, out: Path, prompt
 def eval_tokens(settings: TrainConfig) -> int:
     """How many tokens of validation text are read at each length."""
     trained = settings.steps * settings.batch * settings.length
-    return max(STRETCH * settings.length, min(65_536, trained // 4))
+    return max(STRETCH * settings.length, min(65_536, trained // 12))
 
 
 def measure(
