@@ -1,6 +1,7 @@
 """The command line: help at once, errors as one line, and a model trained and read."""
 
 import dataclasses
+import importlib
 import inspect
 import json
 import os
@@ -151,7 +152,7 @@ def test_version(call):
 
 @pytest.fixture
 def hope():
-    return pytest.importorskip("nestlearn.models.hope")
+    return importlib.import_module("nestlearn.models.hope")
 
 
 def test_train_and_generate(call, hope, tmp_path, text):
@@ -184,7 +185,7 @@ def test_train_and_generate(call, hope, tmp_path, text):
 
 
 def test_the_tokenizer_travels_with_the_model(call, hope, tmp_path, text):
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = importlib.import_module("tokenizers")
     words = {word: i for i, word in enumerate(["[UNK]", *sorted(set(text.read_text().split()))])}
     coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     coder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -269,7 +270,7 @@ def long_text(tmp_path):
 
 @pytest.fixture
 def language(hope, monkeypatch):
-    language = pytest.importorskip("nestlearn.recipes.language")
+    language = importlib.import_module("nestlearn.recipes.language")
     monkeypatch.setitem(hope.SIZES, "tiny", (32, 1, 2))
     return language
 

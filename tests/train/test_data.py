@@ -1,6 +1,7 @@
 """Text becomes tokens without loss, and a batch depends on (seed, step) alone."""
 
 import gzip
+import importlib
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ def text_of(tokens: torch.Tensor) -> str:
 
 @pytest.fixture
 def word_tokenizer(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = importlib.import_module("tokenizers")
     words = {"[UNK]": 0, "one": 1, "two": 2, "three": 9}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
