@@ -19,7 +19,7 @@ from nestlearn.layers import (
     static_titans,
 )
 from nestlearn.layers import Level as Mlp
-from nestlearn.levels import Component, levels, render, to_json
+from nestlearn.levels import SYMBOLS, Component, levels, render, to_json
 from nestlearn.models.hope import HopeConfig, HopeLM
 
 SMALL = {"vocab_size": 16, "dim": 16, "layers": 2, "heads": 2, "chunk": 4}
@@ -161,13 +161,14 @@ def answering(layer, state):
         nested = {f"start of CMS MLP {i}": s for i, s in enumerate(state.levels, 1) if s}
         starts = {name: s.start[0] for name, s in nested.items() if s.start is not None}
         return known | starts
-    fast, writer = state.memory, layer.writer
-    named = {"M" if isinstance(layer, StaticProjections) else "M_mem": fast}
-    found = {n: (f.now if writer.read == "token" else f.start)[0] for n, f in named.items()}
-    if getattr(state, "projections", None) is not None:
-        for g, name in enumerate(layer.adapt):
-            symbol = {"k": "M_k", "v": "M_v", "eta": "M_η", "alpha": "M_α", "q": "M_q"}[name]
-            found[symbol] = state.projections.start[0][:, :, g]
+    if isinstance(layer, StaticProjections):
+        read = layer.writer.read
+        return {"M": (state.memory.now if read == "token" else state.memory.start)[0]}
+    found = {}
+    for (names, writer), fast in zip(layer.groups, state.memories):
+        for g, name in enumerate(names):
+            now = name == "mem" and writer.read == "token"
+            found[SYMBOLS[name]] = (fast.now if now else fast.start)[0][:, :, g]
     return found
 
 

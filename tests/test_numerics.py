@@ -64,7 +64,7 @@ def test_memories_keep_their_size(kind, dtype, text, trained):
     noise = torch.randint(0, 256, (N,), generator=torch.Generator().manual_seed(1))
     ids = torch.stack([text, noise])
     first = norms(tuple((b.mixer.init_state(2), b.channel.init_state(2)) for b in model.blocks))
-    assert len(first) == 8  # (2 stacks of memories + 2 levels) × 2 matrices
+    assert len(first) == 6  # (the stack of memories + 2 levels) × 2 matrices
     carried = None
     with torch.no_grad():
         for a in range(0, N, 4000):

@@ -185,9 +185,7 @@ def _stream(module: nn.Module) -> Iterator[Component]:
 
 
 def _titans(module: SelfModifyingTitans) -> Iterator[Component]:
-    written = [n for n in module.adapt if n in module.start]
-    for name in [*written, "mem"]:
-        writer = module.writer if name == "mem" else module.projection_writer
+    for name, writer in [(name, writer) for names, writer in module.groups for name in names]:
         # the other memories are read by the layer at their chunk's first weights
         read = writer.read if name == "mem" else "boundary"
         yield from _memory(SYMBOLS[name], writer, _numel(module.start[name]), ("k", "v̂"), read)

@@ -126,9 +126,20 @@ def test_static_writes_nothing_into_the_projections():
     torch.manual_seed(0)
     layer = SelfModifyingTitans(D, H, 4, adapt=("k",)).double()
     _, state = layer(x())
-    assert state.projections.now[0].shape == (B, H, 1, W, W)
+    assert state.memories[0].now[0].shape == (B, H, 2, W, W)  # M_k and M_mem
     layer = SelfModifyingTitans(D, H, 4, adapt=())
-    assert layer(x().float())[1].projections is None
+    assert layer(x().float())[1].memories[0].now[0].shape == (B, H, 1, W, W)
+
+
+def test_memories_of_one_chunk_size_are_written_together():
+    assert [names for names, _ in SelfModifyingTitans(D, H, 4).groups] == [
+        ("k", "v", "eta", "alpha", "mem")
+    ]
+    groups = SelfModifyingTitans(D, H, 8, projection_chunk=4).groups
+    assert [(names, writer.chunk) for names, writer in groups] == [
+        (("k", "v", "eta", "alpha"), 4),
+        (("mem",), 8),
+    ]
 
 
 def test_the_shell_holds_after_every_chunk():
@@ -138,8 +149,8 @@ def test_the_shell_holds_after_every_chunk():
     state = None
     for _ in range(20):
         _, state = layer(5 * torch.randn(B, 4, D, dtype=torch.float64), state)
-        for w, start in zip(state.memory.now, layer.start["mem"]):
-            ratio = w.norm(dim=(-2, -1)) / start.norm(dim=(-2, -1))
+        for w, start in zip(state.memories[0].now, layer.start["mem"]):
+            ratio = w[:, :, -1].norm(dim=(-2, -1)) / start.norm(dim=(-2, -1))
             assert ratio.max() <= 1.0 + 1e-9
             assert ratio.min() >= 0.5 - 1e-9
 
@@ -150,8 +161,9 @@ def test_half_life_fades_towards_the_start():
     for half_life in (None, 2):
         torch.manual_seed(0)
         layer = SelfModifyingTitans(D, H, 4, bound=None, half_life=half_life).double()
-        states.append(layer(x()[:, :4])[1].memory.now)
-    for w0, free, faded in zip(layer.start["mem"], *states):
+        states.append(layer(x()[:, :4])[1].memories[0].now)
+    for w0, *after in zip(layer.start["mem"], *states):
+        free, faded = (w[:, :, -1] for w in after)
         torch.testing.assert_close(faded, w0 + (free - w0) / 4, **TOLERANCE)
         assert (free - w0).abs().max() > 1e-3
 

@@ -111,6 +111,67 @@ def test_chunk_equals_naive(memory, rule, objective, read):
         same(run(memory, rule, data, "chunk", [], **options), truth)
         if T > 1:  # resumed inside a chunk
             same(run(memory, rule, data, "chunk", [T // 2, T - 1], **options), truth)
+            same(run(memory, rule, data, "auto", [T // 2, T - 1], **options), truth)
+
+
+def grouped(memory, rule, backend, objective, read, own, reader, shared):
+    """One chunk of three memories in a group: (outputs, gradients), long and short keys."""
+    g = torch.Generator().manual_seed(0)
+    T, G, (K, V) = 7, 3, (memory.shapes()[0][1], memory.shapes()[-1][0])
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    lead = (B, H, 1 if shared else G)
+    W = tuple(0.5 * randn(B, H, G, *shape) for shape in memory.shapes())
+    k = 0.7 * randn(*lead, T, K)
+    v = randn(*lead, T, K) if own else randn(B, H, G, T, V)
+    q = randn(B, H, T, K) if reader is not None else randn(B, H, G, T, K)
+    eta = torch.rand(*lead, T, generator=g, dtype=torch.float64)
+    log_alpha = randn(*lead, T).sigmoid().log() if rule.decay else None
+    leaves = [x.requires_grad_() for x in (*W, q, k, v, eta, log_alpha) if x is not None]
+    o, after, _ = scan.update(
+        memory, rule, W, rule.init(W), q, k, v, Gates(eta, log_alpha), backend=backend,
+        objective=objective, read=read, own=own, reader=reader,
+    )  # fmt: skip
+    total = sum((randn(*x.shape) * x).sum() for x in (o, *after))
+    return [o, *after], torch.autograd.grad(total, leaves)
+
+
+SMOOTH = {
+    "matrix": Matrix(5, 5),
+    "mlp": ResidualMLP(5, 6, gain=2.0),
+    "mlp-3-gelu": ResidualMLP(5, 6, depth=3, activation="gelu", residual=False),
+    "mlp-tanh": ResidualMLP(5, 7, activation="tanh"),
+    "mlp-relu": ResidualMLP(5, 7, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("read", ["token", "boundary"])
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize(
+    "rule", [delta(False), hebbian(), decay(delta(False)), decay(hebbian())], ids=str
+)
+@pytest.mark.parametrize("memory", SMOOTH.values(), ids=SMOOTH)
+def test_groups_own_values_and_a_reader_in_every_form(memory, rule, objective, read):
+    """The written-out backward pass and the algebra by autograd against the definition."""
+    for normalize, own, reader, shared in itertools.product((False, True), repeat=4):
+        composed = GradientRule(rule.delta, rule.decay, normalize=normalize)
+        options = (objective, read, own, -1 if reader else None, shared)
+        truth = grouped(memory, composed, "naive", *options)
+        for backend in ("chunk", "auto"):
+            found = grouped(memory, composed, backend, *options)
+            same([*found[0], *found[1]], [*truth[0], *truth[1]])
+
+
+def test_without_autograd_the_same():
+    data = stream(ResidualMLP(4, 6), decay(delta()), C)
+    W, q, k, v, gates, _ = data
+    args = (ResidualMLP(4, 6), decay(delta()), W, decay(delta()).init(W), q, k, v, gates)
+    with_graph = scan.update(*args)
+    with torch.no_grad():
+        without = scan.update(*args)
+    same([with_graph[0], *with_graph[1]], [without[0], *without[1]])
 
 
 @pytest.mark.parametrize("rule", [delta(), momentum(decay(delta()))], ids=["delta", "all"])

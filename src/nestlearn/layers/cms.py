@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import state as tree
 from ..memory import Gates, GradientRule, ResidualMLP, Weights, objective
 from ..memory.linalg import unit
-from ..scan import FastWeights, Span, Writer, scan
-from .mixers import StreamingLayer, check_input, check_truncate, wide
+from ..scan import FastWeights, Span, Writer
+from .mixers import Stepping, StreamingLayer, check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
@@ -78,7 +77,7 @@ class ContinuumState(NamedTuple):
     levels: tuple[LevelState | None, ...]
 
 
-class LevelMLP(nn.Module):
+class LevelMLP(Stepping):
     """One level: √D · W_2 σ(W_1 z), z the normalised input; its weights learn from the stream.
 
     Inside a chunk the weights stand still; its end writes the pairs (z_{t−1}, P z_t) of the chunk,
@@ -136,27 +135,26 @@ class LevelMLP(nn.Module):
         if self.theta is not None:
             log_theta = F.logsigmoid(self.theta).expand_as(eta)
 
-        def step(carried: tuple[FastWeights, Weights | None], xs: tuple, span: Span):
-            fast, start = carried
-            z, past, v, gates = xs
-            o, fast = self.writer.write(fast, z, past, v, gates, span, W0)
-            if start is not None and self.parent is not None and span.ends(self.parent):
-                assert self.meta_lr is not None
-                share = self.meta_lr.clamp(0.0, 1.0)
-                start = tuple(w.lerp(now, share) for w, now in zip(start, fast.now))
-                fast = FastWeights(start, start, self.writer.rule.init(start))
-            return o, (fast, start)
-
         chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
         pairs = (z, past, self.value(z), Gates(eta, None, log_theta))
-        ys, (fast, start) = scan(
-            step, tree.tree_map(wide, (state.fast, state.start)), pairs,
-            length=x.shape[1], chunks=chunks, position=position,
-            truncate=self.truncate, remat=self.remat,
+        ys, (fast, start) = self._scan(
+            (state.fast, state.start), pairs, W0, length=x.shape[1], chunks=chunks,
+            position=position,
         )  # fmt: skip
         return math.sqrt(self.dim) * torch.cat(ys, 1), LevelState(
             z[:, -1:].to(state.last.dtype).contiguous(), fast, start
         )
+
+    def _step(self, carried: tuple, xs: tuple, span: Span, W0: Weights):
+        fast, start = carried
+        z, past, v, gates = xs
+        o, fast = self.writer.write(fast, z, past, v, gates, span, W0)
+        if start is not None and self.parent is not None and span.ends(self.parent):
+            assert self.meta_lr is not None
+            share = self.meta_lr.clamp(0.0, 1.0)
+            start = tuple(w.lerp(now, share) for w, now in zip(start, fast.now))
+            fast = FastWeights(start, start, self.writer.rule.init(start))
+        return o, (fast, start)
 
 
 class ContinuumMemory(StreamingLayer):

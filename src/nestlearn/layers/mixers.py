@@ -7,7 +7,7 @@ with a batch axis, and a stream may be split anywhere between two calls.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import state as tree
-from ..memory import Gates, Matrix, ResidualMLP, decay, delta, hebbian
+from ..memory import Gates, Matrix, ResidualMLP, Weights, decay, delta, hebbian
 from ..memory import momentum as with_momentum
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, scan
@@ -57,6 +57,60 @@ def check_truncate(truncate: int | None) -> None:
         raise ValueError(f"truncate={truncate}: give 1 token or more, or None for no truncation")
 
 
+class Stepping(nn.Module):
+    """A module whose `_step(state, xs, span, starts)` runs along the stream, one span at a time.
+
+    starts: what the step needs of the parameters, made once for a call.
+    """
+
+    truncate: int | None
+    remat: bool
+    _compiled: Callable | None = None
+
+    def _step(self, state: Any, xs: Any, span: Span, starts: Any) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def compile(self, **options: Any) -> None:
+        """Compile the step of one whole chunk, in place, by `torch.compile(..., **options)`.
+
+        One graph for all chunks, batches and lengths, where `torch.compile(module)` would unroll
+        the loop over chunks. Spans that are not a whole chunk (the end of a call, single tokens)
+        run eagerly, and so do layers in which memories have several chunk sizes.
+        """
+        self._compiled = torch.compile(type(self)._step, fullgraph=True, **options)
+
+    def _scan(
+        self, state: Any, xs: Any, starts: Any, *, length: int, chunks: tuple[int, ...],
+        position: int, axis: int = 1,
+    ) -> tuple[list[Tensor], Any]:  # fmt: skip
+        def step(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
+            first, last = span
+            whole = first % chunks[0] == 0 and last - first == chunks[0] and len(set(chunks)) == 1
+            if self._compiled is None or not whole:
+                return self._step(state, xs, span, starts)
+            state, xs, starts_ = tree.tree_map(_any_batch, (state, xs, starts))
+            return self._compiled(self, state, xs, Span(0, chunks[0]), starts_)
+
+        return scan(
+            step, tree.tree_map(wide, state), xs, length=length, chunks=chunks,
+            position=position, truncate=self.truncate, remat=self.remat, axis=axis,
+        )  # fmt: skip
+
+
+def compile_steps(module: nn.Module, **options: Any) -> None:
+    """`Stepping.compile` for every such part of the module; the rest stays as it is."""
+    for part in module.modules():
+        if isinstance(part, Stepping):
+            Stepping.compile(part, **options)
+
+
+def _any_batch(x: Tensor) -> Tensor:
+    """x, dense, so that its strides do not depend on the call's length."""
+    x = x.contiguous()
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
 class StreamingLayer(nn.Module):
     """A layer whose state is `init_state(batch)` before the first token, checked after that."""
 
@@ -65,6 +119,10 @@ class StreamingLayer(nn.Module):
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for `batch` samples."""
         raise NotImplementedError
+
+    def compile(self, **options: Any) -> None:
+        """Compile, in place, the steps of one chunk: see `Stepping.compile`."""
+        compile_steps(self, **options)
 
     def begin(self, state: Any, batch: int) -> Any:
         """`state`, or the first one if it is None.
@@ -235,7 +293,7 @@ class MixerState(NamedTuple):
     memory: FastWeights
 
 
-class StaticProjections(StreamingLayer):
+class StaticProjections(StreamingLayer, Stepping):
     """One memory per head, written with keys, values and gates from static projections.
 
     The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose
@@ -279,31 +337,27 @@ class StaticProjections(StreamingLayer):
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
-        W0 = tuple(self.start)
         z, conv = x, None
         if self.conv is not None:
             z, conv = self.conv(x, state.conv)
-        q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b t h d", n=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         q, k = unit(q)[0], unit(k)[0]
-        gates = list(rearrange(wide(self.gates(z)), "b t (n h) -> n b t h", h=self.heads))
+        gates = list(rearrange(wide(self.gates(z)), "b t (n h) -> n b h t", h=self.heads))
         eta = self.eta_max * torch.sigmoid(gates.pop(0))
         log_alpha = F.logsigmoid(gates.pop(0)) if self.writer.rule.decay else None
         log_theta = F.logsigmoid(gates.pop(0)) if gates else None
 
-        def step(memory: FastWeights, xs: tuple, span: Span):
-            *qkv, gates = xs
-            q, k, v = (a.movedim(1, 2) for a in qkv)
-            gates = gates.map(lambda g: g.movedim(1, 2))
-            return self.writer.write(memory, q, k, v, gates, span, W0)
-
         pairs = (q, k, v, Gates(eta, log_alpha, log_theta))
-        ys, memory = scan(
-            step, tree.tree_map(wide, state.memory), pairs, length=x.shape[1],
-            chunks=(self.writer.chunk,), position=state.position,
-            truncate=self.truncate, remat=self.remat,
+        ys, memory = self._scan(
+            state.memory, pairs, tuple(self.start), length=x.shape[1],
+            chunks=(self.writer.chunk,), position=state.position, axis=2,
         )  # fmt: skip
         y = self.readout(torch.cat(ys, 2), x)
         return y, MixerState(state.position + x.shape[1], conv, memory)
+
+    def _step(self, memory: FastWeights, xs: tuple, span: Span, W0: Weights):
+        q, k, v, gates = xs
+        return self.writer.write(memory, q, k, v, gates, span, W0)
 
 
 def start_weights(memory: Matrix | ResidualMLP, *lead: int) -> Sequence[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,13 +11,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .. import state as tree
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
-from ..scan import FastWeights, Span, Writer, scan
+from ..scan import FastWeights, Span, Writer
 from .mixers import (
     Readout,
     ShortConvolution,
+    Stepping,
     StreamingLayer,
     check_heads,
     check_input,
@@ -29,17 +30,16 @@ PROJECTIONS = ("k", "v", "eta", "alpha", "q")
 
 
 class TitansState(NamedTuple):
-    """position: tokens seen. conv: inputs of the convolution. projections: fast weights of the
-    adaptive projections, stacked [B, H, G, ...] (None if none adapts). memory: those of M_mem.
+    """position: tokens seen. conv: inputs of the convolution. memories: fast weights of each of the
+    layer's `groups`, the memories of a group stacked [B, H, G, ...].
     """
 
     position: int
     conv: Tensor | None
-    projections: FastWeights | None
-    memory: FastWeights
+    memories: tuple[FastWeights, ...]
 
 
-class SelfModifyingTitans(StreamingLayer):
+class SelfModifyingTitans(StreamingLayer, Stepping):
     """Memories M_k, M_v, M_η, M_α, M_mem that write each other and themselves (eqs. 83–93).
 
         q_t = W_q x_t,  k_t = M_k(x_t),  v_t = M_v(x_t),  η_t = M_η(x_t),  α_t = M_α(x_t)
@@ -114,19 +114,11 @@ class SelfModifyingTitans(StreamingLayer):
         )
         rule = GradientRule(delta=dgd, decay=weight_decay, momentum=momentum, normalize=True)
         self.writer = Writer(
-            memory,
-            rule,
-            chunk,
-            objective=objective,
-            read=read,
-            bound=bound,
-            half_life=half_life,
-            backend=backend,
-        )
-        self.projection_writer = Writer(
-            memory, rule, chunk if projection_chunk is None else projection_chunk,
-            objective=objective, bound=bound, half_life=half_life, backend=backend,
+            memory, rule, chunk, objective=objective, read=read, bound=bound,
+            half_life=half_life, backend=backend,
         )  # fmt: skip
+        size = chunk if projection_chunk is None else projection_chunk
+        slower = replace(self.writer, chunk=size)
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
             {
@@ -135,6 +127,12 @@ class SelfModifyingTitans(StreamingLayer):
                 if weight_decay or n != "alpha"
             }
         )
+        # Memories that are written together share their keys, gates and chunk: one update for all.
+        self.groups: tuple[tuple[tuple[str, ...], Writer], ...]
+        if self.adapt and slower.chunk != chunk:
+            self.groups = ((self.adapt, slower), (("mem",), self.writer))
+        else:
+            self.groups = (((*self.adapt, "mem"), self.writer),)
         self.conv = ShortConvolution(dim, conv) if conv else None
         self.query = None if "q" in self.adapt else nn.Linear(dim, dim, bias=False)
         # η starts at 2 % of its bound, α at 0.9999: a memory that is not trained yet
@@ -155,15 +153,9 @@ class SelfModifyingTitans(StreamingLayer):
 
     def init_state(self, batch: int) -> TitansState:
         """The state before the first token."""
-        W0 = self.start_weights(self._stacked)
-        projections = self.projection_writer.begin(W0, batch) if self._stacked else None
-        memory = self.writer.begin(self._start("mem"), batch)
         conv = None if self.conv is None else self.conv.init_state(batch)
-        return TitansState(0, conv, projections, memory)
-
-    @property
-    def _stacked(self) -> tuple[str, ...]:
-        return tuple(n for n in self.adapt if n in self.start)
+        memories = (writer.begin(self.start_weights(names), batch) for names, writer in self.groups)
+        return TitansState(0, conv, tuple(memories))
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         check_input(x, self.dim)
@@ -171,56 +163,48 @@ class SelfModifyingTitans(StreamingLayer):
         z, conv = x, None
         if self.conv is not None:
             z, conv = self.conv(x, state.conv)
-        heads = "b t (h d) -> b t h d"
+        heads = "b t (h d) -> b h t d"
         q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))[0]
-        log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z)))
+        log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z))).mT
         z = unit(rearrange(z, heads, h=self.heads))[0]
-        starts = (self.start_weights(self._stacked), self._start("mem"))
+        starts = tuple(self.start_weights(names) for names, _ in self.groups)
 
-        def step(fast: tuple[FastWeights | None, FastWeights], xs: tuple, span: Span):
-            return self._step(fast, xs, span, starts)
-
-        ys, (projections, memory) = scan(
-            step,
-            tree.tree_map(wide, (state.projections, state.memory)),
-            (z, q, log_theta),
-            length=x.shape[1],
-            chunks=(self.writer.chunk, self.projection_writer.chunk),
-            position=state.position,
-            truncate=self.truncate,
-            remat=self.remat,
-        )
+        ys, memories = self._scan(
+            state.memories, (wide(z), q, log_theta), starts, length=x.shape[1], axis=2,
+            chunks=tuple(writer.chunk for _, writer in self.groups), position=state.position,
+        )  # fmt: skip
         y = self.readout(torch.cat(ys, 2).to(x.dtype), x)
-        return y, TitansState(state.position + x.shape[1], conv, projections, memory)
+        return y, TitansState(state.position + x.shape[1], conv, memories)
 
-    def _step(self, fast: tuple, xs: tuple, span: Span, starts: tuple[Weights, Weights]):
+    def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Weights, ...]):
         """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
-        projections, memory = fast
-        z, q, log_theta = (None if a is None else a.movedim(1, 2) for a in xs)
-        assert z is not None
-        dtype = memory.start[0].dtype
-        z = z.to(dtype)
-        read = self.projection_writer.memory.read
-
-        fixed = [n for n in self.start if n not in (*self._stacked, "mem")]
-        said = {n: read(tuple(w.to(dtype) for w in self._start(n)), z) for n in fixed}
-        if projections is not None:
-            answers = read(projections.start, z.unsqueeze(2))
-            said.update(zip(self._stacked, answers.unbind(2)))
-        k, v = unit(said["k"])[0], unit(said["v"])[0]
+        z, q, log_theta = xs
+        read = self.writer.memory.read
+        written = {name for names, _ in self.groups for name in names}
+        said = {
+            name: read(tuple(w.to(z.dtype) for w in self._start(name)), z)
+            for name in self.start
+            if name not in written
+        }
+        for (names, _), memory in zip(self.groups, memories):
+            speaking = [name for name in names if name != "mem"]
+            if speaking:
+                answers = read(
+                    tuple(w[:, :, : len(speaking)] for w in memory.start), z.unsqueeze(2)
+                )
+                said.update(zip(speaking, answers.unbind(2)))
+        k, v = unit(torch.stack([said["k"], said["v"]], 2))[0].split(1, 2)
         q = unit(said["q"])[0] if q is None else q
         eta = self.eta_max * torch.sigmoid(self.eta(said["eta"]))
         log_alpha = None if self.alpha is None else F.logsigmoid(self.alpha(said["alpha"]))
-        gates = Gates(eta, log_alpha, log_theta)
+        gates = Gates(eta, log_alpha, log_theta).map(lambda g: g.unsqueeze(2))
 
-        o, memory = self.writer.write(memory, q, k, read(memory.start, v), gates, span, starts[1])
-        if projections is not None:
-            shared = gates.map(lambda g: g.unsqueeze(2))
-            target = read(projections.start, v.unsqueeze(2))
-            _, projections = self.projection_writer.write(
-                projections, None, k.unsqueeze(2), target, shared, span, starts[0]
-            )
-        return o, (projections, memory)
+        after, o = [], None
+        for (names, writer), memory, start in zip(self.groups, memories, starts):
+            asked = q if "mem" in names else None
+            o, memory = writer.write(memory, asked, k, v, gates, span, start, reader=-1, own=True)
+            after.append(memory)
+        return o, tuple(after)
 
 
 class Scalar(nn.Module):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .objectives import Objective
 
@@ -35,28 +36,51 @@ class Factors(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """An element-wise non-linearity and its derivative."""
+    """An element-wise non-linearity: value(a) = φ(a), pull(e, a) = e φ'(a), curve(a) = φ''(a)."""
 
     value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor], Tensor]
+    curve: Callable[[Tensor], Tensor]
 
 
-def _silu_derivative(a: Tensor) -> Tensor:
+def _silu_curve(a: Tensor) -> Tensor:
     s = torch.sigmoid(a)
-    return s * (1 + a * (1 - s))
+    return s * (1 - s) * (2 + a * (1 - 2 * s))
 
 
-def _gelu_derivative(a: Tensor) -> Tensor:
-    cdf = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))
-    return cdf + a * torch.exp(-0.5 * a.square()) / math.sqrt(2 * math.pi)
+def _gelu_curve(a: Tensor) -> Tensor:
+    square = a.square()
+    return (2 - square) * torch.exp(-0.5 * square) / math.sqrt(2 * math.pi)
+
+
+def _tanh_curve(a: Tensor) -> Tensor:
+    t = torch.tanh(a)
+    return -2 * t * (1 - t.square())
 
 
 ACTIVATIONS = {
-    "silu": Activation(F.silu, _silu_derivative),
-    "gelu": Activation(F.gelu, _gelu_derivative),
-    "relu": Activation(F.relu, lambda a: (a > 0).to(a.dtype)),
-    "tanh": Activation(torch.tanh, lambda a: 1 - torch.tanh(a).square()),
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward, _silu_curve),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, _gelu_curve),
+    "relu": Activation(F.relu, lambda e, a: e * (a > 0), torch.zeros_like),
+    "tanh": Activation(torch.tanh, lambda e, a: e * (1 - torch.tanh(a).square()), _tanh_curve),
 }
+
+
+class _Pull(torch.autograd.Function):
+    """e φ'(a) of same-shaped e and a: torch's fused kernels have no derivative of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: str, e: Tensor, a: Tensor) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(e, a)
+        return ACTIVATIONS[activation].pull(e, a)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        e, a = ctx.saved_tensors
+        phi = ACTIVATIONS[ctx.activation]
+        return None, phi.pull(grad, a), phi.curve(a).mul_(e).mul_(grad)
 
 
 @runtime_checkable
@@ -169,20 +193,16 @@ class ResidualMLP(MatrixMemory):
         return z + h if self.residual else h
 
     def factors(self, W: Weights, k: Tensor, v: Tensor, objective: Objective) -> Factors:
-        phi, derivative = ACTIVATIONS[self.activation]
-        inputs, outputs, slopes, x = [], [], [], k
-        for w in W[:-1]:
-            a = x @ w.mT
-            inputs.append(x)
-            outputs.append(a)
-            slopes.append(derivative(self.gain * a))
-            x = phi(self.gain * a) / self.gain
-        inputs.append(x)
-        y = x @ W[-1].mT
+        phi, gain = ACTIVATIONS[self.activation].value, self.gain
+        inputs, outputs = [k], [k @ W[0].mT]
+        for w in W[1:]:
+            inputs.append(phi(gain * outputs[-1]) / gain)
+            outputs.append(inputs[-1] @ w.mT)
+        y = outputs[-1]
         errors = [objective.error(k + y if self.residual else y, v)]
-        for w, slope in zip(reversed(W[1:]), reversed(slopes)):
-            errors.append((errors[-1] @ w) * slope)
-        return Factors(tuple(inputs), (*outputs, y), tuple(reversed(errors)))
+        for w, a in zip(W[:0:-1], outputs[-2::-1]):
+            errors.insert(0, _Pull.apply(self.activation, errors[0] @ w, gain * a))
+        return Factors(tuple(inputs), tuple(outputs), tuple(errors))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linalg import unit
 from .memories import Weights
 
 
@@ -55,28 +54,26 @@ class RuleState(NamedTuple):
     ahead: Weights | None = None
 
 
-def strengths(norm: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """How strongly a write acts along the *unit* input x / ‖x‖: on the error, and in the retention.
+def shrunk(eta: Tensor, x: Tensor) -> Tensor:
+    """The step size for inputs of any length, η / max(1, ‖x‖²): eta [*b], x [*b, in] -> [*b].
 
-    The gradient is δ xᵀ, so its strength is ‖x‖, and that of x xᵀ is ‖x‖². As in eq. 57 the step
-    shrinks for long inputs; ours is η' = η / max(1, ‖x‖²), which at ‖x‖ = 1 is eq. 88 (the paper's
-    η / (1 + η ‖x‖²) is η / (1 + η) there): always in the retention, whose eigenvalue α − η' ‖x‖²
-    then stays in [α − η, α]; in the gradient if `normalize`. A short input fades what it finds as
-    little as it writes: retention along the unit input at full strength would let an MLP's matrices
-    fade together to zero.
+    As in eq. 57 the step shrinks for long inputs; this one is eq. 88 at ‖x‖ = 1, where the paper's
+    η / (1 + η ‖x‖²) is η / (1 + η). With it the retention α I − η' x xᵀ keeps its eigenvalues in
+    [α − η, α], and a short input fades what it finds as little as it writes: retention along the
+    unit input at full strength would let an MLP's matrices fade together to zero.
     """
-    long = norm.square().clamp(min=1.0)
-    return norm / long if normalize else norm, norm.square() / long
+    return eta / x.square().sum(-1).clamp(min=1.0)
 
 
 @dataclass(frozen=True)
 class GradientRule:
     """W ← W (α_t I − η_t x xᵀ) + S_t,  S_t = θ_t S_{t−1} − η_t ∇L  (eq. 88; momentum of Titans).
 
-    delta: the retention term −η' x xᵀ with x the input of *that* matrix (DGD, eq. 57).
+    delta: the retention term −η' x xᵀ with x the input of *that* matrix and η' `shrunk` (DGD,
+    eq. 57).
     decay: α_t from the gates, else 1. momentum: θ_t from the gates, else S_t = −η_t ∇L.
     period: writes become visible every so many tokens (eq. 71), counted from the chunk's start.
-    normalize: shrink the step of ∇L too for inputs longer than 1 (see `strengths`).
+    normalize: take the shrunk step for ∇L too.
     """
 
     delta: bool = False
@@ -104,16 +101,15 @@ class GradientRule:
         written, speeds = [], []
         for i, (w, g) in enumerate(zip(W if S.ahead is None else S.ahead, dW)):
             eta = _over(gates.eta, w)
-            force = -eta * g
             kept = _retained(w, gates)
             if self.delta or self.normalize:
                 assert inputs is not None  # `scan.update` refuses other memories
-                x, norm = unit(inputs[i])
-                error_strength, retention_strength = strengths(norm, self.normalize)
-                force = force * (error_strength / norm).unsqueeze(-1)
+                x = inputs[i]
+                r = _over(shrunk(gates.eta, x), w)
+                eta = r if self.normalize else eta
                 if self.delta:
-                    found = w @ (retention_strength * x).unsqueeze(-1)
-                    kept = kept - eta * found * x.unsqueeze(-2)
+                    kept = kept - r * (w @ x.unsqueeze(-1)) * x.unsqueeze(-2)
+            force = -eta * g
             if S.momentum is not None:
                 assert gates.log_theta is not None
                 force = _over(gates.log_theta.exp(), w) * S.momentum[i] + force

@@ -27,7 +27,7 @@ from ..layers import (
     linear_attention,
     static_titans,
 )
-from ..layers.mixers import traced
+from ..layers.mixers import compile_steps, traced
 
 FORMAT = "nestlearn-hope-1"
 MIXERS = ("hope", "attention", "titans", "deltanet", "linear")
@@ -206,6 +206,10 @@ class HopeLM(nn.Module):
     def init_state(self, batch: int) -> HopeState:
         """The state before the first token; also the template to load a saved state into."""
         return HopeState(tuple(block.init_state(batch) for block in self._chain()))
+
+    def compile(self, **options: Any) -> None:
+        """Compile, in place, what runs chunk by chunk: see `nestlearn.layers.mixers.Stepping`."""
+        compile_steps(self, **options)
 
     def _chain(self) -> list[HopeBlock]:
         return [block for block in self.blocks if isinstance(block, HopeBlock)]

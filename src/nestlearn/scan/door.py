@@ -12,6 +12,7 @@ from ..memory import Gates, GradientRule, Memory, Objective, Rule, Weights
 from ..memory import objective as objective_named
 from ..memory.memories import FunctionMemory, MatrixMemory
 from . import chunk as _chunk
+from . import fused as _fused
 from . import naive as _naive
 
 
@@ -31,6 +32,8 @@ def update(
     at: Weights | None = None,
     offset: int = 0,
     first_order: bool = False,
+    reader: int | None = None,
+    own: bool = False,
 ) -> tuple[Tensor | None, Weights, Any]:
     """Write one chunk of pairs into a memory and read it: (o, W, S) after the chunk (eqs. 88, 90).
 
@@ -43,7 +46,9 @@ def update(
     goes on with W, S, `at` = the weights that the chunk began with, and `offset` = the tokens of
     the chunk already taken. States and solves are float32 at least; o has the type of q.
     `first_order` leaves the inner gradient's own dependence on the weights out of the outer
-    gradient (first-order MAML); k, v and the gates stay in it.
+    gradient (first-order MAML); k, v and the gates stay in it. `reader`: only that memory along the
+    last leading axis answers; q and o lack the axis. `own`: the memory makes its own values
+    (eq. 84), M(v) at the chunk's first weights; v is then [*c, T, K] like k.
 
     Raises ValueError for an unknown option and for a rule that the memory or backend cannot run.
     """
@@ -58,13 +63,22 @@ def update(
     reply = q.dtype if q is not None else dtype
     q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
     gates = gates.map(lambda g: g.to(dtype))
-    parallel = isinstance(rule, GradientRule) and backend != "naive"
-    run: Any = _chunk.update if parallel else _naive.update
+    aim = objective_named(objective)
+    run: Any = _chunk.update
+    if backend == "naive" or not isinstance(rule, GradientRule):
+        run = _naive.update
+    elif backend == "auto" and _fused.supports(
+        memory, rule, aim, offset=offset, first_order=first_order
+    ):
+        run = _fused.update
     with torch.autocast(device_type=k.device.type, enabled=False):
+        if own and run is not _fused.update:
+            v = memory.read(at, v)
         o, W, S = run(
             memory, rule, W, S, q, k, v, gates,
             at=at, offset=offset,
-            objective=objective_named(objective), read=read, first_order=first_order,
+            objective=aim, read=read, first_order=first_order,
+            reader=reader, **({"own": own} if run is _fused.update else {}),
         )  # fmt: skip
     return None if o is None else o.to(reply), W, S
 

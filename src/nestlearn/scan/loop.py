@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from operator import itemgetter
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ class Span(NamedTuple):
         return self.stop % chunk == 0
 
 
+@torch.compiler.disable  # it would unroll the loop: layers compile the step (`Stepping.compile`)
 def scan(
     f: Callable[[Any, Any, Span], tuple[Any, Any]],
     state: Any,
@@ -34,10 +35,11 @@ def scan(
     position: int = 0,
     truncate: int | None = None,
     remat: bool = False,
+    axis: int = 1,
 ) -> tuple[list[Any], Any]:
     """Run `f(state, xs_span, span) -> (y, state)` along a stream, one span at a time.
 
-    xs is a tree of [B, T, ...] tensors with T = `length`. Spans end at the call's end and at every
+    xs is a tree of tensors with T = `length` along `axis`. Spans end at the call's end and at every
     multiple of every size in `chunks`, counted from the stream's first token, which `position`
     tokens of earlier calls came before: so splitting a call changes nothing but its spans.
     `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
@@ -51,8 +53,8 @@ def scan(
     for start, stop in pairwise(sorted(cuts)):
         if truncate is not None and start > 0 and start % truncate == 0:
             state = tree.detach(state)
-        tokens = slice(start - position, stop - position)
-        args = (state, tree.tree_map(itemgetter((slice(None), tokens)), xs), Span(start, stop))
+        part = tree.tree_map(methodcaller("narrow", axis, start - position, stop - start), xs)
+        args = (state, part, Span(start, stop))
         if remat and torch.is_grad_enabled():
             y, state = checkpoint(f, *args, use_reentrant=False)
         else:

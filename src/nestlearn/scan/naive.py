@@ -28,6 +28,7 @@ def update(
     read: str,
     offset: int,
     first_order: bool = False,
+    reader: int | None = None,
 ):
     """See `nestlearn.scan.update`."""
 
@@ -43,6 +44,8 @@ def update(
         W, S = rule.step(W, S, grad, k[..., t, :], v[..., t, :], gates.at(t), due)
         if q is not None:
             seen = W if read == "token" else at
+            if reader is not None:
+                seen = tuple(w.select(k.ndim - 3, reader) for w in seen)
             outputs.append(memory.read(seen, q[..., t : t + 1, :]))
     return torch.cat(outputs, -2) if q is not None else None, W, S
 

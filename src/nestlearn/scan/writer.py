@@ -80,6 +80,8 @@ class Writer:
         gates: Gates,
         span: Span,
         W0: Weights,
+        reader: int | None = None,
+        own: bool = False,
     ) -> tuple[Tensor | None, FastWeights]:
         """Write the pairs of one span and answer its queries (see `nestlearn.scan.update`)."""
         offset = span.start % self.chunk
@@ -87,6 +89,7 @@ class Writer:
             self.memory, self.rule, fast.now, fast.rule, q, k, v, gates,
             objective=self.objective, read=self.read, backend=self.backend,
             at=fast.start if offset else None, offset=offset, first_order=self.first_order,
+            reader=reader, own=own,
         )  # fmt: skip
         if not span.ends(self.chunk):
             return o, FastWeights(fast.start, now, rule)
@@ -102,4 +105,4 @@ class Writer:
 
 def _into_shell(W: Tensor, W0: Tensor, low: float, high: float) -> Tensor:
     norm, start = frobenius(W), frobenius(W0).to(W.dtype)
-    return W * (norm.clamp(min=low * start, max=high * start) / norm)
+    return W * (norm.clamp(min=low * start, max=high * start) / norm.clamp(min=1e-12))

@@ -1,0 +1,351 @@
+"""The common chunk as one function with its backward pass written out.
+
+A whole chunk of a gradient rule without momentum or period, the memory a matrix or an MLP: the
+mathematics of `chunk`, arranged for speed. What reads the same first weights (the keys, the inputs
+of self-generated values, the queries of a boundary read) is one stack of rows. For each matrix,
+with y = W x, u = −δ, r = η / max(1, ‖x‖²), s = r if the rule normalizes, else η,
+
+    (I + r (Γ₋ ∘ x xᵀ)) w = s u − r γ₋ y,      W_C = γ_C W + (Γ_C w)ᵀ x,
+
+where row t of Γ₋ and γ₋ is row t − 1 of Γ and γ: what the write of token t finds. Autograd would
+keep every intermediate and walk back op by op; the backward pass here spends two products for each
+of the forward pass and a few passes over memory. docs/math.md counts both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..memory.linalg import decay_products, inverse_unit_lower
+from ..memory.memories import ACTIVATIONS, Matrix, ResidualMLP, Weights
+from ..memory.objectives import Objective
+from ..memory.rules import Gates, GradientRule, RuleState
+
+
+def supports(
+    memory: Any, rule: Any, objective: Objective, *, offset: int, first_order: bool
+) -> bool:
+    """Whether `update` here runs such a chunk; `chunk.update` runs the others."""
+    return (
+        isinstance(memory, Matrix | ResidualMLP)
+        and not (rule.momentum or rule.period > 1 or offset or first_order)
+        and objective.name in ("dot", "l2")
+    )
+
+
+def update(
+    memory: Matrix | ResidualMLP,
+    rule: GradientRule,
+    W: Weights,
+    S: RuleState,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    *,
+    at: Weights,
+    objective: Objective,
+    read: str,
+    offset: int,
+    first_order: bool = False,
+    reader: int | None = None,
+    own: bool = False,
+) -> tuple[Tensor | None, Weights, RuleState]:
+    """See `nestlearn.scan.update`."""
+    apart = read == "boundary" and reader is not None  # one memory's answers: not worth a stack
+    form = (memory, rule, objective.name == "l2", None if apart else read, reader, own)
+    given = (None if apart else q, k, v, gates.eta, gates.log_alpha, *W)
+    outputs = _Chunk.apply(form, *given) if torch.is_grad_enabled() else _forward(form, *given)[0]
+    o, after = None, outputs[-len(W) :]
+    if q is not None and not apart:
+        o = outputs[0]
+    elif q is not None:
+        o = memory.read(tuple(_one(w, reader) for w in W), q)
+    return o, tuple(after), S
+
+
+class _Chunk(torch.autograd.Function):
+    """(q, k, v, η, log α, W...) -> (o if q is given, W_C...); shapes as in `nestlearn.scan`."""
+
+    @staticmethod
+    def forward(ctx: Any, form, *given):
+        outputs, saved, ctx.sizes = _forward(form, *given)
+        ctx.form = form
+        ctx.save_for_backward(*saved)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads):
+        memory, rule, l2, read, reader, own = ctx.form
+        phi, gain, residual = _nonlinearity(memory)
+        q, k, v, eta, log_alpha, *rest = ctx.saved_tensors
+        n, T = len(memory.shapes()), k.shape[-2]
+        do, dafter = grads[0], grads[-n:]
+        W, w, x, y, back, systems, seen, u_last = _split(rest, n, n, n, n, n - 1, *ctx.sizes, 1)
+        apart = q is not None and read == "boundary"  # its rows stand after the keys'
+        c = _Scalars(eta, log_alpha)
+        scale = [1.0 / gain] * (n - 1) + [1.0]
+        xk, yk = [_head(a, T) for a in x], [_head(a, T) for a in y]
+        u = [*(phi.pull(p, a) for p, a in zip(back, yk)), *u_last]
+        deta = torch.zeros_like(eta)
+        dtotal = torch.zeros_like(eta if log_alpha is None else log_alpha)
+
+        # W_C = γ_C W + (Γ_C w)ᵀ x
+        dW, dw, dx = [], [], []
+        for i in range(n):
+            pulled = xk[i] @ dafter[i].mT
+            dw.append(c.left * pulled)
+            dx.append((c.left * w[i]) @ dafter[i])
+            dW.append(dafter[i].clone() if log_alpha is None else c.gamma[..., -1:, :] * dafter[i])
+            if log_alpha is not None:
+                share = c.left.squeeze(-1) * (w[i] * pulled).sum(-1)
+                _add(dtotal, -share)
+                whole = share.sum(-1) + (dW[i] * W[i]).sum((-2, -1))
+                _add(dtotal[..., -1], whole)
+
+        dq = None
+        if q is not None and read == "token":
+            dq, df = do, do
+            for i in reversed(range(n)):
+                share, f = seen[2 * i : 2 * i + 2]
+                z = q if i == 0 else phi.value(seen[2 * i - 1]).div_(gain)
+                dshare = df @ _one(w[i], reader).mT
+                if log_alpha is not None:
+                    moved = (df * f).sum(-1).mul_(scale[i]) - (dshare * share).sum(-2)
+                    _add(_one(dtotal, reader, 1), moved)
+                doverlap = _one(c.ratio, reader) * dshare
+                dc = _one(c.gamma, reader) * df
+                _add_product(_one(dw[i], reader), share.mT, df)
+                _add_product(_one(dW[i], reader), dc.mT, z)
+                _add_product(_one(dx[i], reader), doverlap.mT, z)
+                df = _plus(dc @ _one(W[i], reader), doverlap, _one(xk[i], reader))
+                if i > 0:
+                    df = phi.pull(df, seen[2 * i - 1])
+            dq = df + do if residual else df
+
+        # (I + r (Γ₋ ∘ x xᵀ)) w = s u − r γ₋ y
+        du, dy, dkeys = [], [], 0
+        for i in range(n):
+            xs = k if i == 0 else xk[i]
+            r, s = _steps(c.eta, xs, rule)
+            lead = r.shape[:-2]
+            right = dw[i]
+            if rule.delta:
+                faded, inverse = systems[2 * i : 2 * i + 2]
+                right = inverse.mT @ right
+            du.append(s * right)
+            dstep = (right * u[i]).sum(-1)
+            if not rule.normalize:
+                _add(deta, dstep)
+                dstep = torch.zeros_like(dstep)
+            dr = dstep.sum_to_size(*lead, T)
+            if rule.delta:
+                dsystem = (right @ w[i].mT).neg_().sum_to_size(*lead, T, T)
+                dfaded = dsystem * faded
+                seen_y = (right * yk[i]).sum(-1).mul_(scale[i]) * c.found.squeeze(-1)
+                drest = dfaded.sum(-1) - seen_y.sum_to_size(*lead, T)
+                dr = dr + drest
+                dy.append((-r * c.found) * right)
+                if log_alpha is not None:
+                    later = F.pad((r.squeeze(-1) * drest)[..., 1:], (0, 1))
+                    _add(dtotal, later - (r.mT @ dfaded).squeeze(-2))
+                doverlap = dsystem.mul_(r).mul_(c.faded_by)
+            if rule.delta or rule.normalize:
+                size = xs.square().sum(-1)
+                _add(deta, dr / size.clamp(min=1.0))
+                dsize = torch.where(size > 1.0, -dr * r.squeeze(-1) / size, 0.0)
+            if rule.delta:
+                doverlap.diagonal(dim1=-2, dim2=-1).add_(dsize)
+                both = doverlap + doverlap.mT
+                if lead == dx[i].shape[:-2]:
+                    dx[i] = _plus(dx[i], both, xk[i])
+                else:
+                    dkeys = both @ k
+            elif rule.normalize and lead == dx[i].shape[:-2]:
+                dx[i] += (2 * dsize).unsqueeze(-1) * xk[i]
+            elif rule.normalize:
+                dkeys = (2 * dsize).unsqueeze(-1) * k
+            if not rule.delta:
+                dy.append(torch.zeros_like(du[i]))
+
+        # u_i = (u_{i+1} W_{i+1}) ∘ φ'(gain y_i), and at the end u = v − y − k or v
+        for i in range(n - 1):
+            dy[i] += phi.curve(yk[i]).mul_(back[i]).mul_(du[i]).mul_(gain)
+            pulled = phi.pull(du[i], yk[i])
+            du[i + 1] = _plus(du[i + 1], pulled, W[i + 1].mT)
+            _add_product(dW[i + 1], u[i + 1].mT, pulled)
+        if l2:
+            dy[-1] -= du[-1]
+
+        # y = W x of all rows, from the last matrix to the first
+        rows = [dy[-1]] + ([du[-1]] if own else []) + ([do] if apart else [])
+        down = _stack(rows)
+        for i in reversed(range(n)):
+            _add_product(dW[i], down.mT, x[i])
+            dx_rows = down @ W[i]
+            _head(dx_rows, T).add_(dx[i])
+            if i > 0:
+                down = phi.pull(dx_rows, y[i - 1])
+                _head(down, T).add_(dy[i - 1])
+        dk, *others = dx_rows.split(T, -2)
+        if l2 and residual:
+            dk = dk - du[-1]
+        dv = du[-1]
+        if own:
+            dv = others[0] + du[-1] if residual else others[0]
+        if apart:
+            dq = others[-1] + do if residual else others[-1]
+        dlog_alpha = None if log_alpha is None else dtotal.flip(-1).cumsum(-1).flip(-1)
+        dk, dv = dk.sum_to_size(k.shape) + dkeys, dv.sum_to_size(v.shape)
+        return None, dq, dk, dv, deta, dlog_alpha, *dW
+
+
+def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tuple[int, int]]:
+    """The outputs, what the backward pass needs, and how much of that are systems and reads."""
+    memory, rule, l2, read, reader, own = form
+    phi, gain, residual = _nonlinearity(memory)
+    c = _Scalars(eta, log_alpha)
+    rows = [k] + ([v] if own else []) + ([q] if q is not None and read == "boundary" else [])
+    x, y = [_stack(rows).expand(*W[0].shape[:-2], -1, -1).contiguous()], []
+    for i, w in enumerate(W):
+        y.append(x[i] @ w.mT)
+        if i < len(W) - 1:  # hidden: y is gain W x from here on
+            x.append(phi.value(y[i].mul_(gain)).div_(gain))
+    T = k.shape[-2]
+    answers = list(y[-1].split(T, -2))  # of the rows
+    target = (answers[1] + v if residual else answers[1]) if own else v
+
+    u: list[Tensor] = [target]
+    back: list[Tensor] = []  # u = −δ of each matrix, and before the slope of the non-linearity
+    if l2:
+        u = [target - answers[0] - k if residual else target - answers[0]]
+    for w, a in zip(W[:0:-1], y[-2::-1]):
+        back.insert(0, u[0] @ w)
+        u.insert(0, phi.pull(back[0], _head(a, T)))
+    writes, systems, after = [], [], []
+    for i, w in enumerate(W):
+        xi = _head(x[i], T)
+        xs = k if i == 0 else xi  # where memories share the keys, one system serves all of them
+        r, s = _steps(c.eta, xs, rule)
+        if rule.delta:
+            faded = c.faded_by * (xs @ xs.mT)
+            inverse = inverse_unit_lower(r * faded)
+            scale = 1.0 if i == len(W) - 1 else 1.0 / gain
+            found = (r * c.found * scale) * _head(y[i], T)
+            writes.append(inverse @ (s * u[i] - found))
+            systems += [faded, inverse]
+        else:
+            writes.append(s * u[i])
+        kept = w if log_alpha is None else c.gamma[..., -1:, :] * w
+        after.append(_plus(kept, (c.left * writes[i]).mT, xi))
+
+    o, seen = None, []
+    if q is not None and read == "boundary":
+        o = answers[-1] + q if residual else answers[-1].clone()
+    elif q is not None:
+        z = q
+        for i, w in enumerate(W):
+            share = _one(c.ratio, reader) * (z @ _one(_head(x[i], T), reader).mT)
+            f = _one(c.gamma, reader) * (z @ _one(w, reader).mT)
+            f = _plus(f, share, _one(writes[i], reader))
+            if i < len(W) - 1:
+                z = phi.value(f.mul_(gain)).div_(gain)
+            seen += [share, f]
+        o = f + q if residual else f
+    saved = (q, k, v, eta, log_alpha, *W, *writes, *x, *y, *back, *systems, *seen, u[-1])
+    outputs = tuple(after) if o is None else (o, *after)
+    return outputs, saved, (len(systems), len(seen))
+
+
+class _Scalars:
+    """A chunk's scalars, each shaped to scale what it acts on: rows [*b, T, 1] or pairs [*b, T, T].
+
+    gamma, ratio: γ_t and Γ_ts. found, faded_by: the same one token earlier. left: Γ_Ts.
+    """
+
+    def __init__(self, eta: Tensor, log_alpha: Tensor | None):
+        self.eta = eta.unsqueeze(-1)
+        if log_alpha is None:
+            ones = eta.new_ones(eta.shape[-1:] * 2)
+            gamma, self.ratio = ones[0], ones.tril()
+        else:
+            gamma, self.ratio = decay_products(log_alpha.cumsum(-1))
+        self.gamma = gamma.unsqueeze(-1)
+        self.found = F.pad(self.gamma[..., :-1, :], (0, 0, 1, 0), value=1.0)
+        self.faded_by = F.pad(self.ratio[..., :-1, :], (0, 0, 1, 0))
+        self.left = self.ratio[..., -1, :].unsqueeze(-1)
+
+
+def _nonlinearity(memory: Matrix | ResidualMLP) -> tuple[Any, float, bool]:
+    if isinstance(memory, Matrix):
+        return None, 1.0, False
+    return ACTIVATIONS[memory.activation], memory.gain, memory.residual
+
+
+def _steps(eta: Tensor, x: Tensor, rule: GradientRule) -> tuple[Tensor, Tensor]:
+    """Step sizes [*b, T, 1] of the delta term and of the gradient."""
+    if not (rule.delta or rule.normalize):
+        return eta, eta
+    r = eta / x.square().sum(-1, keepdim=True).clamp(min=1.0)
+    return r, r if rule.normalize else eta
+
+
+def _head(rows: Tensor, T: int) -> Tensor:
+    """The first T rows: those of the keys."""
+    return rows if rows.shape[-2] == T else rows.narrow(-2, 0, T)
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    """Rows [*b, T, d] one after the other, leading axes broadcast."""
+    if len(rows) == 1:
+        return rows[0]
+    lead = torch.broadcast_shapes(*(a.shape[:-2] for a in rows))
+    return torch.cat([a.expand(*lead, *a.shape[-2:]) for a in rows], -2)
+
+
+def _one(x: Tensor, reader: int | None, tail: int = 2) -> Tensor:
+    """The reader's part along the last leading axis, where `tail` axes follow it."""
+    if reader is None:
+        return x
+    axis = x.ndim - tail - 1
+    if axis < 0:
+        return x
+    return x.select(axis, reader if x.shape[axis] > 1 else 0)
+
+
+def _plus(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """base + a @ b, in one pass where no axis is broadcast."""
+    lead = base.shape[:-2]
+    if not (len(lead) and a.shape[:-2] == lead == b.shape[:-2]):
+        return base + a @ b
+    sum_ = torch.baddbmm(base.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3))
+    return sum_.view(*lead, *sum_.shape[-2:])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without forming the product where no axis is broadcast."""
+    lead = total.shape[:-2]
+    if total.is_contiguous() and len(lead) and a.shape[:-2] == lead == b.shape[:-2]:
+        total.view(-1, *total.shape[-2:]).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+    else:
+        total += (a @ b).sum_to_size(total.shape)
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """total += part, summed over the axes that total shares."""
+    total += part.sum_to_size(total.shape)
+
+
+def _split(tensors: list, *sizes: int) -> list[list]:
+    """The list in parts of these lengths."""
+    parts = []
+    for size in sizes:
+        parts.append(list(tensors[:size]))
+        tensors = tensors[size:]
+    return parts

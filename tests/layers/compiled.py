@@ -1,0 +1,71 @@
+"""compile(): the step of a whole chunk is one graph, and answers as it does eagerly.
+
+Run by test_compile.py in a process of its own, where nothing checks the shapes of arguments: those
+checks cannot be compiled.
+"""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from nestlearn import ContinuumMemory, HopeConfig, HopeLM, Level, SelfModifyingTitans
+from nestlearn.layers import gated_deltanet
+from nestlearn.layers.mixers import Stepping
+
+LAYERS = {
+    "titans": lambda: SelfModifyingTitans(8, 2, 4),
+    "titans-boundary-l2": lambda: SelfModifyingTitans(8, 2, 4, read="boundary", objective="l2"),
+    "cms": lambda: ContinuumMemory(8, [Level(chunk=4, hidden=16), Level(hidden=16)]),
+    "deltanet": lambda: gated_deltanet(8, 2, chunk=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
+def test_one_graph_for_all_chunks_batches_and_lengths(build):
+    torch.manual_seed(0)
+    layer = build().double()
+    graphs = CompileCounterWithBackend("aot_eager")
+    counts = []
+    for batch, T in ((2, 12), (2, 8), (3, 20), (5, 11), (2, 4), (4, 9)):
+        x = torch.randn(batch, T, 8, dtype=torch.float64, requires_grad=True)
+        for part in layer.modules():
+            if isinstance(part, Stepping):
+                part._compiled = None
+        expected = layer(x)[0]
+        (grad,) = torch.autograd.grad(expected.square().sum(), x)
+        layer.compile(backend=graphs)
+        y = layer(x)[0]
+        (found,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-9)
+        counts.append(graphs.frame_count)
+    assert counts == [1] * len(counts)
+
+
+def test_a_model_compiles_what_runs_chunk_by_chunk():
+    torch.manual_seed(0)
+    config = HopeConfig(dim=8, layers=2, heads=2, chunk=4, levels=(Level(chunk=4), Level()))
+    model = HopeLM(config)
+    ids = torch.randint(0, 256, (2, 10))
+    with torch.no_grad():
+        expected = model(ids)[0]
+        graphs = CompileCounterWithBackend("eager")
+        model.compile(backend=graphs)
+        torch.testing.assert_close(model(ids)[0], expected)
+        assert graphs.frame_count == 2  # of Titans and of the level; both blocks share them
+
+
+def test_compiled_by_the_compiler_the_code_of_torch():
+    """The real thing, small: inductor."""
+    torch.manual_seed(0)
+    layer = ContinuumMemory(8, [Level(chunk=4, hidden=16, rule="gd")])
+    x = torch.randn(2, 9, 8)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        layer.compile()
+        torch.testing.assert_close(layer(x)[0], expected)
