@@ -150,7 +150,6 @@ def _ours() -> list[Contestant]:
         ),
         replace(titans, name=f"{OURS}, compiled", compiled=True, memory=False),
         hope,
-        replace(hope, name=f"{HOPE}, compiled", compiled=True, memory=False),
         Contestant(
             "gated DeltaNet", lambda s: gated_deltanet(s.width, s.heads, chunk=s.chunk),
             decode=both, note="nestlearn's own: a matrix memory",

@@ -23,8 +23,6 @@ from .contestants import (
     TRAIN,
     Contestant,
     Shape,
-    can_compile,
-    compile_chunks,
     far_contestants,
 )
 from .harness import FLAT, Record, Task, summary
@@ -202,9 +200,6 @@ def model_tasks(settings: Settings) -> list[Task]:
     ours = HopeLM(hope.config)
     count = ours.parameter_count()
     models = {"Hope": ours}
-    if settings.compiled and can_compile():
-        models["Hope, compiled"] = compiled = HopeLM(hope.config)
-        compile_chunks(compiled)
     models["Transformer"] = HopeLM(with_parameters(transformer.config, count))
     found = []
     for name, model in models.items():

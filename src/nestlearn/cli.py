@@ -8,6 +8,7 @@ foresees (a wrong value, a missing file, a full disk) as one line and exits with
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -75,6 +76,15 @@ def quickstart(
         bool, typer.Option("--all", help="Seven models instead of Hope and a Transformer.")
     ] = False,
     size: Annotated[str, typer.Option(help="tiny, small, ...: width and depth.")] = "tiny",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Windows of a step (default: 8).")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Bytes of a window (default: 256).")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of all (default: tuned for tiny).")
+    ] = None,
 ) -> None:
     """Train Hope beside a Transformer, and compare them.
 
@@ -85,10 +95,18 @@ def quickstart(
     from nestlearn.recipes.quickstart import report, run, settings
 
     config = settings(steps, quick=quick)
+    config = replace(config, batch=batch or config.batch, length=length or config.length)
     out = out or Path("runs", "quick" if quick else "quickstart")
     try:
         records = run(
-            data or [], out, config, seeds=seeds, every_model=every_model, size=size, say=_say
+            data or [],
+            out,
+            config,
+            seeds=seeds,
+            every_model=every_model,
+            size=size,
+            lr=lr,
+            say=_say,
         )
     except KeyboardInterrupt:
         _say("Stopped and saved: the same command goes on from here.", "yellow")

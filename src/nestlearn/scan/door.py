@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -67,10 +68,14 @@ def update(
     run: Any = _chunk.update
     if backend == "naive" or not isinstance(rule, GradientRule):
         run = _naive.update
-    elif backend == "auto" and _fused.supports(
+    elif backend != "chunk" and _fused.supports(
         memory, rule, aim, offset=offset, first_order=first_order
     ):
         run = _fused.update
+        if backend == "auto" and _on_gpu(W, q, k, v, gates, memory=memory, rule=rule, aim=aim):
+            from . import triton  # here, so that it is loaded only where it can run
+
+            run = triton.update
     with torch.autocast(device_type=k.device.type, enabled=False):
         if own and run is not _fused.update:
             v = memory.read(at, v)
@@ -83,10 +88,33 @@ def update(
     return None if o is None else o.to(reply), W, S
 
 
+_triton = True
+
+
+def use_triton(on: bool = True) -> None:
+    """Whether CUDA tensors go through the Triton kernels (the default) or torch's own products."""
+    global _triton
+    _triton = on
+
+
+def _on_gpu(
+    W: Weights, q: Tensor | None, k: Tensor, v: Tensor, gates: Gates, *,
+    memory: Any, rule: GradientRule, aim: Objective,
+) -> bool:  # fmt: skip
+    """Whether the Triton kernels run this whole chunk."""
+    if not (_triton and k.is_cuda and find_spec("triton")):
+        return False
+    from . import triton
+
+    return triton.supported(
+        memory, rule, W, None, q, k, v, gates, at=None, objective=aim, read="token", offset=0
+    )
+
+
 def _check(memory: Memory, rule: Rule, k: Tensor, gates: Gates, read: str, backend: str) -> None:
     check_read(read)
-    if backend not in ("auto", "naive", "chunk"):
-        raise ValueError(f"backend={backend!r}: use 'auto', 'naive' or 'chunk'")
+    if backend not in ("auto", "naive", "chunk", "fused"):
+        raise ValueError(f"backend={backend!r}: use 'auto', 'naive', 'chunk' or 'fused'")
     if k.shape[-2] == 0:
         raise ValueError("the chunk has T = 0 tokens: give at least one")
     if isinstance(rule, GradientRule):

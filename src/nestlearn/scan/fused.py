@@ -82,17 +82,18 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        memory, rule, l2, read, reader, own = ctx.form
+        form = memory, rule, l2, read, reader, own = ctx.form
         phi, gain, residual = _nonlinearity(memory)
         q, k, v, eta, log_alpha, *rest = ctx.saved_tensors
         n, T = len(memory.shapes()), k.shape[-2]
         do, dafter = grads[0], grads[-n:]
-        W, w, x, y, back, systems, seen, u_last = _split(rest, n, n, n, n, n - 1, *ctx.sizes, 1)
+        W, w, y, back, systems, seen = _split(rest, n, n, n, n - 1, *ctx.sizes)
         apart = q is not None and read == "boundary"  # its rows stand after the keys'
         c = _Scalars(eta, log_alpha)
         scale = [1.0 / gain] * (n - 1) + [1.0]
+        x = [_rows(form, W[0], q, k, v), *(phi.value(a).div_(gain) for a in y[:-1])]
         xk, yk = [_head(a, T) for a in x], [_head(a, T) for a in y]
-        u = [*(phi.pull(p, a) for p, a in zip(back, yk)), *u_last]
+        u = [*(phi.pull(p, a) for p, a in zip(back, yk)), _descent(form, y[-1], k, v)]
         deta = torch.zeros_like(eta)
         dtotal = torch.zeros_like(eta if log_alpha is None else log_alpha)
 
@@ -208,23 +209,17 @@ class _Chunk(torch.autograd.Function):
 
 def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tuple[int, int]]:
     """The outputs, what the backward pass needs, and how much of that are systems and reads."""
-    memory, rule, l2, read, reader, own = form
+    memory, rule, _, read, reader, _ = form
     phi, gain, residual = _nonlinearity(memory)
     c = _Scalars(eta, log_alpha)
-    rows = [k] + ([v] if own else []) + ([q] if q is not None and read == "boundary" else [])
-    x, y = [_stack(rows).expand(*W[0].shape[:-2], -1, -1).contiguous()], []
+    x, y = [_rows(form, W[0], q, k, v)], []
     for i, w in enumerate(W):
         y.append(x[i] @ w.mT)
         if i < len(W) - 1:  # hidden: y is gain W x from here on
             x.append(phi.value(y[i].mul_(gain)).div_(gain))
     T = k.shape[-2]
-    answers = list(y[-1].split(T, -2))  # of the rows
-    target = (answers[1] + v if residual else answers[1]) if own else v
-
-    u: list[Tensor] = [target]
-    back: list[Tensor] = []  # u = −δ of each matrix, and before the slope of the non-linearity
-    if l2:
-        u = [target - answers[0] - k if residual else target - answers[0]]
+    u = [_descent(form, y[-1], k, v)]  # of each matrix
+    back: list[Tensor] = []  # the same before the slope of φ
     for w, a in zip(W[:0:-1], y[-2::-1]):
         back.insert(0, u[0] @ w)
         u.insert(0, phi.pull(back[0], _head(a, T)))
@@ -247,7 +242,8 @@ def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tu
 
     o, seen = None, []
     if q is not None and read == "boundary":
-        o = answers[-1] + q if residual else answers[-1].clone()
+        answer = y[-1].narrow(-2, y[-1].shape[-2] - T, T)
+        o = answer + q if residual else answer.clone()
     elif q is not None:
         z = q
         for i, w in enumerate(W):
@@ -258,9 +254,27 @@ def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tu
                 z = phi.value(f.mul_(gain)).div_(gain)
             seen += [share, f]
         o = f + q if residual else f
-    saved = (q, k, v, eta, log_alpha, *W, *writes, *x, *y, *back, *systems, *seen, u[-1])
+    saved = (q, k, v, eta, log_alpha, *W, *writes, *y, *back, *systems, *seen)
     outputs = tuple(after) if o is None else (o, *after)
     return outputs, saved, (len(systems), len(seen))
+
+
+def _rows(form: tuple, W: Tensor, q: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    """All that the first weights read, one block of T rows after the other: k, v, q."""
+    read, own = form[3], form[5]
+    rows = [k] + ([v] if own else []) + ([q] if q is not None and read == "boundary" else [])
+    return _stack(rows).expand(*W.shape[:-2], -1, -1).contiguous()
+
+
+def _descent(form: tuple, y: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """u = −δ of the last matrix, from the answers y of all rows."""
+    memory, _, l2, _, _, own = form
+    residual, T = _nonlinearity(memory)[2], k.shape[-2]
+    if own:
+        v = y.narrow(-2, T, T) + v if residual else y.narrow(-2, T, T)
+    if not l2:
+        return v
+    return v - _head(y, T) - k if residual else v - _head(y, T)
 
 
 class _Scalars:

@@ -49,7 +49,7 @@ class TrainConfig:
     weight_decay: on matrices only (ndim >= 2, without `no_decay = True`). clip: the largest
     gradient norm. eval_every, checkpoint_every: in steps; the last step always does both.
     dtype: "float32", or "bfloat16" (autocast; weights stay float32). device: "auto" is CUDA
-    where there is one, else the CPU.
+    where there is one, else the CPU. cuda_graph: on CUDA, capture a step's forward and backward.
     """
 
     steps: int = 500
@@ -67,6 +67,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -119,10 +120,11 @@ def train(
     corpus.batch(0, config.batch, config.length, config.seed)  # a short text fails before any file
     folder, step, log = _open(model, optimizer, corpus, config, out, resume)
     model.train()
+    gradients = _Gradients(model, config)
     with _fork_rng(device), _Interrupt() as interrupt, _Display(config, step, progress) as display:
         try:
             while step < config.steps:
-                record = _update(model, optimizer, corpus, config, step)
+                record = _update(model, optimizer, corpus, config, step, gradients)
                 step += 1
                 if step % config.eval_every == 0 or step == config.steps:
                     record |= _validate(model, corpus, windows, config)
@@ -181,6 +183,7 @@ def _update(
     corpus: Corpus,
     config: TrainConfig,
     step: int,
+    gradients: _Gradients,
 ) -> Record:
     """One optimizer step, the one after `step` others."""
     began = time.perf_counter()
@@ -190,9 +193,7 @@ def _update(
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss = _nats(model, ids, config.dtype).mean()
-    loss.backward()
+    loss = gradients(ids)
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     value = float(loss.detach())
     if not (math.isfinite(value) and math.isfinite(norm)):
@@ -211,6 +212,48 @@ def _update(
         "grad_norm": norm,
         "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
     }
+
+
+class _Gradients:
+    """The loss of a batch, with its gradients in `.grad`.
+
+    On CUDA forward and backward are captured once and replayed as one graph: a memory's chunk is
+    some hundred small kernels, which take longer to launch from Python than to run.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.model, self.dtype = model, config.dtype
+        self.captures = config.cuda_graph and next(model.parameters()).is_cuda
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        if not self.captures:
+            return self._run(ids)
+        if self._graph is None:
+            self._capture(ids)
+        assert self._graph is not None
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._loss
+
+    def _run(self, ids: torch.Tensor) -> torch.Tensor:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        loss = _nats(self.model, ids, self.dtype).mean()
+        loss.backward()
+        return loss.detach()
+
+    def _capture(self, ids: torch.Tensor) -> None:
+        self._ids = ids.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is made at the first call is made outside the graph
+            for _ in range(2):
+                self._run(self._ids)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = self._run(self._ids)
 
 
 def _nats(model: nn.Module, windows: torch.Tensor, dtype: str) -> torch.Tensor:

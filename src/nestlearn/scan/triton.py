@@ -1,0 +1,816 @@
+"""The common chunk as GPU kernels: the algebra of `chunk`, one program for each memory.
+
+Each matrix W of a memory has inputs x_t, u_t = −δ_t and, with n_t = max(1, ‖x_t‖²), the step sizes
+r_t = η_t / n_t of the delta term and s_t = r_t or η_t of the gradient. With γ_t = Π α and W_0 x
+known from the chunk's first weights,
+
+    (I + L) w = s u − r γ₋ (W_0 x),    L_ts = r_t (γ₋_t / γ_s) (x_t · x_s) for s < t,
+    W_t = γ_t W_0 + Σ_{s≤t} (γ_t / γ_s) w_s x_sᵀ,    γ₋_t = γ_{t−1}.
+
+The forward pass saves w, (I + L)⁻¹ and the answers' hidden pre-activations; the backward pass
+computes the rest again. What memories share (keys, gates) gets one partial gradient from each
+memory, summed by torch: no atomics, so two runs give the same bits. Padding needs no care: a token
+of zeros (x = u = η = log α = 0) writes nothing and keeps everything.
+
+`supported` says what the kernels can run; everything else is `chunk`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..memory.memories import Matrix, MatrixMemory, Memory, ResidualMLP, Weights
+from ..memory.objectives import Objective, dot_product, l2
+from ..memory.rules import Gates, GradientRule, Rule, RuleState
+
+# How products of float32 are made: "tf32" (10 bits), "tf32x3" (nearly float32) or "ieee" (without
+# tensor cores, slow). None: "tf32" if torch.backends.cuda.matmul.fp32_precision allows it to
+# torch's own products, else "tf32x3". The triangular system amplifies errors and has its own.
+PRECISION: str | None = None
+SYSTEM_PRECISION = "tf32x3"
+
+MAX_TOKENS = 64
+MAX_WIDTH = 64
+# One warp group: with two, Triton gives each a whole tile of 64 rows instead of a half.
+WARPS = 4
+_empty = torch.empty  # makes every buffer; the tests put NaN into them
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for; read may be "none", BT is the tile of tokens."""
+
+    K: int
+    H: int
+    V: int
+    mlp: bool
+    phi: str
+    gain: float
+    residual: bool
+    l2: bool
+    delta: bool
+    decay: bool
+    normalize: bool
+    read: str
+    BT: int
+    dot: str
+    system: str
+
+
+class Place(NamedTuple):
+    """Sizes of one call. Memory n has keys and gates n // (shared · inner) · inner + n % inner, and
+    answers a query if n % groups = reader.
+    """
+
+    N: int
+    T: int
+    shared: int
+    inner: int
+    groups: int
+    reader: int
+
+
+def supported(
+    memory: Memory, rule: Rule, W: Weights, S: Any, q: Tensor | None, k: Tensor, v: Tensor,
+    gates: Gates, *, at: Weights | None, objective: Objective, read: str, offset: int,
+    first_order: bool = False, reader: int | None = None,
+) -> bool:  # fmt: skip
+    """Whether the kernels can run this chunk: from its start, no momentum, period 1, float32 state,
+    a Matrix or an MLP of two matrices, all of it on the card, and no compiler that would look in.
+    """
+    if not isinstance(rule, GradientRule) or rule.momentum or rule.period != 1:
+        return False
+    if offset != 0 or first_order or (objective is not dot_product and objective is not l2):
+        return False
+    if not (isinstance(memory, Matrix) or (isinstance(memory, ResidualMLP) and memory.depth == 2)):
+        return False
+    given = [x for x in (q, k, v, *gates) if x is not None]
+    small = max(max(shape) for shape in memory.shapes()) <= MAX_WIDTH and k.shape[-2] <= MAX_TOKENS
+    wide = all(w.dtype == torch.float32 for w in W)
+    narrow = all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in given)
+    there = INTERPRETED or all(x.is_cuda for x in (*W, *given))
+    return small and wide and narrow and there and not torch.compiler.is_compiling()
+
+
+def update(
+    memory: MatrixMemory,
+    rule: GradientRule,
+    W: Weights,
+    S: RuleState,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    *,
+    at: Weights,
+    objective: Objective,
+    read: str,
+    offset: int,
+    first_order: bool = False,
+    reader: int | None = None,
+) -> tuple[Tensor | None, Weights, RuleState]:
+    """See `nestlearn.scan.update`; for what is not `supported` it is not defined."""
+    lead, T = tuple(W[0].shape[:-2]), k.shape[-2]
+    own = tuple(map(max, *(_axes(x, lead) for x in (k[..., 0], *gates) if x is not None)))
+    shared, inner = _shared(lead, own)
+    if shared == 0:  # shared in a pattern that the kernels cannot index
+        own, shared, inner = lead, 1, 1
+    answering = lead if reader is None else lead[:-1]
+    groups, reader = (1, 0) if reader is None else (lead[-1], reader % lead[-1])
+    place = Place(math.prod(lead), T, shared, inner, groups, reader)
+    asked = torch.backends.cuda.matmul.fp32_precision
+    dot = PRECISION or ("tf32" if asked == "tf32" else "tf32x3")
+    kind = _kind(memory, rule, objective is l2, "none" if q is None else read, _block(T), dot)
+    eta, log_alpha = (None if g is None else g.expand(*own, T) for g in gates[:2])
+    k, v = k.expand(*own, *k.shape[-2:]), v.expand(*lead, *v.shape[-2:])
+    q = None if q is None else q.expand(*answering, *q.shape[-2:])
+    save, second = torch.is_grad_enabled(), W[1] if kind.mlp else None
+    o, *written = _Chunk.apply(kind, place, save, W[0], second, q, k, v, eta, log_alpha)
+    return o, tuple(w for w in written if w is not None), S
+
+
+def _axes(x: Tensor, lead: tuple[int, ...]) -> tuple[int, ...]:
+    """Leading axes of x [*c, T], as many as `lead` has."""
+    return (1,) * (len(lead) + 1 - x.ndim) + tuple(x.shape[:-1])
+
+
+def _shared(lead: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, int]:
+    """Sizes of the axes that are shared and of those after them; (0, 0) if they are scattered."""
+    axes = [i for i, (a, b) in enumerate(zip(lead, own)) if a != b]
+    if not axes:
+        return 1, 1
+    block = slice(axes[0], axes[-1] + 1)
+    if math.prod(own[block]) != 1:
+        return 0, 0
+    return math.prod(lead[block]), math.prod(lead[block.stop :])
+
+
+@lru_cache
+def _kind(
+    memory: MatrixMemory, rule: GradientRule, is_l2: bool, read: str, tokens: int, dot: str
+) -> Kind:
+    (H, K), (V, _) = memory.shapes()[0], memory.shapes()[-1]
+    mlp: tuple = (False, "", 1.0, False)
+    if isinstance(memory, ResidualMLP):
+        mlp = (True, memory.activation, memory.gain, memory.residual)
+    options = (is_l2, rule.delta, rule.decay, rule.normalize, read, tokens, dot, SYSTEM_PRECISION)
+    return Kind._make((K, H, V, *mlp, *options))
+
+
+class _Chunk(torch.autograd.Function):
+    """(o, W_1, W_2) after the chunk; None for what the memory or the call does not have."""
+
+    @staticmethod
+    def forward(ctx, kind: Kind, place: Place, save: bool, *given: Any):
+        W1, W2, q, k, v, eta, log_alpha = map(_contiguous, given)
+        rows = place.N * place.T * (save and any(ctx.needs_input_grad))
+        systems = place.N // place.shared + place.N * kind.mlp
+        V1, V2 = (None if w is None else _empty(w.shape, **_like(w)) for w in (W1, W2))
+        o = None if q is None else _empty((*q.shape[:-1], kind.V), **_like(q))
+        inverses, w1, w2, hidden = _pieces(
+            W1, systems * kind.BT**2 * kind.delta, rows * kind.H, rows * kind.V * kind.mlp,
+            rows // place.groups * kind.H * (kind.mlp and kind.read == "token"),
+        )  # fmt: skip
+        if kind.delta:
+            _launch(_invert, systems, kind, place, W1, k, eta, log_alpha, inverses)
+        _launch(
+            _forward, place.N, kind, place,
+            W1, W2, q, k, v, eta, log_alpha, inverses, o, V1, V2, w1, w2, hidden,
+        )  # fmt: skip
+        ctx.kind, ctx.place = kind, place
+        ctx.save_for_backward(W1, W2, q, k, v, eta, log_alpha, inverses, w1, w2, hidden)
+        return o, V1, V2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *given: Any):
+        kind, place = ctx.kind, ctx.place
+        W1, W2, q, k, v, eta, log_alpha, inverses, w1, w2, hidden = ctx.saved_tensors
+        do, dV1, dV2 = map(_contiguous, given)
+        N, T, second = place.N, place.T, int(kind.mlp)
+        H, V = N * T * kind.H, N * T * kind.V
+        asked = N // place.groups * T * (kind.read == "token")
+        dW1, dW2, dq = (None if x is None else _empty(x.shape, **_like(x)) for x in (W1, W2, q))
+        dk, dv = _empty((N, T, kind.K), **_like(W1)), _empty((N, T, kind.V), **_like(W1))
+        deta, dlog = (None if x is None else _empty((N, T), **_like(W1)) for x in (eta, log_alpha))
+        e1, e2, dh, a, rows, dw1, dw2, dk_read, dh_read, dg_read = _pieces(
+            W1, H, V * second, H * second, H * second, 2 * N * T * (1 + second),
+            asked * kind.H, asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
+        )  # fmt: skip
+        if q is not None:
+            _launch(
+                _backward_read, N // place.groups, kind, place,
+                W1, W2, q, k, log_alpha, w1, w2, hidden, do,
+                dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read,
+            )  # fmt: skip
+        _launch(
+            _backward_systems, N * (1 + second), kind, place,
+            W1, W2, k, eta, log_alpha, inverses, w1, w2, dV1, dV2, dw1, dw2, dk_read, dh_read,
+            e1, e2, dk, dh, rows, a,
+        )  # fmt: skip
+        _launch(
+            _backward_factors, N, kind, place,
+            W1, W2, k, v, eta, log_alpha, a, dV1, dV2, e1, e2, dh, rows, dg_read,
+            dW1, dW2, dk, dv, deta, dlog,
+        )  # fmt: skip
+        return (
+            None, None, None, dW1, dW2, dq, _over_shared(dk, k, place),
+            dv.view(v.shape).to(v.dtype), _over_shared(deta, eta, place),
+            _over_shared(dlog, log_alpha, place),
+        )  # fmt: skip
+
+
+def _contiguous(x: Any) -> Any:
+    return None if x is None else x.contiguous()
+
+
+def _like(x: Tensor) -> dict[str, Any]:
+    return {"device": x.device, "dtype": x.dtype}
+
+
+def _pieces(where: Tensor, *sizes: int) -> list[Tensor | None]:
+    """Buffers of so many numbers each (None for 0), made by one allocation; not yet written."""
+    aligned = [(n + 3) // 4 * 4 for n in sizes]  # the kernels load 16 bytes at a time
+    flat = _empty((sum(aligned),), **_like(where))
+    return [x if n else None for x, n in zip(flat.split(aligned), sizes)]
+
+
+def _over_shared(x: Tensor | None, like: Tensor | None, place: Place) -> Tensor | None:
+    """One partial gradient for each memory, summed over the memories that share `like`."""
+    if x is None or like is None:
+        return None
+    if place.shared > 1:
+        x = torch.sum(x.view(-1, place.shared, place.inner, x[0].numel()), 1)
+    return x.view(like.shape).to(like.dtype)
+
+
+def _launch(
+    kernel: Any, programs: int, kind: Kind, place: Place, first: Tensor, *others: Tensor | None
+) -> None:
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        kernel[(programs,)](first, *others, *place, kind=kind, num_warps=WARPS, num_stages=1)
+
+
+def _jit(f: Callable) -> Any:
+    """`triton.jit` of the function itself: tests wrap functions to check shapes, not so kernels."""
+    sizes = [n for n in Place._fields if n in inspect.signature(f).parameters]
+    return triton.jit(inspect.unwrap(f), do_not_specialize=sizes)
+
+
+@triton.constexpr_function
+def _block(size):
+    """The tile that holds `size`: a power of 2, and 16 at least to be multiplied."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@_jit
+def _invert(
+    W1, k, eta, log_alpha, inverses, N, T, shared, inner, groups, reader, kind: tl.constexpr
+):
+    """(I + L)⁻¹ of the first matrix for each set of keys, then of the second for each memory."""
+    system = tl.program_id(0).to(tl.int64)
+    n = system - N // shared
+    if n < 0:
+        c = system
+        key = _tokens(k, c, T, kind.K, kind.BT)
+        norm2 = tl.sum(key * key, 1)
+        overlap = _dot_t(key, key, kind, True)
+    else:
+        c = n // (shared * inner) * inner + n % inner
+        weight1 = _matrix(W1, n, kind.H, kind.K)
+        h = _phi(_dot_t(_tokens(k, c, T, kind.K, kind.BT), weight1, kind), kind)
+        norm2 = tl.sum(h * h, 1)
+        overlap = _dot_t(h, h, kind, True)
+    step, log, g = _gates(eta, log_alpha, c, T, kind)
+    r, _ = _steps(norm2, step, kind)
+    lower = r[:, None] * _ratios(g - log, g, True) * overlap
+    _put(inverses, system, kind.BT, kind.BT, _inverse(lower, kind))
+
+
+@_jit
+def _forward(
+    W1, W2, q, k, v, eta, log_alpha, inverses, o, V1, V2, w1, w2, hidden,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """The writes w and W after them, and the answers."""
+    n = tl.program_id(0).to(tl.int64)
+    c = n // (shared * inner) * inner + n % inner
+    step, log, g = _gates(eta, log_alpha, c, T, kind)
+    fade = tl.exp(g - log)
+    key = _tokens(k, c, T, kind.K, kind.BT)
+    a = _dot_t(key, _matrix(W1, n, kind.H, kind.K), kind)
+    r, s = _steps(tl.sum(key * key, 1), step, kind)
+    # A program holds few tiles: each is loaded where it is used, and again rather than kept.
+    u = _tokens(v, n, T, kind.V, kind.BT)
+    if kind.mlp:
+        h = _phi(a, kind)
+        u, y = _last(u, h, W2, k, n, c, T, kind)
+        r2, s2 = _steps(tl.sum(h * h, 1), step, kind)
+        write2 = s2[:, None] * u
+        if kind.delta:
+            write2 -= (r2 * fade)[:, None] * y
+        u = _dot(u, _matrix(W2, n, kind.V, kind.H, True), kind) * _phi(a, kind, 1)
+    elif kind.l2:
+        u -= a
+    write = s[:, None] * u
+    if kind.delta:
+        write -= (r * fade)[:, None] * a
+    if kind.mlp:
+        if kind.delta:
+            inverse = _matrix(inverses, N // shared + n, kind.BT, kind.BT)
+            write2 = _dot(inverse, write2, kind, True)
+        if w2 is not None:
+            _put(w2, n, T, kind.V, write2)
+        weight = _matrix(W2, n, kind.V, kind.H, True)
+        _put(V2, n, kind.V, kind.H, _written(weight, h, write2, g, log, kind))
+    if kind.delta:
+        write = _dot(_matrix(inverses, c, kind.BT, kind.BT), write, kind, True)
+    if w1 is not None:
+        _put(w1, n, T, kind.H, write)
+    key = _tokens(k, c, T, kind.K, kind.BT, True)
+    weight = _matrix(W1, n, kind.H, kind.K, True)
+    _put(V1, n, kind.H, kind.K, _written(weight, key, write, g, log, kind))
+
+    if kind.read != "none":
+        i = n // groups
+        if n % groups == reader:
+            query = _tokens(q, i, T, kind.K, kind.BT)
+            answer = _read(query, weight, key, write, g, kind)
+            if kind.mlp:
+                if hidden is not None:
+                    _put(hidden, i, T, kind.H, answer)
+                z = _phi(answer, kind)
+                answer = _read(z, _matrix(W2, n, kind.V, kind.H), h, write2, g, kind)
+                if kind.residual:
+                    answer += query
+            _put(o, i, T, kind.V, answer)
+
+
+@_jit
+def _backward_read(
+    W1, W2, q, k, log_alpha, w1, w2, hidden, do,
+    dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """What the answers ask of W_0, the writes w, the inputs x and log γ; i counts the readers."""
+    i = tl.program_id(0).to(tl.int64)
+    n = i * groups + reader
+    c = n // (shared * inner) * inner + n % inner
+    _, _, g = _gates(None, log_alpha, c, T, kind)
+    asked = _tokens(do, i, T, kind.V, kind.BT)
+    dg = tl.zeros_like(g)
+    if kind.mlp:
+        if kind.read == "token":
+            a = _tokens(hidden, i, T, kind.H, kind.BT)
+        else:
+            query = _tokens(q, i, T, kind.K, kind.BT)
+            a = _dot_t(query, _matrix(W1, n, kind.H, kind.K), kind)
+        z = _phi(a, kind)
+        dz, dweight = _asked_of_start(asked, z, _matrix(W2, n, kind.V, kind.H), g, kind)
+        _put(dW2, n, kind.V, kind.H, dweight)
+        if kind.read == "token":
+            key = _tokens(k, c, T, kind.K, kind.BT)
+            h = _phi(_dot_t(key, _matrix(W1, n, kind.H, kind.K), kind), kind)
+            write = _tokens(w2, n, T, kind.V, kind.BT)
+            dz, dg = _asked_of_writes(
+                asked, z, h, write, g, dz, dw2, dh_read, i, T, kind.V, kind.H, kind
+            )
+            a = _tokens(hidden, i, T, kind.H, kind.BT, True)
+        asked = dz * _phi(a, kind, 1)
+    query = _tokens(q, i, T, kind.K, kind.BT, True)
+    weight = _matrix(W1, n, kind.H, kind.K, True)
+    dz, dweight = _asked_of_start(asked, query, weight, g, kind)
+    _put(dW1, n, kind.H, kind.K, dweight)
+    if kind.read == "token":
+        key = _tokens(k, c, T, kind.K, kind.BT, True)
+        write = _tokens(w1, n, T, kind.H, kind.BT)
+        dz, dg1 = _asked_of_writes(
+            asked, query, key, write, g, dz, dw1, dk_read, i, T, kind.H, kind.K, kind
+        )
+        _put_row(dg_read, i, T, dg + dg1)
+    if kind.residual:
+        dz += _tokens(do, i, T, kind.V, kind.BT, True)
+    _put(dq, i, T, kind.K, dz)
+
+
+@_jit
+def _backward_systems(
+    W1, W2, k, eta, log_alpha, inverses, w1, w2, dV1, dV2, dw1, dw2, dk_read, dh_read,
+    e1, e2, dk, dh, rows, hidden,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """`_unsolve` for each matrix of each memory. Keeps a and, in `rows`, dr and dγ of each."""
+    second = tl.program_id(0) >= N
+    n = (tl.program_id(0) % N).to(tl.int64)
+    c = n // (shared * inner) * inner + n % inner
+    i = n // groups
+    asked = tl.where(n % groups == reader, T, 0)  # tokens that asked this memory
+    gates = _gates(eta, log_alpha, c, T, kind)
+    key = _tokens(k, c, T, kind.K, kind.BT)
+    if second:
+        if kind.mlp:
+            a = _dot_t(key, _matrix(W1, n, kind.H, kind.K), kind)
+            _put(hidden, n, T, kind.H, a)
+            h = _phi(a, kind)
+            _unsolve(
+                h, gates, W2, w2, inverses, N // shared + n, dV2, dw2, dh_read,
+                e2, dh, rows + 2 * N * T, n, N, T, i, asked, kind.V, kind.H, kind,
+            )  # fmt: skip
+    else:
+        _unsolve(
+            key, gates, W1, w1, inverses, c, dV1, dw1, dk_read,
+            e1, dk, rows, n, N, T, i, asked, kind.H, kind.K, kind,
+        )  # fmt: skip
+
+
+@_jit
+def _backward_factors(
+    W1, W2, k, v, eta, log_alpha, hidden, dV1, dV2, e1, e2, dh, rows, dg_read,
+    dW1, dW2, dk, dv, deta, dlog,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """Through u and W_0 x, which the chunk's first weights made of keys and values."""
+    n = tl.program_id(0).to(tl.int64)
+    c = n // (shared * inner) * inner + n % inner
+    answered = n % groups == reader  # then dW holds what the answers asked
+    step, log, g = _gates(eta, log_alpha, c, T, kind)
+    fade, kept = tl.exp(g - log), tl.exp(tl.sum(log, 0))
+    key = _tokens(k, c, T, kind.K, kind.BT)
+    norm2 = tl.sum(key * key, 1)
+    r, s = _steps(norm2, step, kind)
+    # A program holds few tiles: each is loaded where it is used, and u waits in dv.
+    u = _tokens(v, n, T, kind.V, kind.BT)
+    if kind.mlp:
+        h = _phi(_tokens(hidden, n, T, kind.H, kind.BT), kind)
+        u, y = _last(u, h, W2, k, n, c, T, kind)
+        norm2_h = tl.sum(h * h, 1)
+        r2, s2 = _steps(norm2_h, step, kind)
+        dstep2, dg2, dbefore2, along2 = _right_side(
+            _tokens(e2, n, T, kind.V, kind.BT), u, y, norm2_h, r2, fade, rows, 2 * N + n, N, T, kind
+        )
+        _put(dv, n, T, kind.V, u)
+        u = _dot(u, _matrix(W2, n, kind.V, kind.H, True), kind)
+        a = _tokens(hidden, n, T, kind.H, kind.BT, True)
+        bent = u * _phi(a, kind, 2)
+        slope = _phi(a, kind, 1)
+        u *= slope
+    else:
+        a = u
+        if kind.l2 or kind.delta:
+            a = _dot_t(key, _matrix(W1, n, kind.H, kind.K), kind)
+        if kind.l2:
+            u -= a
+    e = _tokens(e1, n, T, kind.H, kind.BT)
+    dstep, dg, dbefore, along = _right_side(e, u, a, norm2, r, fade, rows, n, N, T, kind)
+    du = s[:, None] * e
+    da = tl.zeros_like(e)
+    if kind.delta:
+        da -= (r * fade)[:, None] * e
+    if kind.mlp:
+        dstep, dg, dbefore = dstep + dstep2, dg + dg2, dbefore + dbefore2
+        da += du * bent
+        du *= slope
+        tl.debug_barrier()
+        dweight = _t_dot(_tokens(dv, n, T, kind.V, kind.BT), du, kind)
+        du = _dot_t(du, _matrix(W2, n, kind.V, kind.H, True), kind)
+        e = _tokens(e2, n, T, kind.V, kind.BT)
+        du += s2[:, None] * e
+        tl.debug_barrier()
+    _put(dv, n, T, kind.V, du)
+    key = _tokens(k, c, T, kind.K, kind.BT, True)
+    dkey = _tokens(dk, n, T, kind.K, kind.BT) + along[:, None] * key
+    if kind.mlp:
+        dy = tl.zeros_like(e)
+        if kind.delta:
+            dy -= (r2 * fade)[:, None] * e
+        if kind.l2:
+            dy -= du
+            if kind.residual:
+                dkey -= du
+        dhidden = _tokens(dh, n, T, kind.H, kind.BT)
+        if kind.l2 or kind.delta:
+            dhidden += _dot(dy, _matrix(W2, n, kind.V, kind.H), kind)
+        a = _tokens(hidden, n, T, kind.H, kind.BT)
+        h = _phi(a, kind)
+        if kind.l2 or kind.delta:
+            dweight += _t_dot(dy, h, kind)
+        dweight += kept * _matrix(dV2, n, kind.V, kind.H)
+        if kind.read != "none":
+            dweight += _part(dW2, n, answered, kind.V, kind.H)
+        _put(dW2, n, kind.V, kind.H, dweight)
+        dhidden += along2[:, None] * h
+        da += dhidden * _phi(a, kind, 1)
+    elif kind.l2:
+        da -= du
+    dweight = kept * _matrix(dV1, n, kind.H, kind.K)
+    if kind.read != "none":
+        dweight += _part(dW1, n, answered, kind.H, kind.K)
+    if kind.mlp or kind.l2 or kind.delta:
+        dweight += _t_dot(da, _tokens(k, c, T, kind.K, kind.BT), kind)
+        dkey += _dot(da, _matrix(W1, n, kind.H, kind.K, True), kind)
+    _put(dW1, n, kind.H, kind.K, dweight)
+    _put(dk, n, T, kind.K, dkey)
+    _put_row(deta, n, T, dstep)
+    if kind.decay:
+        if kind.read == "token":
+            dg += _row(dg_read, n // groups, tl.where(answered, T, 0), T, kind.BT)
+        # log γ_t sums log α up to t; log γ₋_t lacks the last of them
+        _put_row(dlog, n, T, tl.cumsum(dg, 0, reverse=True) - dbefore)
+
+
+@_jit
+def _unsolve(
+    x, gates, W, w, inverses, system, dV, dw, dx_read, e, dx, rows, n, N, T, i, asked,
+    OUT: tl.constexpr, IN: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of W_C and w (what the answers asked) to e, that of the right side, and to
+    x, r and log γ as far as W_C, the answers and L hold them; the right side's own follow later.
+    """
+    step, log, g = gates
+    # W_C = γ_C W_0 + Σ_s (γ_C/γ_s) w_s x_sᵀ
+    total = tl.sum(log, 0)
+    left = tl.exp(total - g)
+    dnew = _matrix(dV, n, OUT, IN)
+    dinput = left[:, None] * _dot(_tokens(w, n, T, OUT, kind.BT), dnew, kind)
+    dg = -tl.sum(x * dinput, 1)
+    kept = tl.sum(tl.sum(_matrix(W, n, OUT, IN) * dnew, 1), 0)
+    last = tl.arange(0, kind.BT) == T - 1
+    dg += tl.where(last, tl.exp(total) * kept - tl.sum(dg, 0), 0.0)
+    dwrite = left[:, None] * _dot_t(x, dnew, kind)
+    if kind.read == "token":
+        dwrite += _tile(dw, i, asked, T, OUT, kind.BT, _block(OUT))
+        dinput += _tile(dx_read, i, asked, T, IN, kind.BT, _block(IN))
+    dr = tl.zeros_like(g)
+    if kind.delta:
+        # (I + L) w = f:  e = df = (I + L)⁻ᵀ dw,  dL = −e wᵀ
+        dwrite = _t_dot(_matrix(inverses, system, kind.BT, kind.BT), dwrite, kind, True)
+    _put(e, n, T, OUT, dwrite)
+    if kind.delta:
+        r, _ = _steps(tl.sum(x * x, 1), step, kind)
+        write = _tokens(w, n, T, OUT, kind.BT)  # again: registers are few
+        dlower = -_dot_t(dwrite, write, kind) * _ratios(g - log, g, True)
+        parts = dlower * _dot_t(x, x, kind)
+        dr += tl.sum(parts, 1)
+        dg -= tl.sum(r[:, None] * parts, 0)
+        dlower *= r[:, None]
+        dinput += _dot(dlower + tl.trans(dlower), x, kind)
+    _put(dx, n, T, IN, dinput)
+    _put_row(rows, n, T, dr)
+    _put_row(rows, N + n, T, dg)
+
+
+@_jit
+def _right_side(e, u, found, norm2, r, fade, rows, n, N, T, kind: tl.constexpr):
+    """From e, the gradient of s u − r γ₋ (W_0 x), to those of η, log γ and log γ₋, and the factor
+    of x in its own gradient through ‖x‖²; adds what `rows` has from `_unsolve`.
+    """
+    dr, dg = _row(rows, n, T, T, kind.BT), _row(rows, N + n, T, T, kind.BT)
+    dbefore = tl.zeros_like(dr)
+    if kind.delta:
+        dr -= fade * tl.sum(e * found, 1)
+        dbefore = r * dr
+        dg += dbefore
+    inv = 1.0 / tl.maximum(norm2, 1.0)
+    dstep = tl.sum(e * u, 1)
+    if kind.normalize:
+        dr += dstep
+        dstep = inv * dr
+    else:
+        dstep += inv * dr
+    along = tl.where(norm2 >= 1.0, -2.0 * r * inv * dr, 0.0)
+    return dstep, dg, dbefore, along
+
+
+@_jit
+def _last(u, h, W2, k, n, c, T, kind: tl.constexpr):
+    """u and W_0 x of an MLP's second matrix, from v and its input h."""
+    y = u
+    if kind.l2 or kind.delta:
+        y = _dot_t(h, _matrix(W2, n, kind.V, kind.H), kind)
+    if kind.l2:
+        u -= y
+        if kind.residual:
+            u -= _tokens(k, c, T, kind.K, kind.BT, True)
+    return u, y
+
+
+@_jit
+def _written(weight, x, write, g, log, kind: tl.constexpr):
+    """W_C."""
+    total = tl.sum(log, 0)
+    left = tl.exp(total - g)
+    return tl.exp(total) * weight + _t_dot(left[:, None] * write, x, kind)
+
+
+@_jit
+def _read(z, weight, x, write, g, kind: tl.constexpr):
+    """W_t z_t, or W_0 z_t at the boundary."""
+    answer = _dot_t(z, weight, kind)
+    if kind.read == "token":
+        seen = _ratios(g, g, False) * _dot_t(z, x, kind)
+        answer = tl.exp(g)[:, None] * answer + _dot(seen, write, kind)
+    return answer
+
+
+@_jit
+def _asked_of_start(asked, z, weight, g, kind: tl.constexpr):
+    """Gradients of z and W_0 from γ_t W_0 z_t, or from W_0 z_t at the boundary."""
+    if kind.read == "token":
+        asked = tl.exp(g)[:, None] * asked
+    return _dot(asked, weight, kind), _t_dot(asked, z, kind)
+
+
+@_jit
+def _asked_of_writes(
+    asked, z, x, write, g, dz, dw, dx, i, T,
+    OUT: tl.constexpr, IN: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """Adds Σ_s (γ_t/γ_s) (x_s·z_t) w_s: stores gradients of w and x, gives those of z, log γ."""
+    dg = tl.sum(z * dz, 1)
+    seen = _ratios(g, g, False) * _dot_t(z, x, kind)
+    _put(dw, i, T, OUT, _t_dot(seen, asked, kind))
+    dseen = _dot_t(asked, write, kind)
+    seen *= dseen
+    dg += tl.sum(seen, 1) - tl.sum(seen, 0)
+    dseen *= _ratios(g, g, False)
+    dz += _dot(dseen, x, kind)
+    _put(dx, i, T, IN, _t_dot(dseen, z, kind))
+    return dz, dg
+
+
+@_jit
+def _inverse(system, kind: tl.constexpr):
+    """(I + L)⁻¹ by joining blocks of twice the size: D ← D − D O D, O the blocks of L between two.
+
+    Every D is the inverse of blocks of I + L, so nothing grows that the answer does not hold; the
+    powers of L in a Neumann series would, for keys that are alike and η near 1. Blocks up to 16
+    stand apart in a small tensor, where a product is cheap.
+    """
+    SIZE: tl.constexpr = kind.BT
+    N: tl.constexpr = SIZE // 16
+    same = tl.arange(0, N)[:, None, None, None] == tl.arange(0, N)[None, None, :, None]
+    small = tl.sum(tl.where(same, tl.reshape(system, [N, 16, N, 16]), 0.0), 2)
+    t, s = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    joined = tl.where(t == s, 1.0, tl.where(t // 2 == s // 2, -small, 0.0))
+    for side in tl.static_range(1, 4):
+        between = (t >> side != s >> side) & (t >> side + 1 == s >> side + 1)
+        off = tl.where(between, small, 0.0)
+        joined -= _dot(_dot(joined, off, kind, True), joined, kind, True)
+    joined = tl.reshape(tl.where(same, tl.expand_dims(joined, 2), 0.0), [SIZE, SIZE])
+    t, s = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    for side in tl.static_range(4, 7):
+        if 2**side < SIZE:
+            between = (t >> side != s >> side) & (t >> side + 1 == s >> side + 1)
+            off = tl.where(between, system, 0.0)
+            joined -= _dot(_dot(joined, off, kind, True), joined, kind, True)
+    return joined
+
+
+@_jit
+def _gates(eta, log_alpha, c, T, kind: tl.constexpr):
+    """η, log α and log γ."""
+    BT: tl.constexpr = kind.BT
+    zeros = tl.zeros([BT], tl.float32)
+    log = _row(log_alpha, c, T, T, BT) if kind.decay else zeros
+    step = zeros if eta is None else _row(eta, c, T, T, BT)
+    return step, log, tl.cumsum(log, 0)
+
+
+@_jit
+def _steps(norm2, eta, kind: tl.constexpr):
+    """The step sizes r of the delta term and s of the gradient."""
+    r = eta / tl.maximum(norm2, 1.0)
+    s = r if kind.normalize else eta
+    return r, s
+
+
+@_jit
+def _ratios(upper, lower, STRICT: tl.constexpr):
+    """exp(upper_t − lower_s) for s ≤ t (s < t if strict), else 0."""
+    t = tl.arange(0, upper.shape[0])[:, None]
+    s = tl.arange(0, upper.shape[0])[None, :]
+    past = s < t if STRICT else s <= t
+    return tl.exp(tl.where(past, upper[:, None] - lower[None, :], float("-inf")))
+
+
+@_jit
+def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
+    """φ(gain · a) / gain, or its first or second derivative by a."""
+    x = kind.gain * a
+    if kind.phi == "silu":
+        p = tl.sigmoid(x)
+        if ORDER == 0:
+            y = x * p
+        elif ORDER == 1:
+            y = p * (1 + x * (1 - p))
+        else:
+            y = p * (1 - p) * (2 + x * (1 - 2 * p))
+    elif kind.phi == "gelu":
+        p = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        density = tl.exp(-0.5 * x * x) * 0.3989422804014327
+        if ORDER == 0:
+            y = x * p
+        elif ORDER == 1:
+            y = p + x * density
+        else:
+            y = density * (2 - x * x)
+    elif kind.phi == "relu":
+        p = tl.where(x > 0, 1.0, 0.0)
+        y = x * p if ORDER == 0 else p if ORDER == 1 else tl.zeros_like(x)
+    else:
+        p = 2 * tl.sigmoid(2 * x) - 1
+        y = p if ORDER == 0 else 1 - p * p if ORDER == 1 else -2 * p * (1 - p * p)
+    return y / kind.gain if ORDER == 0 else y if ORDER == 1 else y * kind.gain
+
+
+@_jit
+def _dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
+    """a b, in the precision of the system or of all else."""
+    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
+    return tl.dot(a, b, input_precision=kind.system if SYSTEM else kind.dot)
+
+
+@_jit
+def _dot_t(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
+    """a bᵀ."""
+    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
+    return tl.dot(a, tl.trans(b), input_precision=kind.system if SYSTEM else kind.dot)
+
+
+@_jit
+def _t_dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
+    """aᵀ b."""
+    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
+    return tl.dot(tl.trans(a), b, input_precision=kind.system if SYSTEM else kind.dot)
+
+
+@_jit
+def _rounded(x, kind: tl.constexpr, SYSTEM: tl.constexpr):
+    """For tf32 rounded to nearest: the tensor cores would cut, and cuts add up."""
+    if not SYSTEM and kind.dot == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@_jit
+def _tokens(p, n, T, WIDTH: tl.constexpr, BT: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Part n of [*, T, WIDTH]."""
+    return _tile(p, n, T, T, WIDTH, BT, _block(WIDTH), AGAIN)
+
+
+@_jit
+def _matrix(p, n, OUT: tl.constexpr, IN: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Part n of [*, OUT, IN]."""
+    return _tile(p, n, OUT, OUT, IN, _block(OUT), _block(IN), AGAIN)
+
+
+@_jit
+def _part(p, n, wanted, OUT: tl.constexpr, IN: tl.constexpr):
+    """`_matrix` if `wanted`, else zeros."""
+    return _tile(p, n, tl.where(wanted, OUT, 0), OUT, IN, _block(OUT), _block(IN))
+
+
+@_jit
+def _tile(p, n, count, rows, cols, R: tl.constexpr, C: tl.constexpr, AGAIN: tl.constexpr = False):
+    """The first `count` rows of part n of [*, rows, cols] in float32, zeros around them.
+
+    AGAIN: by an instruction of its own; the compiler would merge two equal ones and keep the tile.
+    """
+    r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    at = p + n * rows * cols + r * cols + c
+    cache: tl.constexpr = ".ca" if AGAIN else ""
+    inside = (r < count) & (c < cols)
+    return tl.load(at, mask=inside, other=0.0, cache_modifier=cache).to(tl.float32)
+
+
+@_jit
+def _put(p, n, rows, cols, tile):
+    """Store part n of [*, rows, cols]."""
+    r, c = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+    at = p + n * rows * cols + r * cols + c
+    tl.store(at, tile.to(p.dtype.element_ty), mask=(r < rows) & (c < cols))
+
+
+@_jit
+def _row(p, n, count, T, BT: tl.constexpr):
+    t = tl.arange(0, BT)
+    return tl.load(p + n * T + t, mask=t < count, other=0.0).to(tl.float32)
+
+
+@_jit
+def _put_row(p, n, T, row):
+    t = tl.arange(0, row.shape[0])
+    tl.store(p + n * T + t, row, mask=t < T)
+
+
+INTERPRETED = not isinstance(_forward, triton.JITFunction)

@@ -1,0 +1,249 @@
+"""triton ≡ chunk: outputs, state and every gradient, on the card or else in Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, and the shape checks of these tests must
+not wrap kernels: so the kernels run in a process of their own.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from nestlearn.memory import Gates, GradientRule, Matrix, ResidualMLP, every, momentum, objective
+from nestlearn.scan import chunk
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: it comes with torch for CUDA", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MATRIX, MLP = Matrix(5, 4), ResidualMLP(4, 6, gain=1.7)
+ALL = GradientRule(delta=True, decay=True, normalize=True)
+RULES = {
+    "plain": GradientRule(),
+    "normalize-decay": GradientRule(normalize=True, decay=True),
+    "delta": GradientRule(delta=True),
+    "all": ALL,
+}
+
+
+class Case(NamedTuple):
+    """One chunk. shared: leading axes [*c] of keys and gates; same: worst-case keys, all alike."""
+
+    memory: Matrix | ResidualMLP
+    rule: GradientRule
+    objective: str = "l2"
+    read: str | None = "token"
+    T: int = 7
+    lead: tuple[int, ...] = (1, 2)
+    shared: tuple[int, ...] | None = None
+    reader: int | None = None
+    same: float | None = None
+    precision: str | None = None
+    dtype: torch.dtype = torch.float32
+
+
+def data(case):
+    """W, q, k, v, η, log α in float64; keys on both sides of norm 1."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    lead, T = case.lead, case.T
+    shared = lead if case.shared is None else case.shared
+    (_, K), (V, _) = case.memory.shapes()[0], case.memory.shapes()[-1]
+    W = [randn(*lead, *shape) / shape[-1] ** 0.5 for shape in case.memory.shapes()]
+    q = randn(*(lead if case.reader is None else lead[:-1]), T, K)
+    k, v = randn(*shared, T, K) / K**0.5, randn(*lead, T, V)
+    eta = torch.rand(*shared, T, generator=g, dtype=torch.float64)
+    log_alpha = (randn(*shared, T) + 2).sigmoid().log()
+    if case.same is not None:
+        k = k[..., :1, :].expand_as(k) / k[..., :1, :].norm(dim=-1, keepdim=True) * 1.001
+        eta, log_alpha = torch.full_like(eta, case.same), torch.zeros_like(log_alpha)
+    q, k, v = (x.to(case.dtype).double() for x in (q, k, v))
+    return [*W, q if case.read else None, k, v, eta, log_alpha if case.rule.decay else None]
+
+
+def run(update, case, dtype, device, grad=True, **options):
+    """Outputs, state and, if asked for, gradients."""
+    leaves = [None if x is None else x.to(device, dtype) for x in data(case)]
+    if dtype == torch.float32:
+        n = len(case.memory.shapes())
+        leaves[n : n + 3] = [None if x is None else x.to(case.dtype) for x in leaves[n : n + 3]]
+    leaves = [None if x is None else x.clone().requires_grad_(grad) for x in leaves]
+    *W, q, k, v, eta, log_alpha = leaves
+    o, W, _ = update(
+        case.memory, case.rule, tuple(W), case.rule.init(tuple(W)), q, k, v, Gates(eta, log_alpha),
+        at=tuple(W), objective=objective(case.objective), read=case.read or "token", offset=0,
+        **options,
+    )  # fmt: skip
+    results = [x for x in (o, *W) if x is not None]
+    if not grad:
+        return results
+    g = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in results]
+    return results, torch.autograd.grad(results, [x for x in leaves if x is not None], weights)
+
+
+def every_memory_reads(case):
+    """The case as `chunk` has it without `reader`: all answer, one answer is taken."""
+
+    def update(memory, rule, W, S, q, *args, **options):
+        if q is not None and case.reader is not None:
+            q = q.unsqueeze(-3).expand(*case.lead, *q.shape[-2:])
+        o, W, S = chunk.update(memory, rule, W, S, q, *args, **options)
+        return o if o is None or case.reader is None else o.select(-3, case.reader), W, S
+
+    return update
+
+
+def poisoned(*args, **options):
+    """An empty buffer whose every number is NaN until it is written."""
+    return torch.empty(*args, **options).fill_(float("nan"))
+
+
+def kernels(case):
+    from nestlearn.scan import triton
+
+    triton._empty = poisoned
+    triton.PRECISION = case.precision
+    return triton
+
+
+def errors(case):
+    """Relative errors of outputs, state and gradients against `chunk` in float64."""
+    got = run(kernels(case).update, case, torch.float32, DEVICE, reader=case.reader)
+    truth = run(every_memory_reads(case), case, torch.float64, "cpu")
+    pairs = [(a.double().cpu(), b) for x, y in zip(got, truth) for a, b in zip(x, y)]
+    assert all(a.shape == b.shape for a, b in pairs)
+    return [float((a - b).norm() / (b.norm() + 1e-30)) for a, b in pairs]
+
+
+def bits(case):
+    """Whether a second run, and one without gradients, give the same bits."""
+    update, options = kernels(case).update, {"reader": case.reader}
+    one, two = (run(update, case, torch.float32, DEVICE, **options) for _ in range(2))
+    bare = run(update, case, torch.float32, DEVICE, grad=False, **options)
+    again = all(torch.equal(a, b) for x, y in zip(one, two) for a, b in zip(x, y))
+    return again, all(torch.equal(a, b) for a, b in zip(one[0], bare))
+
+
+def supported(case, options):
+    leaves = [None if x is None else x.to(DEVICE, torch.float32) for x in data(case)]
+    *W, q, k, v, eta, log_alpha = leaves
+    given = {"objective": objective(case.objective), "read": "token", "offset": 0, "at": None}
+    if options.pop("double", False):
+        W = [w.double() for w in W]
+    args = (case.memory, case.rule, tuple(W), None, q, k, v, Gates(eta, log_alpha))
+    return kernels(case).supported(*args, **{**given, **options})
+
+
+@pytest.fixture(scope="module")
+def away():
+    """Calls a function of this file in the process of the kernels."""
+    before = os.environ.get("TRITON_INTERPRET")
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(torch.set_num_threads, 1).result()  # the process starts here
+        os.environ.pop("TRITON_INTERPRET", None)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+        yield lambda f, *args: pool.submit(f, *args).result()
+
+
+def check(away, case, tolerance=1e-5):
+    found = away(errors, case)
+    assert all(e <= tolerance for e in found), found  # false for NaN, too
+
+
+@pytest.mark.parametrize("read", ["token", "boundary", None])
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("memory", [MATRIX, MLP], ids=["matrix", "mlp"])
+def test_triton_equals_chunk(away, memory, rule, objective, read):
+    check(away, Case(memory, rule, objective, read))
+
+
+@pytest.mark.parametrize("T", [1, 16, 17, 33, 64])
+@pytest.mark.parametrize("memory", [MATRIX, MLP], ids=["matrix", "mlp"])
+def test_any_length(away, memory, T):
+    check(away, Case(memory, ALL, T=T))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "tanh"])
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+def test_activations_without_the_skip(away, activation, objective):
+    memory = ResidualMLP(4, 6, activation=activation, gain=1.3, residual=False)
+    check(away, Case(memory, ALL, objective))
+
+
+def test_widths_that_fill_their_tiles_and_widths_that_do_not(away):
+    check(away, Case(ResidualMLP(16, 32, gain=4.0), ALL, T=16))
+    check(away, Case(ResidualMLP(42, 20, gain=4.0), ALL, T=9))
+    check(away, Case(Matrix(33, 64), ALL, T=9))
+
+
+@pytest.mark.parametrize("read", ["token", "boundary", None])
+@pytest.mark.parametrize("reader", [None, 0, -1])
+def test_memories_that_share_keys_and_one_that_answers(away, reader, read):
+    check(away, Case(MLP, ALL, read=read, lead=(1, 2, 3), shared=(1, 2, 1), reader=reader))
+
+
+@pytest.mark.parametrize(
+    ("lead", "shared"),
+    [
+        ((4,), (1,)),
+        ((), ()),
+        ((2, 3, 2), (1, 3, 1)),
+        ((2, 3, 2), (2, 1, 2)),
+        ((2, 2, 3), (1, 1, 3)),
+    ],
+)
+def test_any_axes_are_shared(away, lead, shared):
+    check(away, Case(MATRIX, ALL, lead=lead, shared=shared))
+
+
+@pytest.mark.parametrize(
+    ("memory", "eta"), [(Matrix(16, 16), 1.0), (Matrix(16, 16), 2.0), (MLP, 1.0)]
+)
+def test_keys_that_are_all_alike(away, memory, eta):
+    """Powers of L would reach 1e18 here; the inverse stays of order 1."""
+    check(away, Case(memory, ALL, T=64, lead=(1,), same=eta))
+
+
+def test_one_memory_that_answers_alone(away):
+    check(away, Case(MATRIX, ALL, lead=(2, 1), reader=0))
+
+
+def test_half_precision_inputs(away):
+    check(away, Case(MLP, ALL, dtype=torch.bfloat16), tolerance=1e-2)
+
+
+def test_tf32_is_near_enough(away):
+    check(away, Case(ResidualMLP(16, 16, gain=4.0), ALL, T=33, precision="tf32"), tolerance=2e-3)
+
+
+def test_two_runs_give_the_same_bits(away):
+    case = Case(MLP, ALL, T=17, lead=(1, 3), shared=(1, 1), reader=1)
+    assert away(bits, case) == (True, True)
+
+
+def test_what_the_kernels_cannot_run_is_refused(away):
+    case = Case(MLP, ALL)
+    assert away(supported, case, {})
+    assert away(supported, case, {"reader": -1})
+    for options in ({"offset": 3}, {"first_order": True}, {"double": True}):
+        assert not away(supported, case, options)
+    for other in (
+        case._replace(rule=momentum(ALL)),
+        case._replace(rule=every(4, ALL)),
+        case._replace(memory=ResidualMLP(4, 6, depth=3)),
+        case._replace(memory=Matrix(65, 4)),
+        case._replace(T=65),
+    ):
+        assert not away(supported, other, {})
