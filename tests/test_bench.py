@@ -1,6 +1,7 @@
 """The bench: fair orders, honest refusals, and a table that comes from the file alone."""
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -328,3 +329,12 @@ def test_help_names_every_option():
         assert f"--{option}" in shown.stdout
     bad = CliRunner().invoke(cli.app, ["--lengths", "256,x"])
     assert bad.exit_code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")
+def test_gpu_says_what_it_needs():
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.gpu"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert run.returncode == 2
+    assert "no CUDA card" in run.stderr
