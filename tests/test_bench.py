@@ -334,7 +334,10 @@ def test_help_names_every_option():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")
 def test_gpu_says_what_it_needs():
     run = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-m", "bench.gpu"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 2
     assert "no CUDA card" in run.stderr
