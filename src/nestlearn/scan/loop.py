@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +48,16 @@ def scan(
     cuts = {position, position + length}
     for size in chunks if truncate is None else (*chunks, truncate):
         cuts.update(range(position - position % size + size, position + length, size))
+    spans = [Span(*ends) for ends in pairwise(sorted(cuts))]
+    # Split once: the gradient of a slice would be as long as the whole call, at every span.
+    tensors = [x for _, x in tree.leaves(xs) if isinstance(x, torch.Tensor)]
+    parts = [x.split([span.stop - span.start for span in spans], axis) for x in tensors]
     ys = []
-    for start, stop in pairwise(sorted(cuts)):
+    for i, (start, stop) in enumerate(spans):
         if truncate is not None and start > 0 and start % truncate == 0:
             state = tree.detach(state)
-        part = tree.tree_map(methodcaller("narrow", axis, start - position, stop - start), xs)
+        pieces = iter([part[i] for part in parts])
+        part = tree.tree_map(lambda _, pieces=pieces: next(pieces), xs)
         args = (state, part, Span(start, stop))
         if remat and torch.is_grad_enabled():
             y, state = checkpoint(f, *args, use_reentrant=False)
