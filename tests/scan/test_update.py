@@ -323,7 +323,8 @@ def test_options_that_do_not_fit_are_refused():
         scan.update(memory, momentum(rule), *args[2:])
     with pytest.raises(ValueError, match="T = 0"):
         scan.update(*args[:4], q[..., :0, :], k[..., :0, :], v[..., :0, :], gates)
-    with pytest.raises(ValueError, match="no parallel form"):
-        scan.update(memory, Oja(), *args[2:], backend="chunk")
+    for backend in ("chunk", "fused"):
+        with pytest.raises(ValueError, match="no parallel form"):
+            scan.update(memory, Oja(), *args[2:], backend=backend)
     with pytest.raises(ValueError, match="Matrix"):
         scan.update(ResidualMLP(4, 6), Oja(), *args[2:])

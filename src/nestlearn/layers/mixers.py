@@ -88,8 +88,8 @@ class Stepping(nn.Module):
             whole = first % chunks[0] == 0 and last - first == chunks[0] and len(set(chunks)) == 1
             if self._compiled is None or not whole:
                 return self._step(state, xs, span, starts)
-            state, xs, starts_ = tree.tree_map(_any_batch, (state, xs, starts))
-            return self._compiled(self, state, xs, Span(0, chunks[0]), starts_)
+            state, xs = tree.tree_map(_any_batch, (state, xs))
+            return self._compiled(self, state, xs, Span(0, chunks[0]), starts)
 
         return scan(
             step, tree.tree_map(wide, state), xs, length=length, chunks=chunks,

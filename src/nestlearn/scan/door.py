@@ -51,6 +51,9 @@ def update(
     last leading axis answers; q and o lack the axis. `own`: the memory makes its own values
     (eq. 84), M(v) at the chunk's first weights; v is then [*c, T, K] like k.
 
+    backend: "naive" is the definition, "chunk" its parallel algebra by autograd, "fused" the common
+    case with its backward pass written out (else "chunk"), "auto" that or, on CUDA, Triton kernels.
+
     Raises ValueError for an unknown option and for a rule that the memory or backend cannot run.
     """
     _check(memory, rule, k, gates, read, backend)
@@ -125,7 +128,7 @@ def _check(memory: Memory, rule: Rule, k: Tensor, gates: Gates, read: str, backe
             )
         if rule.momentum != (gates.log_theta is not None):
             raise ValueError("gates.log_theta goes with momentum(rule): give both or neither")
-    elif backend == "chunk":
+    elif backend in ("chunk", "fused"):
         raise ValueError(f"{type(rule).__name__} has no parallel form: use backend='naive'")
     elif not isinstance(memory, MatrixMemory) or len(memory.shapes()) != 1:
         raise ValueError(f"{type(rule).__name__} writes a Matrix memory, not {memory!r}")
