@@ -20,6 +20,8 @@ from nestlearn.memory import (
     hebbian,
     momentum,
 )
+from nestlearn.scan import fused
+from nestlearn.scan.writer import _into_shell
 
 B, H, C = 2, 2, 8
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -328,3 +330,28 @@ def test_options_that_do_not_fit_are_refused():
             scan.update(memory, Oja(), *args[2:], backend=backend)
     with pytest.raises(ValueError, match="Matrix"):
         scan.update(ResidualMLP(4, 6), Oja(), *args[2:])
+
+
+@pytest.mark.parametrize("memory", [Matrix(3, 4), ResidualMLP(3, 5, depth=3, gain=1.7)])
+def test_answers_have_the_gradient_of_reading(memory):
+    """The backward pass written out for generating against autograd's, axes shared or not."""
+    g = torch.Generator().manual_seed(0)
+    W = tuple(
+        torch.randn(2, 3, *s, generator=g, dtype=torch.float64, requires_grad=True)
+        for s in memory.shapes()
+    )
+    z = torch.randn(2, 1, 4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    truth = memory.read(W, z)
+    got = fused.answers(memory, W, z)
+    assert torch.allclose(got, truth, rtol=1e-12)
+    up = torch.randn(truth.shape, generator=g, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(got, (z, *W), up), torch.autograd.grad(truth, (z, *W), up)):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_shell_has_its_gradient_below_inside_and_above():
+    g = torch.Generator().manual_seed(0)
+    W0 = torch.randn(3, 4, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    sizes = torch.tensor([0.1, 0.8, 3.0], dtype=torch.float64).view(3, 1, 1)
+    W = (torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64) * sizes).requires_grad_()
+    assert torch.autograd.gradcheck(lambda W, W0: _into_shell(W, W0, 0.5, 1.5), (W, W0))

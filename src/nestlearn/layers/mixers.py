@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import state as tree
 from ..memory import Gates, Matrix, ResidualMLP, Weights, decay, delta, hebbian
@@ -78,6 +79,12 @@ class Stepping(nn.Module):
         run eagerly, and so do layers in which memories have several chunk sizes.
         """
         self._compiled = torch.compile(type(self)._step, fullgraph=True, **options)
+
+    def _again(self, f: Callable, *args: Any) -> Any:
+        """f(*args), with `remat` computed again in the backward pass."""
+        if self.remat and torch.is_grad_enabled():
+            return checkpoint(f, *args, use_reentrant=False)
+        return f(*args)
 
     def _scan(
         self, state: Any, xs: Any, starts: Any, *, length: int, chunks: tuple[int, ...],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer
+from ..scan.fused import answers
 from .mixers import (
     Readout,
     ShortConvolution,
@@ -160,39 +161,41 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
-        z, conv = x, None
+        inputs, conv = self._again(self._inputs, x, state.conv)
+        starts = tuple(self.start_weights(names) for names, _ in self.groups)
+
+        ys, memories = self._scan(
+            state.memories, inputs, starts, length=x.shape[1], axis=2,
+            chunks=tuple(writer.chunk for _, writer in self.groups), position=state.position,
+        )  # fmt: skip
+        y = self._again(self.readout, torch.cat(ys, 2).to(x.dtype), x)
+        return y, TitansState(state.position + x.shape[1], conv, memories)
+
+    def _inputs(self, x: Tensor, conv: Tensor | None):
+        """z [B, H, T, d] of unit norm, the static query, the momentum's gate; the convolution."""
+        z = x
         if self.conv is not None:
-            z, conv = self.conv(x, state.conv)
+            z, conv = self.conv(x, conv)
         heads = "b t (h d) -> b h t d"
         q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))[0]
         log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z))).mT
         z = unit(rearrange(z, heads, h=self.heads))[0]
-        starts = tuple(self.start_weights(names) for names, _ in self.groups)
-
-        ys, memories = self._scan(
-            state.memories, (wide(z), q, log_theta), starts, length=x.shape[1], axis=2,
-            chunks=tuple(writer.chunk for _, writer in self.groups), position=state.position,
-        )  # fmt: skip
-        y = self.readout(torch.cat(ys, 2).to(x.dtype), x)
-        return y, TitansState(state.position + x.shape[1], conv, memories)
+        return (wide(z), q, log_theta), conv
 
     def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Weights, ...]):
         """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
         z, q, log_theta = xs
-        read = self.writer.memory.read
+        memory = self.writer.memory
+        assert isinstance(memory, Matrix | ResidualMLP)
         written = {name for names, _ in self.groups for name in names}
         said = {
-            name: read(tuple(w.to(z.dtype) for w in self._start(name)), z)
+            name: answers(memory, tuple(w.to(z.dtype) for w in self._start(name)), z)
             for name in self.start
             if name not in written
         }
-        for (names, _), memory in zip(self.groups, memories):
-            speaking = [name for name in names if name != "mem"]
-            if speaking:
-                answers = read(
-                    tuple(w[:, :, : len(speaking)] for w in memory.start), z.unsqueeze(2)
-                )
-                said.update(zip(speaking, answers.unbind(2)))
+        for (names, _), fast in zip(self.groups, memories):
+            if names != ("mem",):  # M_mem among others is asked too: cheaper than a slice of all
+                said.update(zip(names, answers(memory, fast.start, z.unsqueeze(2)).unbind(2)))
         k, v = unit(torch.stack([said["k"], said["v"]], 2))[0].split(1, 2)
         q = unit(said["q"])[0] if q is None else q
         eta = self.eta_max * torch.sigmoid(self.eta(said["eta"]))
@@ -200,10 +203,10 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         gates = Gates(eta, log_alpha, log_theta).map(lambda g: g.unsqueeze(2))
 
         after, o = [], None
-        for (names, writer), memory, start in zip(self.groups, memories, starts):
+        for (names, writer), fast, start in zip(self.groups, memories, starts):
             asked = q if "mem" in names else None
-            o, memory = writer.write(memory, asked, k, v, gates, span, start, reader=-1, own=True)
-            after.append(memory)
+            o, fast = writer.write(fast, asked, k, v, gates, span, start, reader=-1, own=True)
+            after.append(fast)
         return o, tuple(after)
 
 

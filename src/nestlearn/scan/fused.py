@@ -69,6 +69,46 @@ def update(
     return o, tuple(after), S
 
 
+def answers(memory: Matrix | ResidualMLP, W: Weights, z: Tensor) -> Tensor:
+    """`memory.read(W, z)`; of what the backward pass needs only the pre-activations are kept.
+
+    W [*b, out, in], z [*c, T, K] with leading axes that broadcast to *b; returns [*b, T, V].
+    """
+    if not torch.is_grad_enabled():
+        return memory.read(W, z)
+    return _Answers.apply(memory, z, *W)
+
+
+class _Answers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, memory, z, *W):
+        phi, gain, residual = _nonlinearity(memory)
+        x, y = z, []
+        for i, w in enumerate(W):
+            y.append(x @ w.mT)
+            if i < len(W) - 1:
+                x = phi.value(y[i].mul_(gain)).div_(gain)
+        ctx.memory = memory
+        ctx.save_for_backward(z, *W, *y[:-1])
+        return y[-1].add_(z) if residual else y[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy):
+        phi, gain, residual = _nonlinearity(ctx.memory)
+        n = len(ctx.memory.shapes())
+        (z,), W, y = _split(list(ctx.saved_tensors), 1, n, n - 1)
+        dW, down = [], dy
+        for i in reversed(range(n)):
+            x = z if i == 0 else phi.value(y[i - 1]).div_(gain)
+            dW.insert(0, (down.mT @ x).sum_to_size(W[i].shape))
+            down = down @ W[i]
+            if i > 0:
+                down = phi.pull(down, y[i - 1])
+        dz = down + dy if residual else down
+        return None, dz.sum_to_size(z.shape), *dW
+
+
 class _Chunk(torch.autograd.Function):
     """(q, k, v, η, log α, W...) -> (o if q is given, W_C...); shapes as in `nestlearn.scan`."""
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import state as tree
 
+SEGMENT = 8  # spans computed again together: their memory is about that of so many states
+
 
 class Span(NamedTuple):
     """The tokens [start, stop) of the stream that one step of a scan covers."""
@@ -42,7 +44,7 @@ def scan(
     multiple of every size in `chunks`, counted from the stream's first token, which `position`
     tokens of earlier calls came before: so splitting a call changes nothing but its spans.
     `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
-    `remat`: keep only the states between spans and compute each span again in the backward pass.
+    `remat`: keep only every eighth span's state; the rest is computed again in the backward pass.
     Returns the list of y.
     """
     cuts = {position, position + length}
@@ -52,16 +54,24 @@ def scan(
     # Split once: the gradient of a slice would be as long as the whole call, at every span.
     tensors = [x for _, x in tree.leaves(xs) if isinstance(x, torch.Tensor)]
     parts = [x.split([span.stop - span.start for span in spans], axis) for x in tensors]
+
+    def run(state: Any, indices: range) -> tuple[list[Any], Any]:
+        ys = []
+        for i in indices:
+            start, stop = spans[i]
+            if truncate is not None and start > 0 and start % truncate == 0:
+                state = tree.detach(state)
+            pieces = iter([part[i] for part in parts])
+            part = tree.tree_map(lambda _, pieces=pieces: next(pieces), xs)
+            y, state = f(state, part, Span(start, stop))
+            ys.append(y)
+        return ys, state
+
+    if not (remat and torch.is_grad_enabled()):
+        return run(state, range(len(spans)))
     ys = []
-    for i, (start, stop) in enumerate(spans):
-        if truncate is not None and start > 0 and start % truncate == 0:
-            state = tree.detach(state)
-        pieces = iter([part[i] for part in parts])
-        part = tree.tree_map(lambda _, pieces=pieces: next(pieces), xs)
-        args = (state, part, Span(start, stop))
-        if remat and torch.is_grad_enabled():
-            y, state = checkpoint(f, *args, use_reentrant=False)
-        else:
-            y, state = f(*args)
-        ys.append(y)
+    for i in range(0, len(spans), SEGMENT):
+        indices = range(i, min(i + SEGMENT, len(spans)))
+        some, state = checkpoint(run, state, indices, use_reentrant=False)
+        ys += some
     return ys, state

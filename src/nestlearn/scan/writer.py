@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..memory import Gates, Memory, Rule, Weights, objective
 from ..memory.linalg import frobenius
@@ -104,5 +105,30 @@ class Writer:
 
 
 def _into_shell(W: Tensor, W0: Tensor, low: float, high: float) -> Tensor:
-    norm, start = frobenius(W), frobenius(W0).to(W.dtype)
-    return W * (norm.clamp(min=low * start, max=high * start) / norm.clamp(min=1e-12))
+    start = frobenius(W0).to(W.dtype)
+    return _Rescaled.apply(W, low * start, high * start)
+
+
+class _Rescaled(torch.autograd.Function):
+    """W scaled so that its norm n is c, n clamped to [low, high]; kept is the result, not W."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        norm = frobenius(W)
+        size = norm.clamp(min=low, max=high)
+        scale = size / norm.clamp(min=1e-12)
+        scaled = W * scale
+        ctx.save_for_backward(scaled, norm, size, scale, low, high)
+        return scaled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        W, norm, size, scale, low, high = ctx.saved_tensors
+        # y = c W/n: dW = c/n (dy − ŷ⟨ŷ, dy⟩) and dc = ⟨ŷ, dy⟩ where n is outside, else dW = dy.
+        along = (W * grad).sum((-2, -1), keepdim=True) / size.clamp(min=1e-12)
+        inside = (norm >= low) & (norm <= high)
+        pull = torch.where(inside, 0.0, -scale * along / size.clamp(min=1e-12))
+        to_low = torch.where(norm < low, along, 0.0).sum_to_size(low.shape)
+        to_high = torch.where(norm > high, along, 0.0).sum_to_size(high.shape)
+        return (grad * scale).addcmul_(pull.expand_as(W), W), to_low, to_high
