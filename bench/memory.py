@@ -19,6 +19,7 @@ from .tasks import Settings, facts, pass_through
 
 STEP_MEMORY, STREAM_MEMORY = "memory of a training step", "memory of a stream"
 PIECE = 4096  # tokens that a stream is read at a time
+SETTLE = 16 * PIECE
 START = 120.0  # seconds that a child may take besides its work
 
 Job = dict[str, Any]
@@ -117,13 +118,23 @@ def _step(c: Contestant, layer: Any, job: Job, shape: Shape) -> int:
 
 @torch.no_grad()
 def _stream(c: Contestant, layer: Any, job: Job, shape: Shape) -> int:
-    """Bytes of reading so many tokens, piece after piece through the state."""
+    """Bytes of reading so many tokens, piece after piece through the state.
+
+    After another stream of SETTLE tokens: the allocator's pools grow over the first ten calls or
+    so and then stay, while the bytes in tensors are the same from the first call on.
+    """
     generator = torch.Generator().manual_seed(0)
-    state = None
+
+    def read(length: int) -> None:
+        state = None
+        for start in range(0, length, PIECE):
+            tokens = min(PIECE, length - start)
+            x = torch.randn(job["batch"], tokens, shape.width, generator=generator)
+            _, state = c.step(layer, x, state)
+
     forget_peak()
     before = peak_bytes()
-    for start in range(0, job["length"], PIECE):
-        tokens = min(PIECE, job["length"] - start)
-        x = torch.randn(job["batch"], tokens, shape.width, generator=generator)
-        _, state = c.step(layer, x, state)
+    read(SETTLE)
+    forget_peak()
+    read(job["length"])
     return peak_bytes() - before

@@ -329,3 +329,47 @@ def test_quickstart_stops_at_an_interrupt(call, language, monkeypatch, tmp_path,
     code, shown, err = call("quickstart", "--quick", "--data", long_text, *out)
     assert (code, shown) == (130, "")
     assert "the same command goes on" in err
+
+
+# ---------------------------------------------------------------------------- eval, reproduce
+
+
+def test_experiments_are_listed(call):
+    for arguments in (("reproduce",), ("reproduce", "--list")):
+        code, out, _ = call(*arguments)
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines()] == ["table4", "table5", "mqar"]
+    for command in ("eval", "reproduce"):
+        code, out, _ = call(command, "--help")
+        assert code == 0
+        for option in ("only", "seeds", "steps", "workers", "device", "quick", "out"):
+            assert f"--{option} " in out
+
+
+def test_a_quick_evaluation_prints_its_scores_and_goes_on(call, tmp_path):
+    options = ("--quick", "--steps", "2", "--workers", "0", "--device", "cpu", "--out", tmp_path)
+    asked = ("eval", "formal", "--model", "lstm", "--only", "anbn", *options)
+    code, out, err = call(*asked)
+    assert code == 0, err
+    assert "| LSTM | 0 / 0 |" in out
+    assert "| *LSTM, paper* | 100 / 100 |" in out
+    assert "anbn-lstm" in err
+    assert (tmp_path / "results.json").is_file()
+    code, again, err = call(*asked)
+    assert (code, again) == (0, out)
+    assert "anbn-lstm" not in err  # done, so not run
+    code, both, _ = call(
+        "reproduce", "table5", "--models", "transformer", "--only", "anbn", *options
+    )
+    assert code == 0
+    assert "| LSTM | 0 / 0 |" in both
+    assert "| Transformer | " in both
+
+
+def test_what_cannot_be_evaluated_is_one_line(call, tmp_path):
+    assert_one_line(call("eval", "formal", "--model", tmp_path), "is a folder", "hope-attention")
+    assert_one_line(call("eval", "mad", "--model", "rwkv"), "model 'rwkv' is unknown")
+    assert_one_line(call("eval", "mqar", "--model", "lstm"), "lstm has no memory of a size")
+    assert_one_line(call("reproduce", "table9"), "'table9' is unknown", "table4")
+    assert_one_line(call("reproduce", "table5", "--only", "dyck"), "language 'dyck' is unknown")
+    assert_one_line(call("reproduce", "table5", "--device", "abacus"), "device='abacus'")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.text import Text
+
+from nestlearn.recipes import commands
+from nestlearn.recipes.commands import say as _say
 
 if TYPE_CHECKING:
     from nestlearn.train import Corpus
@@ -355,11 +357,13 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
         raise ValueError(f"{path} describes no run or model of nestlearn ({error})") from error
 
 
+# ---------------------------------------------------------------------------- eval, reproduce
+
+app.command("eval")(commands.evaluate)
+app.command()(commands.reproduce)
+
+
 # ------------------------------------------------------------------------------------- main
-
-
-def _say(text: str, style: str = "") -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style=style))
 
 
 def main() -> None:

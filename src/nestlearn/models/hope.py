@@ -45,8 +45,9 @@ class HopeConfig:
 
     mixer: "hope" (self-modifying Titans), "attention", "titans", "deltanet" or "linear".
     channel: "cms" or "mlp" (SwiGLU). mlp_hidden: width of the SwiGLU. levels: of the CMS, fast to
-    slow. conv: taps of the short convolution (0: none). The other fields are the options of the
-    same name of `nestlearn.SelfModifyingTitans` and `nestlearn.ContinuumMemory`.
+    slow. conv: taps of the short convolution (0: none). rotary: positions of the attention (False:
+    none). The other fields are the options of the same name of `nestlearn.SelfModifyingTitans` and
+    `nestlearn.ContinuumMemory`.
     """
 
     vocab_size: int = 256
@@ -69,6 +70,7 @@ class HopeConfig:
     half_life: int | None = None
     adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
     conv: int = 4
+    rotary: bool = True
     levels: tuple[Level, ...] = (Level(chunk=16), Level(chunk=64), Level())
     variant: str = "sequential"
     meta_gradient: str = "full"
@@ -166,7 +168,7 @@ class HopeBlock(nn.Module):
 
 def _mixer(c: HopeConfig) -> nn.Module:
     if c.mixer == "attention":
-        return Attention(c.dim, c.heads, conv=c.conv, gate=c.conv > 0)
+        return Attention(c.dim, c.heads, conv=c.conv, gate=c.conv > 0, rotary=c.rotary)
     common: dict[str, Any] = {"conv": c.conv, "truncate": c.truncate, "remat": c.remat}
     if c.mixer == "hope":
         return SelfModifyingTitans(

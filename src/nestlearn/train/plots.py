@@ -11,9 +11,9 @@ import torch
 from nestlearn.disk import atomic_write
 
 # Okabe and Ito's palette, told apart with any colour vision; its yellow is too pale on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
-_MARKERS = "os^DvPX"
+MARKERS = "os^DvPX"
 _BINS = 8  # points of a comparison over the context: few windows are read, so fewer are steadier
 
 
@@ -24,12 +24,12 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     """
     if not any(logs.values()):
         raise ValueError("loss_curves was given no records; train for at least one step")
-    figure, axes = _figure(_STEP, _LOSS)
+    figure, axes = new_figure(_STEP, _LOSS)
     for i, (name, log) in enumerate(logs.items()):
         run = [(r["step"], float(r["loss"]), r.get("val_loss")) for r in log]
         _draw_runs(axes[0], i, name, [run], legend=("training", "validation"))
     axes[0].legend(frameon=False, fontsize=10)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def loss_by_position(curves: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -39,14 +39,14 @@ def loss_by_position(curves: Mapping[str, torch.Tensor], path: str | Path) -> No
     """
     if not curves:
         raise ValueError("loss_by_position was given no curves; pass evaluate()'s second result")
-    figure, axes = _figure(_POSITION, _LOSS)
+    figure, axes = new_figure(_POSITION, _LOSS)
     for i, (name, curve) in enumerate(curves.items()):
         smooth = _smoothed(curve.detach().float().cpu(), len(curve) // 32)
         where = list(range(1, len(smooth) + 1))
         style = {"ls": _DASHES[i % len(_DASHES)], "label": name}
         _line(axes[0], i, where, torch.tensor([smooth]), **style)
     axes[0].legend(frameon=False, fontsize=10)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def comparison(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -66,13 +66,13 @@ def comparison(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
             "one or more, all of the same lengths"
         )
     ((trained, context),) = lengths
-    figure, (left, right) = _figure(_STEP, _LOSS, _POSITION, _LOSS)
+    figure, (left, right) = new_figure(_STEP, _LOSS, _POSITION, _LOSS)
     for i, (name, runs) in enumerate(models.items()):
         _draw_runs(left, i, name, [run["log"] for run in runs])
         curves = torch.tensor([run["loss_by_position"] for run in runs])
         where = [(j + 0.5) * context / _BINS for j in range(_BINS)]
         means = torch.stack([part.mean(1) for part in curves.tensor_split(_BINS, 1)], 1)
-        _line(right, i, where, means, marker=_MARKERS[i % len(_MARKERS)], ms=5, label=name)
+        _line(right, i, where, means, marker=MARKERS[i % len(MARKERS)], ms=5, label=name)
     _fit(left, skip=0.125)  # the steep beginning
     _fit(right, room=0.16)
     right.set_xlim(0, context)
@@ -85,7 +85,7 @@ def comparison(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     style = {"frameon": False, "fontsize": 10.5}
     lines = right.get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=min(4, len(models)), **style)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 _STEP = "Optimizer step"
@@ -106,17 +106,17 @@ def _draw_runs(
     steps = [row[0] for row in runs[0][:length]]
     smooth = [_smoothed(torch.tensor([row[1] for row in run]), len(run) // 50) for run in runs]
     losses = torch.tensor([curve[:length] for curve in smooth]).mean(0).tolist()
-    axes.plot(steps, losses, color=_COLOURS[i % len(_COLOURS)], lw=1, alpha=0.5, label=labels[0])
+    axes.plot(steps, losses, color=COLOURS[i % len(COLOURS)], lw=1, alpha=0.5, label=labels[0])
     at = [j for j in range(length) if all(run[j][2] is not None for run in runs)]
     if at:
         val = torch.tensor([[run[j][2] for j in at] for run in runs])
-        mark = _MARKERS[i % len(_MARKERS)]
+        mark = MARKERS[i % len(MARKERS)]
         _line(axes, i, [steps[j] for j in at], val, marker=mark, ms=5, label=labels[1])
 
 
 def _line(axes: Any, i: int, x: Sequence[float], seeds: torch.Tensor, **style: Any) -> None:
     """The i-th model's mean of seeds [S, N], and the range of several as a band."""
-    colour = _COLOURS[i % len(_COLOURS)]
+    colour = COLOURS[i % len(COLOURS)]
     axes.plot(x, seeds.mean(0).tolist(), color=colour, lw=1.9, **style)
     if len(seeds) > 1:
         low, high = seeds.amin(0).tolist(), seeds.amax(0).tolist()
@@ -141,7 +141,7 @@ def _fit(axes: Any, skip: float = 0.0, room: float = 0.06) -> None:
     axes.set_ylim(low - 0.06 * (high - low), high + room * (high - low) + 1e-6)
 
 
-def _figure(*labels: str) -> tuple[Any, Sequence[Any]]:
+def new_figure(*labels: str) -> tuple[Any, Sequence[Any]]:
     """A figure with one panel for each pair of labels (x, y), side by side."""
     # The objects, not pyplot: no display, no global state, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -161,6 +161,6 @@ def _figure(*labels: str) -> tuple[Any, Sequence[Any]]:
     return figure, all_axes
 
 
-def _write(figure: Any, path: str | Path) -> None:
+def write_figure(figure: Any, path: str | Path) -> None:
     kind = Path(path).suffix.removeprefix(".") or "png"
     atomic_write(path, lambda temp: figure.savefig(temp, format=kind, facecolor="white"))

@@ -1,0 +1,22 @@
+"""Benchmarks: how each is made and scored. Models enter by `protocol`, results leave by `records`.
+
+One benchmark, one file; each makes a `Task` from a seed: data only, no model and no training.
+"""
+
+from .protocol import Logits, Scorable, predict
+from .records import Record, read_records, write_records
+from .tasks import IGNORED, Examples, Task, accuracy, score
+
+__all__ = [
+    "IGNORED",
+    "Examples",
+    "Logits",
+    "Record",
+    "Scorable",
+    "Task",
+    "accuracy",
+    "predict",
+    "read_records",
+    "score",
+    "write_records",
+]

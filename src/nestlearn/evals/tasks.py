@@ -1,0 +1,135 @@
+"""What every benchmark makes: examples with targets, and how predictions are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .protocol import Scorable, predict
+
+IGNORED = -100  # a target that neither the loss nor the metric sees; torch's default, too
+METRICS = ("sequence", "token")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """inputs, targets: int64 [N, T]; targets are IGNORED where nothing is asked.
+
+    ValueError unless the two have one shape and every example asks something.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if self.inputs.ndim != 2 or self.inputs.shape != self.targets.shape:
+            raise ValueError(
+                f"inputs {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)}: give "
+                "both as [N, T]"
+            )
+        if not (self.targets != IGNORED).any(1).all():
+            raise ValueError("an example has no target: give each at least one position to answer")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens up to the last target [N]: what follows cannot count for a causal model."""
+        T = self.targets.shape[1]
+        return ((self.targets != IGNORED) * torch.arange(1, T + 1)).amax(1)
+
+    def rows(self, index: Tensor) -> Examples:
+        """Those examples, cut after their last target."""
+        length = int(self.lengths[index].max())
+        return Examples(self.inputs[index, :length], self.targets[index, :length])
+
+    def batches(self, size: int) -> Iterator[Examples]:
+        """All examples, shortest first, at most `size` at once."""
+        for index in self.lengths.argsort(stable=True).split(size):
+            yield self.rows(index)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a benchmark: data, and how it is scored.
+
+    vocab: input ids are below it. classes: targets are. tests: sets by name. metric: "sequence"
+    (an example counts if every target is met) or "token" (the share of all targets met). causal:
+    False where the model reads the whole input before it answers.
+    """
+
+    benchmark: str
+    name: str
+    vocab: int
+    classes: int
+    train: Examples
+    tests: dict[str, Examples]
+    metric: str
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric={self.metric!r}: use one of {METRICS}")
+        for name, part in {"train": self.train, **self.tests}.items():
+            low, high = int(part.inputs.min()), int(part.inputs.max())
+            if low < 0 or high >= self.vocab:
+                raise ValueError(f"{name}: input {low if low < 0 else high} is not in [0, vocab)")
+            asked = part.targets[part.targets != IGNORED]
+            low, high = int(asked.min()), int(asked.max())
+            if low < 0 or high >= self.classes:
+                raise ValueError(
+                    f"{name}: target {low if low < 0 else high} is not in [0, classes)"
+                )
+
+
+def accuracy(predictions: Tensor, targets: Tensor, metric: str) -> float:
+    """Percent right, of sequences or of tokens: int64 [N, T] both, IGNORED targets left out."""
+    right, of = _counts(predictions, targets, metric)
+    return 100.0 * right / of
+
+
+def _counts(predictions: Tensor, targets: Tensor, metric: str) -> tuple[int, int]:
+    """How many are right, of how many."""
+    asked = targets != IGNORED
+    right = (predictions == targets) & asked
+    if metric == "sequence":
+        return int((right == asked).all(1).sum()), len(targets)
+    if metric == "token":
+        return int(right.sum()), int(asked.sum())
+    raise ValueError(f"metric={metric!r}: use one of {METRICS}")
+
+
+def score(
+    model: Scorable, task: Task, *, batch: int = 64, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Percent right on each test set of the task. The caller puts the model into eval mode."""
+    scores = {}
+    for name, test in task.tests.items():
+        right = of = 0
+        for part in test.batches(batch):
+            said = predict(model, part.inputs.to(device), task.classes).cpu()
+            hits, asked = _counts(said, part.targets, task.metric)
+            right, of = right + hits, of + asked
+        scores[name] = 100.0 * right / of
+    return scores
+
+
+def stream(seed: int, *names: str | int) -> np.random.Generator:
+    """The generator of one part of the data: other parts drawn more or less do not disturb it."""
+    keys = [b for name in names for b in str(name).encode() + b"/"]
+    return np.random.default_rng([seed, *keys])
+
+
+def padded(rows: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Examples:
+    """Rows of several lengths, padded on the right by input 0 and IGNORED."""
+    T = max(map(len, rows))
+    inputs = np.zeros((len(rows), T), np.int64)
+    asked = np.full((len(rows), T), IGNORED, np.int64)
+    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        inputs[i, : len(row)], asked[i, : len(row)] = row, target
+    return Examples(torch.from_numpy(inputs), torch.from_numpy(asked))

@@ -1,0 +1,85 @@
+"""Pictures of tables: accuracy of models as bars, or along a dial as lines."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nestlearn.train.plots import COLOURS, MARKERS, new_figure, write_figure
+
+Values = Mapping[str, Sequence[float]]  # of the seeds, by column
+
+
+def bars(
+    values: Mapping[str, Values],
+    path: str | Path,
+    *,
+    label: str = "Accuracy (%)",
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """A group of bars for each column, a bar for each model, its seeds' range as a whisker.
+
+    values: by model's title, then column; paper: likewise, drawn as dashes. ValueError without any.
+    """
+    if not values:
+        raise ValueError("bars was given no values: run at least one model")
+    columns = list(dict.fromkeys(c for row in values.values() for c in row))
+    figure, (axes,) = new_figure("", label)
+    figure.set_size_inches(
+        max(7.2, 1.0 + 0.16 * len(values) * len(columns) + 0.4 * len(columns)), 4.2
+    )
+    width = 0.8 / len(values)
+    for i, (name, row) in enumerate(values.items()):
+        at = [j - 0.4 + (i + 0.5) * width for j, c in enumerate(columns) if c in row]
+        seeds = [row[c] for c in columns if c in row]
+        means = [statistics.mean(s) for s in seeds]
+        spans = [(m - min(s), max(s) - m) for m, s in zip(means, seeds)]
+        style = {"color": COLOURS[i % len(COLOURS)], "error_kw": {"lw": 1, "capsize": 1.5}}
+        axes.bar(at, means, width * 0.92, yerr=list(zip(*spans)), label=name, **style)
+        told = (paper or {}).get(name, {})
+        marks = [(x, told[c]) for x, c in zip(at, (c for c in columns if c in row)) if c in told]
+        for x, value in marks:
+            axes.plot([x - width / 2, x + width / 2], [value, value], color="#222222", lw=1.6)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    axes.set_ylim(0, 104)
+    figure.legend(
+        loc="outside lower center", ncols=min(4, len(values)), frameon=False, fontsize=9,
+        title="dark dash: the paper's figure" if paper else None,
+    )  # fmt: skip
+    write_figure(figure, path)
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]],
+    path: str | Path,
+    *,
+    dial: str,
+    label: str = "Accuracy (%)",
+) -> None:
+    """Panels side by side, in each a line for each model along a dial; the seeds' range is shaded.
+
+    panels: by the panel's title, the model's title and the dial's value. ValueError without any.
+    """
+    if not panels:
+        raise ValueError("lines was given no values: run at least one model")
+    figure, every = new_figure(*[dial, label] * len(panels))
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    for axes, (title, values) in zip(every, panels.items()):
+        for name, row in values.items():
+            i, x = names.index(name), sorted(row)
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(x, [statistics.mean(row[at]) for at in x], lw=1.9, ms=5, label=name, **style)
+            low, high = [min(row[at]) for at in x], [max(row[at]) for at in x]
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.18, lw=0)
+        ticks = sorted({at for row in values.values() for at in row})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(at) for at in ticks])
+        axes.set_ylim(-2, 104)
+        axes.set_title(title, loc="left", fontsize=12)
+    shown = {name: line for axes in every for line, name in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)),
+        frameon=False, fontsize=9,
+    )  # fmt: skip
+    write_figure(figure, path)

@@ -1,0 +1,67 @@
+"""The paper's experiments by name: what `nestlearn reproduce` runs.
+
+A new one is a module with a function `reproduce(out: Path, *, quick: bool, ...) -> str` that
+returns what to print as Markdown, and a line in EXPERIMENTS. It may take any of seeds, steps, only,
+models, workers, device; an option that it does not take is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+EXPERIMENTS = {  # name: (module, what it shows)
+    "table4": ("nestlearn.recipes.table4", "MAD: compression, recall, copying, memorization"),
+    "table5": ("nestlearn.recipes.table5", "formal languages, within and beyond trained lengths"),
+    "mqar": ("nestlearn.recipes.mqar", "associative recall by number of pairs and size of state"),
+}
+SUITES = {"formal": "table5", "mad": "table4", "mqar": "mqar"}  # of `nestlearn eval`
+
+
+def experiment(name: str) -> Callable[..., str]:
+    """The experiment's `reproduce` function; ValueError lists the names."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment {name!r} is unknown: use one of {', '.join(EXPERIMENTS)}")
+    return import_module(EXPERIMENTS[name][0]).reproduce
+
+
+def folder(name: str, quick: bool) -> Path:
+    """Where results go unless said otherwise: a quick run must not stand where a real one does."""
+    return Path("runs", f"{name}-quick") if quick else Path("results", name)
+
+
+def run(name: str, out: Path | None = None, *, quick: bool = False, **options: Any) -> str:
+    """Run an experiment, or go on with it, and return its tables as Markdown.
+
+    options: those of the experiment; None and () mean its default. ValueError for one that it does
+    not take.
+    """
+    reproduce = experiment(name)
+    given = {key: value for key, value in options.items() if value is not None and value != ()}
+    foreign = sorted(given.keys() - inspect.signature(reproduce).parameters.keys())
+    if foreign:
+        raise ValueError(f"{name} takes no --{foreign[0]}: leave it out")
+    return reproduce(out or folder(name, quick), quick=quick, **given)
+
+
+def evaluate(suite: str, model: str, out: Path | None = None, **options: Any) -> str:
+    """Train one contender on every task of a suite and return its scores as Markdown.
+
+    ValueError for an unknown suite or model, and for a folder: these suites train from scratch on
+    their own alphabets, so a trained language model has nothing to say there.
+    """
+    from nestlearn.recipes.contenders import CONTENDERS
+
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown: use one of {', '.join(SUITES)}")
+    if model not in CONTENDERS and Path(model).exists():
+        raise ValueError(
+            f"{model} is a folder, but {suite} trains a fresh model on each of its tasks, whose "
+            f"tokens a trained one has never seen: name a model, one of {', '.join(CONTENDERS)}"
+        )
+    quick = options.get("quick", False)
+    place = out or Path("runs", f"eval-{suite}" + "-quick" * quick)
+    return run(SUITES[suite], place, models=(model,), **options)
