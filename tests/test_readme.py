@@ -35,7 +35,7 @@ def test_commands_run_in_their_order(tmp_path):
     for name in ("a.txt", "b.txt"):
         (texts / name).write_text("def main():\n    return 'a line of text'\n" * 300)
     lines = [line for line in COMMANDS if line.startswith("nestlearn ")]
-    assert len(lines) == 3
+    assert len(lines) == 5
     program = Path(sys.executable).with_name("nestlearn")
     for line in lines:
         done = subprocess.run(

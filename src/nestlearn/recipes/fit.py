@@ -31,7 +31,8 @@ class FitConfig:
     """How to train: AdamW, a linear warm-up, then lr constant or to zero along a cosine.
 
     steps: optimizer steps. batch: sequences of a step. warmup: steps of the linear rise. clip: the
-    largest gradient norm. weight_decay: on matrices only. eval_every: steps between two tests on
+    largest gradient norm. smoothing: of the labels, by which a loss does not vanish where all is
+    right. weight_decay: on matrices only. eval_every: steps between two tests on
     all test sets. stop: percent at which, on every test set, training ends early. eval_batch:
     sequences of a test batch. device: as for `nestlearn train`.
     """
@@ -44,6 +45,7 @@ class FitConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    smoothing: float = 0.0
     eval_every: int = 200
     eval_batch: int = 128
     stop: float = 100.0
@@ -60,6 +62,8 @@ class FitConfig:
             raise ValueError(f"warmup={self.warmup}: give 0 steps or more")
         if self.schedule not in _SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: use one of {_SCHEDULES}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing}: give a share in [0, 1)")
         if self.clip <= 0:
             raise ValueError(f"clip={self.clip}: give a positive norm (math.inf: no clipping)")
 
@@ -190,7 +194,9 @@ class _Update:
         for parameter in self.model.parameters():
             parameter.grad = None
         logits = self.model.logits(inputs).flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=self.config.smoothing
+        )
         loss.backward()
         return loss.detach()
 
