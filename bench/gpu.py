@@ -1,7 +1,7 @@
-"""One layer on a CUDA card, forward and backward: python -m bench.gpu --help
+"""On a CUDA card, forward and backward of a layer or a model: python -m bench.gpu --help
 
 In bfloat16 (autocast; memories in float32, products as TF32), the same number of tokens at every
-length. Ours runs from Python and as one CUDA graph.
+length. Ours is replayed as one CUDA graph, as `train` does; "compiled" after `compile()`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +22,14 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from nestlearn import SelfModifyingTitans
+from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans
 from nestlearn.disk import atomic_write
 from nestlearn.layers import gated_deltanet
+from nestlearn.recipes.language import with_parameters
+
+VOCABULARY = 256
+WARM = 1024  # tokens of the passes before the one that is captured
+Step = Callable[[], None]
 
 
 class Attention(nn.Module):
@@ -62,95 +70,159 @@ class FlashLinearAttention(nn.Module):
         return self.out(o.reshape(B, T, D))
 
 
-CONTESTANTS: dict[str, tuple[Callable[[int, int], nn.Module], bool]] = {  # layer, as a graph
-    "attention": (Attention, False),
-    "flash-linear-attention": (FlashLinearAttention, False),
-    "SelfModifyingTitans, graph": (SelfModifyingTitans, True),
-    "SelfModifyingTitans": (SelfModifyingTitans, False),
-    "gated DeltaNet, graph": (gated_deltanet, True),
+def model(dim: int, heads: int, **changes: Any) -> HopeLM:
+    """A language model over bytes of 12 blocks, with the parameters of the plain Hope."""
+    hope = HopeConfig.size("large", dim=dim, heads=heads, vocab_size=VOCABULARY)
+    config = replace(hope, **changes)
+    if config.channel == "mlp":
+        with torch.device("meta"):
+            config = with_parameters(config, HopeLM(hope).parameter_count())
+    return HopeLM(config)
+
+
+class Row(NamedTuple):
+    """graph: replayed as one. compiled: after compile(). longest: left out beyond that length."""
+
+    build: Callable[[int, int], nn.Module]
+    graph: bool = True
+    compiled: bool = False
+    longest: float = float("inf")
+
+
+TORCH = partial(SelfModifyingTitans, backend="fused")
+LAYERS = {
+    "attention": Row(Attention, graph=False),
+    "flash-linear-attention, gated DeltaNet": Row(FlashLinearAttention, graph=False),
+    "SelfModifyingTitans, compiled": Row(SelfModifyingTitans, compiled=True),
+    "SelfModifyingTitans": Row(SelfModifyingTitans),
+    "SelfModifyingTitans, recomputed": Row(partial(SelfModifyingTitans, remat=True), longest=65536),
+    "SelfModifyingTitans, torch's products, compiled": Row(TORCH, compiled=True, longest=65536),
+    "SelfModifyingTitans, from Python": Row(SelfModifyingTitans, graph=False, longest=16384),
+    "gated DeltaNet": Row(gated_deltanet, longest=16384),
+}
+SLOW = (Level(chunk=128), Level(chunk=512), Level())
+MODELS = {
+    "Transformer": Row(partial(model, mixer="attention", channel="mlp"), graph=False),
+    "Hope, static MLP": Row(partial(model, channel="mlp")),
+    "Hope, static MLP, compiled": Row(partial(model, channel="mlp"), compiled=True),
+    "Hope": Row(model),
+    "Hope, compiled": Row(model, compiled=True),
+    "Hope, recomputed": Row(partial(model, remat=True)),
+    "Hope, levels 128 and 512, recomputed": Row(partial(model, levels=SLOW, remat=True)),
 }
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="For gpu.json.")] = Path("bench/results"),
+    out: Annotated[Path, typer.Option(help="For gpu.json or gpu-model.json.")] = Path(
+        "bench/results"
+    ),
+    whole: Annotated[bool, typer.Option("--model", help="A model of 12 blocks, no layer.")] = False,
     dim: Annotated[int, typer.Option(help="Width.")] = 768,
     heads: Annotated[int, typer.Option(help="Heads.")] = 12,
     tokens: Annotated[int, typer.Option(help="Of a step, batch × length.")] = 131_072,
-    lengths: Annotated[str, typer.Option(help="Of a sample.")] = "2048,8192,16384,65536,131072",
+    lengths: Annotated[str, typer.Option(help="Of a sample.")] = "2048,16384,65536,131072",
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps; the median counts.")] = 5,
+    limit: Annotated[float, typer.Option(help="Seconds for the timed steps of one row.")] = 10.0,
+    only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
 ) -> None:
-    """Tokens/s and peak memory of a training step of one layer."""
+    """Tokens/s and peak memory of a training step of one layer, or of a model."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA card here: `python -m bench` measures on the CPU")
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    console, records = Console(), []
+    console, records = Console(width=150), []
+    rows = {name: row for name, row in (MODELS if whole else LAYERS).items() if only in name}
     for length in (int(n) for n in lengths.split(",")):
-        for name, (build, graph) in CONTESTANTS.items():
+        for name, row in rows.items():
+            if length > row.longest:
+                continue
             record: dict[str, Any] = {
                 "contestant": name, "T": length, "batch": max(1, tokens // length), "width": dim,
                 "heads": heads, "device": torch.cuda.get_device_name(), "torch": torch.__version__,
             }  # fmt: skip
             try:
-                torch.manual_seed(0)
-                record |= _measure(
-                    build(dim, heads).cuda(), record["batch"], length, graph, repeats
+                record |= _measure(row, record["batch"], length, dim, heads, repeats, limit)
+                shown = (
+                    f"{record['tokens_per_second']:12,.0f} tokens/s {record['peak_gib']:6.1f} GiB  "
+                    f"prepared in {record['prepare']:.0f} s"
                 )
-                console.print(
-                    f"T {length:7,} {name:28} {record['tokens_per_second']:12,.0f} tokens/s "
-                    f"{record['peak_gib']:6.1f} GiB"
-                )
-            except (ImportError, torch.cuda.OutOfMemoryError, RuntimeError) as error:
+            except (ImportError, RuntimeError) as error:  # out of memory, too
                 record["error"] = " ".join(str(error).split())[:300]
-                console.print(f"T {length:7,} {name:28} {record['error'][:80]}")
+                shown = record["error"][:90]
+            console.print(f"T {length:7,} {name:48} {shown}", highlight=False)
             records.append(record)
             out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(records, indent=1)
-            atomic_write(out / "gpu.json", lambda path, text=text: path.write_text(text))
+            text = json.dumps(records, indent=1) + "\n"
+            file = out / f"gpu{'-model' if whole else ''}.json"
+            atomic_write(file, partial(Path.write_text, data=text))
 
 
 def _measure(
-    layer: nn.Module, dim: int, batch: int, length: int, graph: bool, repeats: int
+    row: Row, batch: int, length: int, dim: int, heads: int, repeats: int, limit: float
 ) -> dict[str, float]:
     gc.collect()
     torch.cuda.empty_cache()
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    module = row.build(dim, heads).cuda()
+    if row.compiled:
+        module.compile()
+    short = _step(module, batch, min(length, WARM), dim)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # what is made at the first call is made outside the graph
+        for _ in range(2):
+            short()
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    x = torch.randn(batch, length, dim, device="cuda", requires_grad=True)
-    dy = torch.randn(batch, length, dim, device="cuda")
-
-    def step() -> None:
-        for leaf in (x, *layer.parameters()):
-            leaf.grad = None
-        with torch.autocast("cuda", torch.bfloat16):
-            y = layer(x)
-        y = y[0] if isinstance(y, tuple) else y
-        y.backward(dy.to(y.dtype))
-
-    run = _as_graph(step) if graph else step
+    step = _step(module, batch, length, dim)
+    run = _as_graph(step) if row.graph else step
     run()
-    times = []
-    for _ in range(repeats):
+    torch.cuda.synchronize()
+    prepare = time.perf_counter() - began
+    times: list[float] = []
+    while not times or (len(times) < repeats and sum(times) < limit):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
+    seconds = statistics.median(times)
     return {
-        "seconds": statistics.median(times),
+        "seconds": seconds,
         "seconds_low": min(times),
         "seconds_high": max(times),
-        "tokens_per_second": batch * length / statistics.median(times),
+        "repeats": len(times),
+        "tokens_per_second": batch * length / seconds,
+        "prepare": prepare,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "parameters": sum(p.numel() for p in module.parameters()),
     }
 
 
-def _as_graph(step: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+def _step(module: nn.Module, batch: int, length: int, dim: int) -> Step:
+    """Forward and backward, of a layer with a random gradient, of a model with its loss."""
+    whole = isinstance(module, HopeLM)
+    given = torch.randint(VOCABULARY, (batch, length), device="cuda")
+    x, dy = given, given
+    if not whole:
+        x, dy = (torch.randn(batch, length, dim, device="cuda") for _ in range(2))
+        x.requires_grad_()
+
+    def step() -> None:
+        module.zero_grad()
+        x.grad = None
+        with torch.autocast("cuda", torch.bfloat16):
+            y = module(x)
+        y = y[0] if isinstance(y, tuple) else y
+        if whole:
+            F.cross_entropy(y.float().flatten(0, 1), x.flatten()).backward()
+        else:
+            y.backward(dy.to(y.dtype))
+
+    return step
+
+
+def _as_graph(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nestlearn import SelfModifyingTitans
+from nestlearn import HopeConfig, HopeLM, SelfModifyingTitans, state
 from nestlearn.layers import gated_deltanet
 from nestlearn.memory import dot_product, l2
 
@@ -206,3 +206,33 @@ def test_deltanet_layer_is_the_recurrence():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SelfModifyingTitans(**{"dim": D, "heads": H, **options})
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SelfModifyingTitans(16, 2, chunk=4),
+        lambda: HopeLM(HopeConfig(11, dim=16, layers=2, heads=2, chunk=8)),
+    ],
+    ids=["layer", "model"],
+)
+def test_under_autocast_it_trains_as_in_float32(build):
+    """bfloat16 products outside the memories; memories, writes and reads of them in float32."""
+    torch.manual_seed(0)
+    module = build()
+    is_model = isinstance(module, HopeLM)
+    x = torch.randint(0, 11, (2, 19)) if is_model else torch.randn(2, 19, 16)
+    grads = []
+    for on in (False, True):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y, after = module(x)
+        assert all(
+            leaf.dtype == torch.float32
+            for path, leaf in state.leaves(after)
+            if isinstance(leaf, torch.Tensor) and "memories" in path
+        )
+        y.float().square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    plain, auto = grads
+    assert (plain - auto).norm() <= 0.05 * plain.norm()

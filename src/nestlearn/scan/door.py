@@ -91,6 +91,7 @@ def update(
     return None if o is None else o.to(reply), W, S
 
 
+_TRITON_IS_THERE = find_spec("triton") is not None  # asked once: a compiler cannot ask it
 _triton = True
 
 
@@ -105,7 +106,7 @@ def _on_gpu(
     memory: Any, rule: GradientRule, aim: Objective,
 ) -> bool:  # fmt: skip
     """Whether the Triton kernels run this whole chunk."""
-    if not (_triton and k.is_cuda and find_spec("triton")):
+    if not (_triton and _TRITON_IS_THERE and k.is_cuda):
         return False
     from . import triton
 

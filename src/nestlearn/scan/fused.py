@@ -74,9 +74,10 @@ def answers(memory: Matrix | ResidualMLP, W: Weights, z: Tensor) -> Tensor:
 
     W [*b, out, in], z [*c, T, K] with leading axes that broadcast to *b; returns [*b, T, V].
     """
-    if not torch.is_grad_enabled():
-        return memory.read(W, z)
-    return _Answers.apply(memory, z, *W)
+    with torch.autocast(z.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            return memory.read(W, z)
+        return _Answers.apply(memory, z, *W)
 
 
 class _Answers(torch.autograd.Function):
@@ -90,7 +91,7 @@ class _Answers(torch.autograd.Function):
                 x = phi.value(y[i].mul_(gain)).div_(gain)
         ctx.memory = memory
         ctx.save_for_backward(z, *W, *y[:-1])
-        return y[-1].add_(z) if residual else y[-1]
+        return y[-1] + z if residual else y[-1]
 
     @staticmethod
     @once_differentiable

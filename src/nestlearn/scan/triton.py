@@ -12,7 +12,8 @@ computes the rest again. What memories share (keys, gates) gets one partial grad
 memory, summed by torch: no atomics, so two runs give the same bits. Padding needs no care: a token
 of zeros (x = u = η = log α = 0) writes nothing and keeps everything.
 
-`supported` says what the kernels can run; everything else is `chunk`'s.
+`supported` says what the kernels can run; everything else is `chunk`'s. For torch.compile forward
+and backward are two operators, so that what surrounds them stays in one graph.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def supported(
     first_order: bool = False, reader: int | None = None,
 ) -> bool:  # fmt: skip
     """Whether the kernels can run this chunk: from its start, no momentum, period 1, float32 state,
-    a Matrix or an MLP of two matrices, all of it on the card, and no compiler that would look in.
+    a Matrix or an MLP of two matrices, all of it on the card.
     """
     if not isinstance(rule, GradientRule) or rule.momentum or rule.period != 1:
         return False
@@ -99,7 +100,7 @@ def supported(
     wide = all(w.dtype == torch.float32 for w in W)
     narrow = all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in given)
     there = INTERPRETED or all(x.is_cuda for x in (*W, *given))
-    return small and wide and narrow and there and not torch.compiler.is_compiling()
+    return small and wide and narrow and there
 
 
 def update(
@@ -120,8 +121,53 @@ def update(
     reader: int | None = None,
 ) -> tuple[Tensor | None, Weights, RuleState]:
     """See `nestlearn.scan.update`; for what is not `supported` it is not defined."""
-    lead, T = tuple(W[0].shape[:-2]), k.shape[-2]
-    own = tuple(map(max, *(_axes(x, lead) for x in (k[..., 0], *gates) if x is not None)))
+    phi, gain, residual = "", 1.0, False
+    if isinstance(memory, ResidualMLP):
+        phi, gain, residual = memory.activation, memory.gain, memory.residual
+    flags = (residual, objective is l2, rule.delta, rule.normalize)
+    form = f"{phi},{read if q is not None else 'none'},{','.join(str(int(x)) for x in flags)}"
+    given = (W[0], W[1] if phi else None, q, k, v, gates.eta, gates.log_alpha)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if save:
+        outputs = _Chunk.apply(form, gain, reader, *given)
+    else:
+        outputs = _call("chunk", _run)(form, gain, reader, False, *given)[:-1]
+    after, o = outputs[: len(W)], None if q is None else outputs[-1]
+    return o, tuple(after), S
+
+
+class _Chunk(torch.autograd.Function):
+    """(W_1, W_2 if there is one, o if there is q) after the chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, form: str, gain: float, reader: int | None, *given: Tensor | None):
+        given = tuple(map(_contiguous, given))
+        *outputs, kept = _call("chunk", _run)(form, gain, reader, True, *given)
+        ctx.options = form, gain, reader
+        ctx.save_for_backward(*given, kept)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        *given, kept = ctx.saved_tensors
+        found = _call("chunk_backward", _run_backward)(*ctx.options, *given, kept, grads)
+        rest = iter(found)
+        return None, None, None, *(None if x is None else next(rest) for x in given)
+
+
+def _call(name: str, run: Callable) -> Callable:
+    """`run`, or under a compiler the operator of that name, into which it does not look."""
+    return getattr(torch.ops.nestlearn, name) if torch.compiler.is_compiling() else run
+
+
+def _plan(
+    form: str, gain: float, reader: int | None, W1: Tensor, W2: Tensor | None, q: Tensor | None,
+    k: Tensor, v: Tensor, eta: Tensor, log_alpha: Tensor | None,
+) -> tuple[Kind, Place, list[Any]]:  # fmt: skip
+    """What to launch, and the inputs with the axes that the kernels index."""
+    lead, T = tuple(W1.shape[:-2]), k.shape[-2]
+    own = tuple(map(max, *(_axes(x, lead) for x in (k[..., 0], eta, log_alpha) if x is not None)))
     shared, inner = _shared(lead, own)
     if shared == 0:  # shared in a pattern that the kernels cannot index
         own, shared, inner = lead, 1, 1
@@ -130,13 +176,12 @@ def update(
     place = Place(math.prod(lead), T, shared, inner, groups, reader)
     asked = torch.backends.cuda.matmul.fp32_precision
     dot = PRECISION or ("tf32" if asked == "tf32" else "tf32x3")
-    kind = _kind(memory, rule, objective is l2, "none" if q is None else read, _block(T), dot)
-    eta, log_alpha = (None if g is None else g.expand(*own, T) for g in gates[:2])
-    k, v = k.expand(*own, *k.shape[-2:]), v.expand(*lead, *v.shape[-2:])
-    q = None if q is None else q.expand(*answering, *q.shape[-2:])
-    save, second = torch.is_grad_enabled(), W[1] if kind.mlp else None
-    o, *written = _Chunk.apply(kind, place, save, W[0], second, q, k, v, eta, log_alpha)
-    return o, tuple(w for w in written if w is not None), S
+    (H, K), V = W1.shape[-2:], (W1 if W2 is None else W2).shape[-2]
+    kind = _kind(form, float(gain), K, H, V, log_alpha is not None, T, dot)
+    axes = ((q, answering), (k, own), (v, lead))
+    tokens = (None if x is None else x.expand(*b, *x.shape[-2:]) for x, b in axes)
+    rows = (None if x is None else x.expand(*own, T) for x in (eta, log_alpha))
+    return kind, place, [W1, W2, *tokens, *rows]
 
 
 def _axes(x: Tensor, lead: tuple[int, ...]) -> tuple[int, ...]:
@@ -157,77 +202,116 @@ def _shared(lead: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, int]:
 
 @lru_cache
 def _kind(
-    memory: MatrixMemory, rule: GradientRule, is_l2: bool, read: str, tokens: int, dot: str
+    form: str, gain: float, K: int, H: int, V: int, decay: bool, tokens: int, dot: str
 ) -> Kind:
-    (H, K), (V, _) = memory.shapes()[0], memory.shapes()[-1]
-    mlp: tuple = (False, "", 1.0, False)
-    if isinstance(memory, ResidualMLP):
-        mlp = (True, memory.activation, memory.gain, memory.residual)
-    options = (is_l2, rule.delta, rule.decay, rule.normalize, read, tokens, dot, SYSTEM_PRECISION)
-    return Kind._make((K, H, V, *mlp, *options))
+    phi, read, *flags = form.split(",")
+    residual, is_l2, delta, normalize = (flag == "1" for flag in flags)
+    return Kind(
+        K, H, V, phi != "", phi, gain, residual, is_l2, delta, decay, normalize, read,
+        _block(tokens), dot, SYSTEM_PRECISION,
+    )  # fmt: skip
 
 
-class _Chunk(torch.autograd.Function):
-    """(o, W_1, W_2) after the chunk; None for what the memory or the call does not have."""
+def _kept(kind: Kind, place: Place, save: bool) -> list[int]:
+    """Sizes of what the forward pass makes for itself and the backward pass: (I + L)⁻¹ of all
+    systems, w of each matrix, the answers' hidden pre-activations.
+    """
+    second, hidden = int(kind.mlp), int(kind.mlp and kind.read == "token")
+    rows = place.N * place.T * int(save)
+    return [
+        _systems(kind, place) * kind.BT**2 * int(kind.delta), rows * kind.H,
+        rows * kind.V * second, rows // place.groups * kind.H * hidden,
+    ]  # fmt: skip
 
-    @staticmethod
-    def forward(ctx, kind: Kind, place: Place, save: bool, *given: Any):
-        W1, W2, q, k, v, eta, log_alpha = map(_contiguous, given)
-        rows = place.N * place.T * (save and any(ctx.needs_input_grad))
-        systems = place.N // place.shared + place.N * kind.mlp
-        V1, V2 = (None if w is None else _empty(w.shape, **_like(w)) for w in (W1, W2))
-        o = None if q is None else _empty((*q.shape[:-1], kind.V), **_like(q))
-        inverses, w1, w2, hidden = _pieces(
-            W1, systems * kind.BT**2 * kind.delta, rows * kind.H, rows * kind.V * kind.mlp,
-            rows // place.groups * kind.H * (kind.mlp and kind.read == "token"),
-        )  # fmt: skip
-        if kind.delta:
-            _launch(_invert, systems, kind, place, W1, k, eta, log_alpha, inverses)
+
+def _systems(kind: Kind, place: Place) -> int:
+    """How many (I + L)⁻¹: one for each set of keys, for an MLP also one for each memory."""
+    return place.N // place.shared + place.N * int(kind.mlp)
+
+
+def _run(form: str, gain: float, reader: int | None, save: bool, *given: Any) -> list[Tensor]:
+    """The chunk: outputs as in `_Chunk`, then one buffer with what `_kept` lists."""
+    kind, place, inputs = _plan(form, gain, reader, *given)
+    W1, W2, q, k, v, eta, log_alpha = map(_contiguous, inputs)
+    V1, V2 = (None if w is None else _empty(w.shape, **_like(w)) for w in (W1, W2))
+    o = None if q is None else _empty((*q.shape[:-1], kind.V), **_like(q))
+    kept, (inverses, w1, w2, hidden) = _pieces(W1, _kept(kind, place, save))
+    if kind.delta:
+        _launch(_invert, _systems(kind, place), kind, place, W1, k, eta, log_alpha, inverses)
+    _launch(
+        _forward, place.N, kind, place,
+        W1, W2, q, k, v, eta, log_alpha, inverses, o, V1, V2, w1, w2, hidden,
+    )  # fmt: skip
+    return [x for x in (V1, V2, o, kept) if x is not None]
+
+
+def _run_backward(form: str, gain: float, reader: int | None, *tensors: Any) -> list[Tensor]:
+    """Gradients of the inputs that there are, from inputs, kept and the outputs' gradients."""
+    *given, kept, grads = tensors
+    kind, place, inputs = _plan(form, gain, reader, *given)
+    W1, W2, q, k, v, eta, log_alpha = map(_contiguous, inputs)
+    *dVs, do = map(_contiguous, grads if q is not None else (*grads, None))
+    dV1, dV2 = dVs if kind.mlp else (*dVs, None)
+    inverses, w1, w2, hidden = _split(kept, _kept(kind, place, True))
+    N, T, second = place.N, place.T, int(kind.mlp)
+    H, V = N * T * kind.H, N * T * kind.V
+    asked = N // place.groups * T * (kind.read == "token")
+    dW1, dW2, dq = (None if x is None else _empty(x.shape, **_like(x)) for x in (W1, W2, q))
+    dk, dv = _empty((N, T, kind.K), **_like(W1)), _empty((N, T, kind.V), **_like(W1))
+    deta, dlog = (None if x is None else _empty((N, T), **_like(W1)) for x in (eta, log_alpha))
+    _, (e1, e2, dh, a, rows, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(W1, [
+        H, V * second, H * second, H * second, 2 * N * T * (1 + second),
+        asked * kind.H, asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
+    ])  # fmt: skip
+    if q is not None:
         _launch(
-            _forward, place.N, kind, place,
-            W1, W2, q, k, v, eta, log_alpha, inverses, o, V1, V2, w1, w2, hidden,
+            _backward_read, N // place.groups, kind, place,
+            W1, W2, q, k, log_alpha, w1, w2, hidden, do,
+            dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read,
         )  # fmt: skip
-        ctx.kind, ctx.place = kind, place
-        ctx.save_for_backward(W1, W2, q, k, v, eta, log_alpha, inverses, w1, w2, hidden)
-        return o, V1, V2
+    _launch(
+        _backward_systems, N * (1 + second), kind, place,
+        W1, W2, k, eta, log_alpha, inverses, w1, w2, dV1, dV2, dw1, dw2, dk_read, dh_read,
+        e1, e2, dk, dh, rows, a,
+    )  # fmt: skip
+    _launch(
+        _backward_factors, N, kind, place,
+        W1, W2, k, v, eta, log_alpha, a, dV1, dV2, e1, e2, dh, rows, dg_read,
+        dW1, dW2, dk, dv, deta, dlog,
+    )  # fmt: skip
+    dk_own, deta_own, dlog_own = (_over_shared(x, place) for x in (dk, deta, dlog))
+    found = zip((dW1, dW2, dq, dk_own, dv, deta_own, dlog_own), inputs, given)
+    return [
+        dx.view(x.shape).sum_to_size(like.shape).to(like.dtype)
+        for dx, x, like in found
+        if dx is not None
+    ]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *given: Any):
-        kind, place = ctx.kind, ctx.place
-        W1, W2, q, k, v, eta, log_alpha, inverses, w1, w2, hidden = ctx.saved_tensors
-        do, dV1, dV2 = map(_contiguous, given)
-        N, T, second = place.N, place.T, int(kind.mlp)
-        H, V = N * T * kind.H, N * T * kind.V
-        asked = N // place.groups * T * (kind.read == "token")
-        dW1, dW2, dq = (None if x is None else _empty(x.shape, **_like(x)) for x in (W1, W2, q))
-        dk, dv = _empty((N, T, kind.K), **_like(W1)), _empty((N, T, kind.V), **_like(W1))
-        deta, dlog = (None if x is None else _empty((N, T), **_like(W1)) for x in (eta, log_alpha))
-        e1, e2, dh, a, rows, dw1, dw2, dk_read, dh_read, dg_read = _pieces(
-            W1, H, V * second, H * second, H * second, 2 * N * T * (1 + second),
-            asked * kind.H, asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
-        )  # fmt: skip
-        if q is not None:
-            _launch(
-                _backward_read, N // place.groups, kind, place,
-                W1, W2, q, k, log_alpha, w1, w2, hidden, do,
-                dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read,
-            )  # fmt: skip
-        _launch(
-            _backward_systems, N * (1 + second), kind, place,
-            W1, W2, k, eta, log_alpha, inverses, w1, w2, dV1, dV2, dw1, dw2, dk_read, dh_read,
-            e1, e2, dk, dh, rows, a,
-        )  # fmt: skip
-        _launch(
-            _backward_factors, N, kind, place,
-            W1, W2, k, v, eta, log_alpha, a, dV1, dV2, e1, e2, dh, rows, dg_read,
-            dW1, dW2, dk, dv, deta, dlog,
-        )  # fmt: skip
-        return (
-            None, None, None, dW1, dW2, dq, _over_shared(dk, k, place),
-            dv.view(v.shape).to(v.dtype), _over_shared(deta, eta, place),
-            _over_shared(dlog, log_alpha, place),
-        )  # fmt: skip
+
+def _shapes(form: str, gain: float, reader: int | None, save: bool, *given: Any) -> list[Tensor]:
+    """What `_run` returns, unwritten: for a compiler."""
+    kind, place, (W1, W2, q, *_) = _plan(form, gain, reader, *given)
+    o = None if q is None else q.new_empty((*q.shape[:-1], kind.V))
+    kept = W1.new_empty(sum(map(_aligned, _kept(kind, place, save))))
+    weights = (None if w is None else w.new_empty(w.shape) for w in (W1, W2))
+    return [x for x in (*weights, o, kept) if x is not None]
+
+
+def _shapes_backward(form: str, gain: float, reader: int | None, *tensors: Any) -> list[Tensor]:
+    """What `_run_backward` returns, unwritten: for a compiler."""
+    return [x.new_empty(x.shape) for x in tensors[:-2] if x is not None]
+
+
+_OPTIONS = "str form, float gain, int? reader"
+_GIVEN = "Tensor W1, Tensor? W2, Tensor? q, Tensor k, Tensor v, Tensor eta, Tensor? log_alpha"
+torch.library.custom_op(
+    "nestlearn::chunk", _run, mutates_args=(),
+    schema=f"({_OPTIONS}, bool save, {_GIVEN}) -> Tensor[]",
+).register_fake(_shapes)  # fmt: skip
+torch.library.custom_op(
+    "nestlearn::chunk_backward", _run_backward, mutates_args=(),
+    schema=f"({_OPTIONS}, {_GIVEN}, Tensor kept, Tensor[] grads) -> Tensor[]",
+).register_fake(_shapes_backward)  # fmt: skip
 
 
 def _contiguous(x: Any) -> Any:
@@ -238,20 +322,26 @@ def _like(x: Tensor) -> dict[str, Any]:
     return {"device": x.device, "dtype": x.dtype}
 
 
-def _pieces(where: Tensor, *sizes: int) -> list[Tensor | None]:
-    """Buffers of so many numbers each (None for 0), made by one allocation; not yet written."""
-    aligned = [(n + 3) // 4 * 4 for n in sizes]  # the kernels load 16 bytes at a time
-    flat = _empty((sum(aligned),), **_like(where))
-    return [x if n else None for x, n in zip(flat.split(aligned), sizes)]
+def _aligned(n: int) -> int:
+    return (n + 3) // 4 * 4  # the kernels load 16 bytes at a time
 
 
-def _over_shared(x: Tensor | None, like: Tensor | None, place: Place) -> Tensor | None:
-    """One partial gradient for each memory, summed over the memories that share `like`."""
-    if x is None or like is None:
-        return None
-    if place.shared > 1:
-        x = torch.sum(x.view(-1, place.shared, place.inner, x[0].numel()), 1)
-    return x.view(like.shape).to(like.dtype)
+def _pieces(where: Tensor, sizes: list[int]) -> tuple[Tensor, list[Tensor | None]]:
+    """A buffer not yet written, and its parts of so many numbers each (None for 0)."""
+    flat = _empty((sum(map(_aligned, sizes)),), **_like(where))
+    return flat, _split(flat, sizes)
+
+
+def _split(flat: Tensor, sizes: list[int]) -> list[Tensor | None]:
+    parts = flat.split([_aligned(n) for n in sizes])
+    return [x if n else None for x, n in zip(parts, sizes)]
+
+
+def _over_shared(x: Tensor | None, place: Place) -> Tensor | None:
+    """One partial gradient for each memory, summed over the memories that share the input."""
+    if x is None or place.shared == 1:
+        return x
+    return torch.sum(x.view(-1, place.shared, place.inner, x[0].numel()), 1)
 
 
 def _launch(
