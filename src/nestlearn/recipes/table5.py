@@ -47,9 +47,9 @@ MODELS = (
 LRS = (3e-3, 1e-2)
 STEPS, QUICK_STEPS = 2000, 8
 
-# Steps up to 2 for parity (eigenvalues down to −1). With chunks of 8 a memory's keys and gates drift
-# over the boundaries, and strings beyond the trained length fail (docs/log.md); a chunk of 128 holds
-# the strings of parity and Shuffle-2 whole. The fast level is written inside every longer string.
+# Steps up to 2 for parity (eigenvalues down to −1). With chunks of 8 keys and gates drift over the
+# boundaries, and strings beyond the trained length fail (docs/log.md); a chunk of 128 holds the
+# strings of parity and Shuffle-2 whole. The fast level is written inside every longer string.
 SKELETON: dict[str, Any] = {
     "dim": 32,
     "layers": 2,
