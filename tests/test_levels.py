@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
 
+from nestlearn import optim
 from nestlearn.layers import (
     Attention,
     ContinuumMemory,
@@ -19,7 +20,7 @@ from nestlearn.layers import (
     static_titans,
 )
 from nestlearn.layers import Level as Mlp
-from nestlearn.levels import SYMBOLS, Component, levels, render, to_json
+from nestlearn.levels import OPTIMIZERS, SYMBOLS, Component, levels, render, to_json
 from nestlearn.models.hope import HopeConfig, HopeLM
 
 SMALL = {"vocab_size": 16, "dim": 16, "layers": 2, "heads": 2, "chunk": 4}
@@ -265,3 +266,49 @@ def test_errors_name_the_remedy():
         levels(hope(), optimizer="Lion")
     with pytest.raises(ValueError, match=r"tokens_per_step=0: give batch × length"):
         levels(hope(), tokens_per_step=0)
+
+
+# ------------------------------------------------------------------------------- optimizers
+
+
+def test_m3_has_two_speeds():
+    """Its fast momentum is faster than the weights, its slow one slower (eq. 75)."""
+    model = hope()
+    found = levels(model, tokens_per_step=64, optimizer=optim.M3(optim.groups(model), period=5))
+    assert kinds(found)[-3:] == [(64, {"optimizer"}), (64, {"weights"}), (320, {"optimizer"})]
+    own = {c.name: c for c in parts(found).values() if c.kind == "optimizer"}
+    assert own.keys() == {
+        "M3: fast momentum", "M3: slow momentum", "M3: first moment", "M3: second moment",
+    }  # fmt: skip
+    matrices, rest = own["M3: fast momentum"].parameters, own["M3: first moment"].parameters
+    assert matrices + rest == model.parameter_count()
+    assert own["M3: slow momentum"].gradient_period == 64
+    text = shown(found)
+    assert "every 320 tokens, 5 optimizer steps · shared by all samples" in text
+    assert "every 64 tokens, an optimizer step" in text
+    rules = {c.rule for c in found[-2].components}
+    assert len(rules) == 2  # matrices, and what AdamW writes
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_named_optimizer_declares_its_memories(name):
+    model = hope()
+    found = levels(model, tokens_per_step=64, optimizer=name)
+    own = [c for c in parts(found).values() if c.kind == "optimizer"]
+    assert all(c.name.startswith(f"{name}: ") and c.objective and c.rule for c in own)
+    assert bool(own) == (name not in ("SGD", "DGD", "GGD"))
+    weights = [c for level in found for c in level.components if c.kind == "weights"]
+    assert sum(c.parameters for c in weights) == model.parameter_count()
+    assert not any(m._forward_hooks for m in model.modules())  # DGD leaves none
+    if name == "DGD":
+        assert parts(found)["output head"].rule == "W ← W (I − η′ x xᵀ) − η′ δ xᵀ"
+
+
+def test_an_optimizer_that_is_built_says_what_it_trains():
+    model = hope()
+    sgd = torch.optim.SGD(model.head.parameters(), momentum=0.9)
+    found = parts(levels(model, tokens_per_step=64, optimizer=sgd))
+    assert found["momentum: momentum m"].parameters == model.head.weight.numel()
+    assert found["embedding"].period is None
+    with pytest.raises(ValueError, match=r"optimizer='RMSprop': use one of .*M3"):
+        levels(model, optimizer=torch.optim.RMSprop(model.parameters()))

@@ -29,22 +29,14 @@ from torch import nn
 from .layers import Attention, ContinuumMemory, SelfModifyingTitans, StaticProjections
 from .layers.cms import LevelMLP
 from .models.hope import SwiGLU
+from .optim.declared import NAMES as OPTIMIZERS
+from .optim.declared import Declared, declared
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from torch.optim.optimizer import Optimizer
 
 SYMBOLS = {"k": "M_k", "v": "M_v", "eta": "M_η", "alpha": "M_α", "q": "M_q", "mem": "M_mem"}
-OPTIMIZERS = {  # its memories: name, objective, rule; and the step that reads them
-    "AdamW": (
-        (
-            ("first moment m", "½‖m − g‖²", "m ← β₁ m + (1 − β₁) g"),
-            ("second moment v", "½‖v − g²‖²", "v ← β₂ v + (1 − β₂) g²"),
-        ),
-        "W ← W − lr (m / (√v + ε) + λ W)",
-    ),
-    "momentum": ((("momentum m", "−⟨m, g⟩", "m ← β m + g"),), "W ← W − lr m"),
-    "SGD": ((), "W ← W − lr g"),
-}
 _READ_BY_OTHERS = ("momentum", "optimizer")  # kinds that the weights of equal frequency need
 _LAYERS = (Attention, ContinuumMemory, SelfModifyingTitans, StaticProjections, SwiGLU)
 
@@ -91,16 +83,21 @@ class Level:
 
 
 def levels(
-    model: nn.Module, *, tokens_per_step: int | None = None, optimizer: str = "AdamW"
+    model: nn.Module,
+    *,
+    tokens_per_step: int | None = None,
+    optimizer: str | Optimizer = "AdamW",
 ) -> list[Level]:
     """The levels of a model and its optimizer (defs. 2–4), fast to slow.
 
     Read off the modules of `nestlearn.layers` wherever they stand in the model; every other
     parameter belongs to pre-training, the level whose context is the whole data set.
     tokens_per_step: tokens of one optimizer step (batch × length). Without it the model is in use
-    and not in training: its parameters are never updated and there is no optimizer. optimizer:
-    "AdamW", "momentum" or "SGD"; what it remembers of the gradients is faster than the weights,
-    whose state needs it. Parameters without `requires_grad` are never updated.
+    and not in training: its parameters are never updated and there is no optimizer. optimizer: one
+    that is built, or a name in OPTIMIZERS ("M3", "AdamW", "SGD", ...) for its default options. What
+    it remembers of the gradients is faster than the weights, whose state needs it, unless it is
+    written less often than they are, as M3's slow momentum. Parameters without `requires_grad`,
+    or not in the optimizer, are never updated.
 
     Raises ValueError for another optimizer, or fewer tokens than 1.
     """
@@ -109,22 +106,21 @@ def levels(
             f"tokens_per_step={tokens_per_step}: give batch × length, 1 token or more, or None for "
             "a model in use"
         )
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r}: use one of {sorted(OPTIMIZERS)}")
+    run = declared(model, optimizer)
     found = [
         replace(component, blocks=_block(path))
         for path, module in model.named_modules()
         for component in _stream(module)
     ]
-    found += _pretraining(model, tokens_per_step, OPTIMIZERS[optimizer][1])
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if tokens_per_step is not None and trained:
+    found += _pretraining(model, tokens_per_step, run)
+    if tokens_per_step is not None:
         found += [
             Component(
-                f"{optimizer}: {name}", "optimizer", tokens_per_step, tokens_per_step, trained,
-                0, 0, objective, "gradients g", rule,
+                f"{run.name}: {m.name}", "optimizer", tokens_per_step * m.period, tokens_per_step,
+                count, 0, 0, m.objective, "gradients g", m.rule,
             )
-            for name, objective, rule in OPTIMIZERS[optimizer][0]
+            for m, count in run.memories
+            if count
         ]  # fmt: skip
     return _grouped(_merged(found))
 
@@ -254,13 +250,14 @@ def _numel(module: nn.Module) -> int:
 # ---------------------------------------------------------------------- what pre-training learns
 
 
-def _pretraining(model: nn.Module, tokens_per_step: int | None, step: str) -> list[Component]:
+def _pretraining(model: nn.Module, tokens_per_step: int | None, run: Declared) -> list[Component]:
     """The model's parameters, in groups by their part in it."""
     modules = dict(model.named_modules())
     found = []
     for path, parameter in model.named_parameters():
-        period = tokens_per_step if parameter.requires_grad else None
-        rule = step if period else "fixed" if parameter.requires_grad else "frozen"
+        step = run.steps.get(id(parameter)) if parameter.requires_grad else None
+        period = tokens_per_step if step else None
+        rule = (step if period else "fixed") if step else "frozen"
         found.append(
             Component(
                 _part(path, modules), "weights", period, period, parameter.numel(), 0, 0,
@@ -319,6 +316,8 @@ def render(levels: list[Level]) -> Group:
     from rich.text import Text
 
     shown: list[Any] = []
+    weights = [c for level in levels for c in level.components if c.kind == "weights"]
+    step = next((c.period for c in weights if c.period), None)
     rows = [[_row(c) for c in _same_but_name(level.components)] for level in levels]
     cells = [_HEAD, *(row for part in rows for row in part)]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
@@ -331,7 +330,7 @@ def render(levels: list[Level]) -> Group:
         for i, row in enumerate(part):
             same = i > 0 and row[3:] == part[i - 1][3:]
             table.add_row(*map(Text, row[:3]), *map(Text, _DITTO if same else row[3:]))
-        title = Text(_title(level), style="bold cyan")
+        title = Text(_title(level, step), style="bold cyan")
         shown += [Text(), title, table]
     shown += [Text(), Text(_LEGEND, style="dim")]
     return Group(*shown)
@@ -346,14 +345,15 @@ _LEGEND = (
 )
 
 
-def _title(level: Level) -> str:
+def _title(level: Level, step: int | None) -> str:
     if level.period is None:
         every = "never updated"
     else:
         every = "every token" if level.period == 1 else f"every {level.period:,} tokens"
     kinds = {c.kind for c in level.components}
-    if level.period is not None and kinds & {"weights", "optimizer"}:
-        every += ", an optimizer step"
+    if level.period is not None and step and kinds & {"weights", "optimizer"}:
+        steps = level.period // step
+        every += ", an optimizer step" if steps == 1 else f", {steps:,} optimizer steps"
     whose = "shared by all samples" if kinds <= {"weights", "optimizer"} else "of each sample"
     return f"Level {level.number} · {every} · {whose}"
 

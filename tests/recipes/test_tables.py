@@ -192,7 +192,7 @@ def test_every_experiment_is_there():
 def test_records_hold_what_made_them(tmp_path):
     table5.reproduce(tmp_path, only=["anbn"], models=["lstm"], **SMALL)
     record = read_records(tmp_path / "results.json")[0]
-    assert record.config["skeleton"]["heads"] == 4
+    assert record.config["skeleton"]["heads"] == table5.SKELETON["heads"]
     assert record.config["fit"]["batch"] == 4
     assert record.metric == "sequence accuracy (%)"
     (cell,) = (tmp_path / "cells").glob("*.json")

@@ -99,7 +99,8 @@ class _Answers(torch.autograd.Function):
         phi, gain, residual = _nonlinearity(ctx.memory)
         n = len(ctx.memory.shapes())
         (z,), W, y = _split(list(ctx.saved_tensors), 1, n, n - 1)
-        dW, down = [], dy
+        dW: list[Tensor] = []
+        down = dy
         for i in reversed(range(n)):
             x = z if i == 0 else phi.value(y[i - 1]).div_(gain)
             dW.insert(0, (down.mT @ x).sum_to_size(W[i].shape))

@@ -99,15 +99,17 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[Record], None] | None = None,
+    optimizer: Callable[[nn.Module, TrainConfig], torch.optim.Optimizer] | None = None,
 ) -> list[Record]:
     """Train the model in place and return the log, one record per step.
 
     model: `logits, state = model(ids, state=None)` with ids int64 [B, T] and logits [B, T, V],
     and `save_pretrained(folder)`. out: the run's folder (config.json, log.jsonl, loss.png, model/
     and checkpoints/), None to write nothing. resume: go on from the newest whole checkpoint in
-    out. on_step: called with each record. A record has step, loss (nats per token),
-    bits_per_byte, lr, grad_norm, tokens_per_second, and where evaluated val_loss and
-    val_bits_per_byte.
+    out. on_step: called with each record. optimizer: makes one of the model's parameters instead of
+    AdamW (its weight decay and betas are its own; its lr follows the schedule). A record has step,
+    loss (nats per token), bits_per_byte, lr, grad_norm, tokens_per_second, and where evaluated
+    val_loss and val_bits_per_byte.
 
     ValueError where out already holds a run, cannot be resumed, or the text is too short;
     FloatingPointError at a loss that is not finite; KeyboardInterrupt, after a checkpoint, naming
@@ -115,16 +117,16 @@ def train(
     """
     device = resolve_device(config.device)
     model.to(device)
-    optimizer = adamw(model, config, device)
+    run = optimizer(model, config) if optimizer else adamw(model, config, device)
     windows = corpus.val_windows(config.eval_windows, config.length)
     corpus.batch(0, config.batch, config.length, config.seed)  # a short text fails before any file
-    folder, step, log = _open(model, optimizer, corpus, config, out, resume)
+    folder, step, log = _open(model, run, corpus, config, out, resume)
     model.train()
     gradients = _Gradients(model, config)
     with _fork_rng(device), _Interrupt() as interrupt, _Display(config, step, progress) as display:
         try:
             while step < config.steps:
-                record = _update(model, optimizer, corpus, config, step, gradients)
+                record = _update(model, run, corpus, config, step, gradients)
                 step += 1
                 if step % config.eval_every == 0 or step == config.steps:
                     record |= _validate(model, corpus, windows, config)
@@ -132,7 +134,7 @@ def train(
                 if folder:
                     folder.append(record)
                     if step % config.checkpoint_every == 0 or step == config.steps:
-                        folder.save(step, model, optimizer)
+                        folder.save(step, model, run)
                 display.show(record)
                 if on_step:
                     on_step(record)
@@ -140,7 +142,7 @@ def train(
         except KeyboardInterrupt:
             if folder is None or interrupt.forced:  # forced: this step may be half made
                 raise
-            path = folder.save(step, model, optimizer)
+            path = folder.save(step, model, run)
             raise KeyboardInterrupt(
                 f"stopped after step {step} of {config.steps}, saved as {path}; go on with "
                 "resume=True (the same command with --resume)"
@@ -166,7 +168,7 @@ def _open(
         return None, 0, []
     settings = getattr(getattr(model, "config", None), "to_dict", None)
     identity = {
-        "train": asdict(config),
+        "train": asdict(config) | _other_than_adamw(optimizer),
         "corpus": corpus.describe(),
         "model": settings() if settings else None,
     }
@@ -175,6 +177,13 @@ def _open(
         return folder, *folder.resume(model, optimizer)
     folder.start()
     return folder, 0, []
+
+
+def _other_than_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """What a resumed run must use again, where it is not what the configuration says."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {}
+    return {"optimizer": f"{type(optimizer).__name__}({optimizer.defaults})"}
 
 
 def _update(
