@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_laws import ENTRIES, Network, batch, train, weights
+from test_optimizer_laws import ENTRIES, Network, batch, train, weights
 
 STEPS = 5
 SAME = ("GGD", "M3, exact", "DGD by trace", "DeepMomentum, dot")  # nothing new; GGD: refused
