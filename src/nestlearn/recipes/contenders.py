@@ -25,16 +25,16 @@ from nestlearn.scan import Writer
 class Contender:
     """title: in tables. changes: of Hope's configuration. paper: its row in the paper's tables.
 
-    mixer: makes a mixer that the configuration has no name for.
+    mixer: makes, for the block of that index, a mixer that the configuration has no name for.
     """
 
     title: str
     changes: Mapping[str, Any]
     paper: str | None = None
-    mixer: Callable[[HopeConfig], nn.Module] | None = None
+    mixer: Callable[[HopeConfig, int], nn.Module] | None = None
 
 
-def plain_deltanet(config: HopeConfig) -> nn.Module:
+def plain_deltanet(config: HopeConfig, _block: int) -> nn.Module:
     """DeltaNet without a retention gate (Yang et al., 2024): W ← W (I − η k kᵀ) + η v kᵀ.
 
     Its eigenvalues lie in [1 − eta_max, 1]. Those of the library's gated DeltaNet, W (α I − η k kᵀ)
@@ -47,6 +47,15 @@ def plain_deltanet(config: HopeConfig) -> nn.Module:
         config.dim, config.heads, writer, eta_max=config.eta_max, conv=config.conv,
         truncate=config.truncate, remat=config.remat,
     )  # fmt: skip
+
+
+def in_turn(config: HopeConfig, block: int) -> nn.Module:
+    """Self-modifying Titans that learn by DGD in the first block, by plain GD in the next, ...
+
+    DGD's retention can flip a state's sign, and so tell odd from even, but it forgets what a key
+    has counted; GD adds up and cannot flip.
+    """
+    return HopeLM(replace(config, dgd=block % 2 == 0, layers=1)).blocks[0].mixer
 
 
 _MLP = {"channel": "mlp"}
@@ -69,6 +78,7 @@ CONTENDERS: dict[str, Contender] = {
     "lstm": Contender("LSTM", {"mixer": "lstm", **_MLP}, "LSTM"),
     # What Hope is made of, one change each.
     "hope-no-dgd": Contender("Hope, no DGD", {"dgd": False}),
+    "hope-in-turn": Contender("Hope, DGD and GD in turn", {}, "Hope", in_turn),
     "hope-momentum": Contender("Hope, momentum", {"momentum": True}),
     "hope-no-decay": Contender("Hope, no retention gate", {"weight_decay": False}),
     "hope-static": Contender("Hope, no self-modification", {"adapt": ()}),
@@ -105,8 +115,8 @@ def build(name: str, vocab_size: int, skeleton: Mapping[str, Any], *, match: boo
         config = with_parameters(config, _parameters(base))
     model = HopeLM(config)
     if (mixer := contender(name).mixer) is not None:
-        for block in model.blocks:
-            block.mixer = mixer(config)
+        for i, block in enumerate(model.blocks):
+            block.mixer = mixer(config, i)
     return model
 
 
