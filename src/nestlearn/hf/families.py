@@ -1,0 +1,181 @@
+"""The MLP blocks of Hugging Face models, and weights that are lent to them for one call.
+
+`adopt` gives a block's linear layers a forward that looks whether the current call lends them
+fast weights; where it does not, they compute what they always did, bit for bit. Their parameters,
+names and state dict stay as they are, and nothing of a call outlives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# The linear layers of one MLP by their names, and the families that name them so.
+FAMILIES = {
+    ("gate_proj", "up_proj", "down_proj"): "Llama, Mistral, Qwen2, Qwen3, Gemma",
+    ("gate_up_proj", "down_proj"): "Phi-3",
+    ("c_fc", "c_proj"): "GPT-2",
+    ("dense_h_to_4h", "dense_4h_to_h"): "GPT-NeoX",
+    ("fc1", "fc2"): "Phi",
+}
+
+
+class Factors(NamedTuple):
+    """The fast weights of one linear layer: full [B, out, in] (right None), or left [B, out, r]
+    times right [B, r, in].
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """[B, out, in]"""
+        return self.left if self.right is None else self.left @ self.right
+
+
+class Effective(NamedTuple):
+    """What one linear layer computes with. base: its weights [1 or B, out, in], None for its own.
+    added: low-rank terms beside them. Rows of a call are dealt to the B memories in equal runs.
+    """
+
+    base: Tensor | None
+    added: tuple[Factors, ...] = ()
+
+
+Weights = dict[nn.Module, Effective]
+
+
+class _Loan(NamedTuple):
+    weights: Weights
+    inputs: dict[nn.Module, Tensor] | None
+
+
+_LOAN: ContextVar[_Loan | None] = ContextVar("nestlearn_fast_weights", default=None)
+
+
+@contextmanager
+def lend(weights: Weights, inputs: dict[nn.Module, Tensor] | None = None) -> Iterator[None]:
+    """Inside the block the adopted layers compute with `weights`, and note their inputs."""
+    token = _LOAN.set(_Loan(weights, inputs))
+    try:
+        yield
+    finally:
+        _LOAN.reset(token)
+
+
+def kernel(layer: nn.Module) -> Tensor:
+    """The layer's own weights as [out, in]; a view of its parameter."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+class _Adopted:
+    """The forward of a layer that may be lent weights; x [rows, ..., in] -> [rows, ..., out]."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:  # type: ignore[misc]
+        loan = _LOAN.get()
+        if loan is not None and loan.inputs is not None:
+            loan.inputs[self] = x
+        lent = loan.weights.get(self) if loan is not None else None
+        own = super().forward  # type: ignore[misc]
+        return own(x) if lent is None else _compute(self, own, x, lent)
+
+
+class AdoptedLinear(_Adopted, nn.Linear):
+    """A linear layer that may be lent weights."""
+
+
+class AdoptedConv1D(_Adopted, Conv1D):
+    """GPT-2's linear layer that may be lent weights."""
+
+
+_ADOPTED = {nn.Linear: AdoptedLinear, Conv1D: AdoptedConv1D}
+_RELEASED = {adopted: own for own, adopted in _ADOPTED.items()}
+
+
+def _compute(layer: nn.Module, own, x: Tensor, lent: Effective) -> Tensor:
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    if lent.base is None:
+        y = own(x)
+    elif len(lent.base) == 1:
+        y = F.linear(x, lent.base[0].to(x.dtype), bias)
+    else:
+        y = _by_row(x, lent.base.to(x.dtype))
+        y = y if bias is None else y + bias
+    for left, right in lent.added:
+        assert right is not None
+        y = y + _by_row(_by_row(x, right.to(x.dtype)), left.to(x.dtype))
+    return y
+
+
+def _by_row(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, ..., in], weight [B, out, in], B a divisor of rows -> [rows, ..., out]."""
+    if x.shape[0] % len(weight):
+        raise ValueError(
+            f"{x.shape[0]} rows cannot be dealt to {len(weight)} memories: give one row, or "
+            "equally many, for each memory"
+        )
+    y = x.reshape(len(weight), -1, x.shape[-1]) @ weight.mT
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+class Block(NamedTuple):
+    """One MLP. number: of its transformer block. name: of the module. layers: its linear ones."""
+
+    number: int
+    name: str
+    mlp: nn.Module
+    layers: tuple[nn.Module, ...]
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The MLPs of a causal LM, from the input on.
+
+    ValueError, listing the families, where there are none; where they are stacked already; or
+    where a layer is no plain linear one (quantised weights have no gradient).
+    """
+    blocks: list[Block] = []
+    for name, module in model.named_modules():
+        parts = next((p for p in FAMILIES if all(hasattr(module, part) for part in p)), None)
+        if parts is None or not name.endswith("mlp"):
+            continue
+        layers = tuple(getattr(module, part) for part in parts)
+        for part, layer in zip(parts, layers):
+            if type(layer) in _RELEASED:
+                raise ValueError(f"{name} is stacked already: unstack the model first")
+            if type(layer) not in _ADOPTED:
+                raise ValueError(
+                    f"{name}.{part} is a {type(layer).__name__}, not a plain linear layer: load "
+                    "the model without quantisation or adapters"
+                )
+        blocks.append(Block(len(blocks), name, module, layers))
+    if not blocks:
+        known = "; ".join(f"{of} ({', '.join(names)})" for names, of in FAMILIES.items())
+        raise ValueError(
+            f"no MLP blocks found in {type(model).__name__}; models of these families can be "
+            f"stacked, by the names of their linear layers: {known}"
+        )
+    return blocks
+
+
+def adopt(layer: nn.Module) -> None:
+    """Let the layer be lent weights."""
+    layer.__class__ = _ADOPTED[type(layer)]
+
+
+def release(layer: nn.Module) -> None:
+    """Give the layer its own class back."""
+    layer.__class__ = _RELEASED[type(layer)]
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

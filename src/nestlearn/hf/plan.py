@@ -1,0 +1,127 @@
+"""What a stacked model is made of, as plain data: its configuration and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nestlearn.layers import Level
+
+from .writes import LevelState
+
+SPREADS = ("block", "depth")
+VARIANTS = ("sequential", "nested", "independent")
+OBJECTIVES = ("outer", "local", "teach")
+WINDOW = 1024  # tokens read at once, at most, unless the caller says otherwise
+
+Cache = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Memory(NamedTuple):
+    """What a stacked model has learned, and where in its stream it stands.
+
+    position: tokens read. context [B, n]: the window's tokens before the running piece; cache:
+    their keys and values, all but the last token's. pending: the running piece: tokens [B, p],
+    their weights [B, p], and teach signals if there are any. levels: one state for each level.
+    """
+
+    position: int
+    context: Tensor
+    cache: Cache
+    pending: tuple[Tensor, ...]
+    levels: tuple[LevelState, ...]
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """How a model is stacked: the arguments of `stack_levels`, where they are explained."""
+
+    levels: tuple[Level, ...]
+    layers: tuple[int, ...] | None = None
+    spread: str = "block"
+    variant: str = "sequential"
+    objective: str = "outer"
+    rank: int | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("levels is empty: give at least one Level")
+        for name, value, known in (
+            ("spread", self.spread, SPREADS),
+            ("variant", self.variant, VARIANTS),
+            ("objective", self.objective, OBJECTIVES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: use one of {known}")
+        if any(level.hidden is not None for level in self.levels):
+            raise ValueError("Level(hidden=...): the width is the pretrained MLPs'; leave it out")
+        if self.objective == "local" and len({level.objective for level in self.levels}) > 1:
+            raise ValueError("levels with different objectives: the local one is shared by all")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank}: give 1 or more, or None for full weights")
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"window={self.window}: give 2 tokens or more")
+        if not self._linked:
+            return
+        for fast, slow in pairwise(self._chunks()):
+            if slow % fast or slow == fast:
+                raise ValueError(
+                    f"{self.variant} levels with chunks {fast} and {slow}: a slower level's "
+                    f"context must end where a faster one's does, so make {slow} a larger "
+                    f"multiple of {fast}, or use variant='independent'"
+                )
+
+    @property
+    def _linked(self) -> bool:
+        """Does a level's end of context reach into a faster one?"""
+        return self.variant == "nested" or (self.variant, self.spread) == ("sequential", "block")
+
+    def _chunks(self) -> list[int]:
+        return sorted(level.chunk for level in self.levels if level.chunk is not None)
+
+    def parents(self) -> list[int | None]:
+        """For each level the number of the next slower one, where that reaches into it."""
+        order = sorted((x.chunk, i) for i, x in enumerate(self.levels) if x.chunk is not None)
+        above = {i: j for (_, i), (_, j) in pairwise(order)} if self._linked else {}
+        return [above.get(i) for i in range(len(self.levels))]
+
+    def faster_first(self) -> list[int]:
+        """The numbers of the levels that update, from the fastest on."""
+        order = sorted((x.chunk, i) for i, x in enumerate(self.levels) if x.chunk is not None)
+        return [i for _, i in order]
+
+    def deal(self, blocks: int, per_block: int) -> list[list[int]]:
+        """For each level the numbers of its linear layers: all of them, or over the depth runs
+        of blocks, the first level's nearest to the input (eq. 70).
+        """
+        n = len(self.levels)
+        if self.spread == "block":
+            return [list(range(blocks * per_block)) for _ in range(n)]
+        if blocks < n:
+            raise ValueError(f"{n} levels over {blocks} blocks: give fewer levels, or more layers")
+        cuts = [per_block * round(i * blocks / n) for i in range(n + 1)]
+        return [list(range(a, b)) for a, b in pairwise(cuts)]
+
+    def cut_after(self, position: int, limit: int) -> int:
+        """Where the piece that begins at `position` (a cut) ends: cuts stand at every multiple
+        of every level's chunk, and in longer stretches every `limit` tokens after such a one.
+        """
+        chunks = self._chunks()
+        if not chunks:
+            return position + limit
+        return min(position + limit, *((position // c + 1) * c for c in chunks))
+
+
+def chosen(layers: Iterable[int] | None, blocks: int) -> list[int]:
+    """The numbers of the blocks to stack; ValueError for one that is not there or named twice."""
+    numbers = list(range(blocks)) if layers is None else list(layers)
+    if bad := [i for i in numbers if not 0 <= i < blocks]:
+        raise ValueError(f"layers={bad}: the model has the blocks 0 to {blocks - 1}")
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise ValueError(f"layers={numbers}: name each block once, and at least one")
+    return sorted(numbers)

@@ -1,0 +1,255 @@
+"""Level stacking (section 7.3): a pretrained model's MLPs become levels that go on learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nestlearn import state as trees
+from nestlearn.layers import Level
+
+from . import learning
+from .families import Effective, Factors, Weights, adopt, find_blocks, kernel, lend, release
+from .families import full_precision as wide
+from .plan import WINDOW, Memory, StackConfig, chosen
+from .writes import Fast, LevelState
+
+MOMENTUM = 0.9  # θ of Level(rule="momentum"), unless it is trained
+
+
+def stack_levels(
+    model: PreTrainedModel,
+    levels: Sequence[Level],
+    *,
+    layers: Sequence[int] | None = None,
+    spread: str = "block",
+    variant: str = "sequential",
+    objective: str = "outer",
+    rank: int | None = None,
+    window: int | None = None,
+) -> StackedModel:
+    """Let the MLPs of a pretrained causal LM learn from what the model reads (section 7.3).
+
+    Every level holds deltas from the pretrained MLP weights and moves them at the multiples of
+    its chunk, counted in tokens from the start of the stream, by the mean gradient over the chunk
+    (eq. 71), taken at the weights with which its tokens were read. A model whose levels have
+    lr=0, or that has learned nothing yet, computes bit for bit what the base model does.
+
+    levels: chunk, lr, rule ("gd"; "momentum", eq. 33; "dgd", eq. 57, whose retention falls on
+    the deltas), half_life (tokens in which a delta fades by half), the upper side of bound (a
+    delta's largest norm, in units of its pretrained weights'). layers: the blocks that learn, by
+    number (default all). spread: "block", every block has one delta per level, which add up;
+    "depth", every block belongs to one level, the first blocks to the first one. variant, of
+    levels in a block: "sequential" (73), at the end of a slower level's context it takes over what
+    the next faster one has learned, and that starts again from its start value; "nested" (72),
+    the faster one starts again and its start value has moved by meta_lr towards what it had
+    learned; "independent" (74), each level learns and keeps its own. Over the depth sequential and
+    independent are the same. objective: "outer", next-token cross-entropy by backpropagation;
+    "local", each MLP learns to tell from its input the next one, y(x_t−1) → x_t (in direction), by
+    the levels' `objective`; "teach", the caller passes the gradients. rank: low-rank deltas [out,
+    r] [r, in] for large models. window: tokens that the model reads at once (default: its
+    positions, at most 1,024); when it is full, its last quarter is read again as the start of the
+    next one.
+
+    The model is taken over, not copied: it is put into evaluation mode and `unstack` gives it
+    back. Not for models whose MLPs are quantised or mixtures of experts. Raises ValueError for a
+    model without recognisable MLPs, listing the families, and for options that do not fit.
+    """
+    return StackedModel(
+        model,
+        StackConfig(
+            tuple(levels), None if layers is None else tuple(layers), spread, variant, objective,
+            rank, window,
+        ),
+    )  # fmt: skip
+
+
+def unstack(model: StackedModel) -> PreTrainedModel:
+    """The base model, bit for bit as it was; the stacked one is of no use afterwards."""
+    for layer in model.layers:
+        release(layer)
+    return model.base
+
+
+class StackedModel(nn.Module):
+    """A causal language model whose MLPs learn from what it reads; `stack_levels` builds it.
+
+    `learn` reads tokens and returns their losses and the `Memory` afterwards; `forward` and
+    `generate` compute with a memory and write nothing. The base model's parameters never change
+    (only `merge` writes into them): what was learned is in the memory alone.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: StackConfig):
+        super().__init__()
+        blocks = find_blocks(base)
+        blocks = [blocks[i] for i in chosen(config.layers, len(blocks))]
+        layers = [layer for block in blocks for layer in block.layers]
+        if config.rank is not None and config.rank > min(min(kernel(x).shape) for x in layers):
+            raise ValueError(f"rank={config.rank} is more than the MLPs' smallest side")
+        positions = getattr(base.config.get_text_config(), "max_position_embeddings", WINDOW)
+        if config.window is not None and config.window > positions:
+            raise ValueError(f"window={config.window}: the model has {positions} positions")
+        self.window = config.window or min(positions, WINDOW)
+        self.again = self.window // 4  # tokens read again when the window is full
+        self.config, self.blocks, self.layers = config, blocks, tuple(layers)
+        self.owned = config.deal(len(blocks), len(layers) // len(blocks))
+        self.parents = config.parents()
+        self.norms = [float(wide(kernel(x).detach()).norm()) for x in layers]
+
+        self.base = base.eval()
+        like = wide(kernel(layers[0]).detach())
+        pairs = list(zip(config.levels, self.owned))
+        self.lr = _fixed(like.new_full((len(own),), level.lr) for level, own in pairs)
+        self.theta = _fixed(like.new_tensor(MOMENTUM) for _ in pairs)
+        self.forget = _fixed(like.new_tensor(1.0) for _ in pairs)
+        self.meta_lr = _fixed(like.new_tensor(level.meta_lr) for level, _ in pairs)
+        self.starts = nn.ParameterList()  # trained start values, flat; empty: zero
+        for layer in layers:
+            adopt(layer)
+
+    # ------------------------------------------------------------------------------ the doors
+
+    def init_memory(self, batch: int = 1) -> Memory:
+        """The memory before the first token, of `batch` streams."""
+        tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.lr[0].device)
+        like = self.lr[0].detach()
+        seen, writes = like.new_zeros(batch), tokens.new_zeros(batch)
+        levels = tuple(LevelState((), (), seen, (), (), writes) for _ in self.config.levels)
+        return Memory(0, tokens, (), (tokens, like.new_zeros(batch, 0)), levels)
+
+    def forward(self, input_ids: Tensor, memory: Memory | None = None, **options: Any) -> Any:
+        """The base model's output under the memory; options are its own forward's."""
+        with self.using(memory):
+            return self.base(input_ids=input_ids, **options)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, memory: Memory | None = None, **options: Any) -> Any:
+        """The base model's `generate` under the memory; options are its own."""
+        with self.using(memory):
+            return self.base.generate(input_ids, **options)
+
+    @contextmanager
+    def using(self, memory: Memory | Sequence[Memory] | Weights | None) -> Iterator[None]:
+        """Inside the block the base model, and all that is built on it, reads the memory.
+
+        Several memories, of one row or more each, read one batch: its rows are dealt to them in
+        equal runs, in their order. The weights are computed once, on entering; pass what
+        `weights(memory)` returned to use them again.
+        """
+        with lend(memory if isinstance(memory, dict) else self.weights(memory)):
+            yield
+
+    def learn(
+        self,
+        ids: Tensor,
+        memory: Memory | None = None,
+        mask: Tensor | None = None,
+        *,
+        teach: Tensor | None = None,
+        drift: float | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """Read tokens and learn from them; the same however the stream is cut into calls.
+
+        ids [B, T]: the stream's next tokens. mask [B, T]: the tokens to learn from, bool or a
+        weight of each (default all); the others are context only. teach [B, T, N, D], for the
+        objective "teach": for each token, at the place that predicts it, the gradient of a loss
+        in the output of each of the N blocks. drift: no delta's norm passes this share of its
+        pretrained weights' norm (default: the level's bound).
+
+        Returns (losses [B, T], memory): each token's −log p in nats, predicted before anything
+        was learned from it or a later one; the stream's first is nan. Raises ValueError for
+        arguments of another shape, before anything is learned.
+        """
+        with torch.no_grad():
+            losses, memory = learning.unroll(self, ids, memory, mask, teach=teach, drift=drift)
+        return losses, trees.detach(memory)
+
+    def merge(self, memory: Memory, level: int) -> None:
+        """Add a level's deltas to the base model's own weights, for good.
+
+        Other memories of the base model do not fit it any more. ValueError for a batch.
+        """
+        if len(memory.context) != 1:
+            raise ValueError(f"a memory of {len(memory.context)} streams: merge one, select() it")
+        with torch.no_grad():
+            for j, delta in zip(self.owned[level], memory.levels[level].fast):
+                own = kernel(self.layers[j])
+                own.copy_((wide(own) + delta.dense()[0]).to(own.dtype))
+
+    # ---------------------------------------------------------------------- effective weights
+
+    @torch.no_grad()
+    def weights(self, memory: Memory | Sequence[Memory] | None) -> Weights:
+        """The weights of every layer that a memory has changed; none for an untouched one."""
+        memory = self.init_memory() if memory is None else memory
+        several = [memory] if isinstance(memory, Memory) else list(memory)
+        moved = [
+            i for i in range(len(self.owned))
+            if len(self.starts) or any(m.levels[i].fast for m in several)
+        ]  # fmt: skip
+        batches = [len(m.context) for m in several]
+        fasts = {
+            i: _stack_rows([m.levels[i].fast or self.start(i, b) for m, b in zip(several, batches)])
+            for i in moved
+        }
+        return self.effective(fasts, dense=sum(batches) == 1)
+
+    def start(self, i: int, batch: int) -> Fast:
+        """Level i's start value: zero unless it was trained. A low-rank one is zero on its left;
+        its right side is drawn, always the same.
+        """
+        shapes = [kernel(self.layers[j]).shape for j in self.owned[i]]
+        rank, like = self.config.rank, self.lr[i]
+        if len(self.starts):
+            sides = 1 if rank is None else 2
+            first = sides * sum(len(own) for own in self.owned[:i])
+            mine = iter(self.starts[first : first + sides * len(shapes)])
+            each = [
+                tuple(w.expand(batch, -1, -1) for w, _ in zip(mine, range(sides))) for _ in shapes
+            ]
+            return tuple(Factors(*sides_of_one) for sides_of_one in each)
+        if rank is None:
+            return tuple(Factors(like.new_zeros(batch, *shape)) for shape in shapes)
+        drawn = torch.Generator().manual_seed(i)
+        rights = [torch.randn(rank, width, generator=drawn) / width**0.5 for _, width in shapes]
+        return tuple(
+            Factors(like.new_zeros(batch, out, rank), right.to(like).expand(batch, -1, -1))
+            for (out, _), right in zip(shapes, rights)
+        )
+
+    def effective(self, fasts: dict[int, Fast], *, dense: bool = False) -> Weights:
+        """Pretrained weights plus the levels' deltas; low-rank ones beside them unless `dense`."""
+        parts: dict[int, list[Factors]] = {}
+        for i, fast in fasts.items():
+            for j, delta in zip(self.owned[i], fast):
+                parts.setdefault(j, []).append(delta)
+        weights = {}
+        for j, deltas in parts.items():
+            layer, own = self.layers[j], kernel(self.layers[j])
+            if self.config.rank is not None and not dense:
+                weights[layer] = Effective(None, tuple(deltas))
+                continue
+            total = wide(own)[None]
+            for delta in deltas:
+                total = total + delta.dense()
+            weights[layer] = Effective(total.to(own.dtype))
+        return weights
+
+
+def _fixed(values) -> nn.ParameterList:
+    return nn.ParameterList(nn.Parameter(value, requires_grad=False) for value in values)
+
+
+def _stack_rows(fasts: list[Fast]) -> Fast:
+    """The fast weights of several memories, as of one batch."""
+    joined = []
+    for same in zip(*fasts):
+        rights = [delta.right for delta in same if delta.right is not None]
+        left = torch.cat([delta.left for delta in same])
+        joined.append(Factors(left, torch.cat(rights) if rights else None))
+    return tuple(joined)
