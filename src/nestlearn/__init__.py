@@ -23,7 +23,7 @@ _HOME = {
     "evaluate": "train",
     "load_text": "train",
 }
-_ROOMS = ("memory", "scan", "state", "layers", "levels", "models", "train")
+_ROOMS = ("memory", "scan", "state", "layers", "levels", "models", "hf", "train")
 
 __all__ = [
     "Attention",
