@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from nestlearn.memory import objective as inner_objective
@@ -32,11 +33,13 @@ def unroll(
     """
     memory = model.init_memory(len(ids)) if memory is None else memory
     queue = _check(model, ids, memory, mask, teach, drift)
+    if teach is None and model.config.objective == "teach":
+        raise ValueError('objective="teach" learns from teach=...: pass the signals')
     if waiting := memory.pending[0].shape[1]:
         queue = tuple(torch.cat(pair, 1) for pair in zip(memory.pending, queue))
-    at, losses = memory.position - waiting, []
+    at, parts = memory.position - waiting, []
     active = active_levels(model)
-    with torch.enable_grad() if graph else nullcontext():
+    with _recorded(graph):
         while True:
             length = model.config.cut_after(at, model.window - model.again) - at
             memory = _make_room(model, memory, length)
@@ -47,10 +50,37 @@ def unroll(
             loss, memory = _read_and_gather(model, piece, memory, active, graph)
             at += length
             memory = memory._replace(levels=_write_due(model, memory.levels, at, drift))
-            losses.append(loss)
-        losses.append(_read(model, piece[0], memory, _current(model, memory))[0])
-    loss = torch.cat(losses, 1)[:, -ids.shape[1] :]
+            parts.append(loss)
+        parts.append(_read(model, piece[0], memory, _current(model, memory))[0])
+    loss = torch.cat(parts, 1)[:, -ids.shape[1] :]
     return loss, memory._replace(position=memory.position + ids.shape[1], pending=piece)
+
+
+def _recorded(graph: str | None) -> ExitStack:
+    """The autograd mode of an unrolled stream; a fused attention has no second derivative."""
+    modes = ExitStack()
+    if graph is not None:
+        modes.enter_context(torch.enable_grad())
+    if graph == "full":
+        modes.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return modes
+
+
+def losses(model: StackedModel, ids: Tensor, memory: Memory | None) -> Tensor:
+    """−log p [B, T] of a text by itself, under what the memory has learned; writes nothing."""
+    levels = () if memory is None else memory.levels
+    memory = model.init_memory(len(ids))
+    memory = memory._replace(levels=levels or memory.levels)
+    _check(model, ids, memory, None, None, None)
+    step, parts = model.window - model.again, []
+    weights = _current(model, memory)
+    for a in range(0, ids.shape[1], step):
+        memory = _make_room(model, memory, step)
+        tokens = ids[:, a : a + step]
+        loss, cache = _read(model, tokens, memory, weights)
+        memory = memory._replace(context=torch.cat([memory.context, tokens], 1), cache=cache)
+        parts.append(loss)
+    return torch.cat(parts, 1)
 
 
 def active_levels(model: StackedModel) -> list[int]:
@@ -164,7 +194,7 @@ def _outer(model, piece, memory, fasts, active, graph):
 def _inside(model, piece, memory, fasts, active, graph):
     """The gradients of what each block alone is to learn: nothing passes between the blocks.
 
-    "local": for the block's input x and output y, the level's objective L(y_t−1; ‖y_t−1‖ x̂_t);
+    "local": for the block's input x and output y, the levels' objective L(y_t−1; x_t) / D;
     "teach": ⟨y, the caller's signal⟩.
     """
     tokens, weight = piece[0], piece[1]
@@ -184,10 +214,8 @@ def _inside(model, piece, memory, fasts, active, graph):
                 if model.config.objective == "teach":
                     total = total + (y * piece[2][:, -n:, number] * weight[:, -n:, None]).sum()
                     continue
-                past, told = y[:, :-1], F.normalize(x[:, 1:].detach(), dim=-1)
-                told = told * past.detach().norm(dim=-1, keepdim=True)
-                error = inner_objective(model.config.levels[0].objective).value(past, told)
-                total = total + (error * weight[:, -n:-1]).sum()
+                error = inner_objective(model.config.levels[0].objective).value(y[:, :-1], x[:, 1:])
+                total = total + (error * weight[:, -n:-1]).sum() / x.shape[-1]
         found = _gradients(total, own, graph)
     return loss, cache, found, inputs
 
@@ -296,8 +324,8 @@ def _check(
             f"mask {list(weight.shape)} for ids {list(ids.shape)}: one bool, or a finite weight "
             "of 0 or more, for each token"
         )
-    if (teach is None) == (model.config.objective == "teach"):
-        raise ValueError('teach=...: needed with objective="teach", and only there')
+    if teach is not None and model.config.objective != "teach":
+        raise ValueError('teach=...: only for a model stacked with objective="teach"')
     if teach is None:
         return ids, weight
     shape = (*ids.shape, len(model.blocks), model.base.config.get_text_config().hidden_size)

@@ -50,11 +50,11 @@ def stack_levels(
     the faster one starts again and its start value has moved by meta_lr towards what it had
     learned; "independent" (74), each level learns and keeps its own. Over the depth sequential and
     independent are the same. objective: "outer", next-token cross-entropy by backpropagation;
-    "local", each MLP learns to tell from its input the next one, y(x_t−1) → x_t (in direction), by
-    the levels' `objective`; "teach", the caller passes the gradients. rank: low-rank deltas [out,
-    r] [r, in] for large models. window: tokens that the model reads at once (default: its
-    positions, at most 1,024); when it is full, its last quarter is read again as the start of the
-    next one.
+    "local", each MLP learns to tell the next token's input from its own, y(x_t−1) → x_t, by the
+    levels' `objective` (inside a piece); "teach", the caller passes the gradients. rank: low-rank
+    deltas [out, r] [r, in] for large models. window: tokens that the model reads at once (default:
+    its positions, at most 1,024); when it is full, its last quarter is read again as the start of
+    the next one.
 
     The model is taken over, not copied: it is put into evaluation mode and `unstack` gives it
     back. Not for models whose MLPs are quantised or mixtures of experts. Raises ValueError for a
@@ -169,6 +169,13 @@ class StackedModel(nn.Module):
             losses, memory = learning.unroll(self, ids, memory, mask, teach=teach, drift=drift)
         return losses, trees.detach(memory)
 
+    @torch.no_grad()
+    def losses(self, ids: Tensor, memory: Memory | None = None) -> Tensor:
+        """−log p in nats of each token of a text by itself [B, T], under what the memory has
+        learned; the first is nan. Nothing is written, and the memory's own context is not read.
+        """
+        return learning.losses(self, ids, memory)
+
     def merge(self, memory: Memory, level: int) -> None:
         """Add a level's deltas to the base model's own weights, for good.
 
@@ -208,11 +215,11 @@ class StackedModel(nn.Module):
         if len(self.starts):
             sides = 1 if rank is None else 2
             first = sides * sum(len(own) for own in self.owned[:i])
-            mine = iter(self.starts[first : first + sides * len(shapes)])
-            each = [
-                tuple(w.expand(batch, -1, -1) for w, _ in zip(mine, range(sides))) for _ in shapes
+            mine = [
+                w.expand(batch, -1, -1) for w in self.starts[first : first + sides * len(shapes)]
             ]
-            return tuple(Factors(*sides_of_one) for sides_of_one in each)
+            rights = mine[1::2] if sides == 2 else [None] * len(mine)
+            return tuple(Factors(*pair) for pair in zip(mine[::sides], rights))
         if rank is None:
             return tuple(Factors(like.new_zeros(batch, *shape)) for shape in shapes)
         drawn = torch.Generator().manual_seed(i)
