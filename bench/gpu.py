@@ -105,6 +105,7 @@ MODELS = {
     "Transformer": Row(partial(model, mixer="attention", channel="mlp"), graph=False),
     "Hope, static MLP": Row(partial(model, channel="mlp")),
     "Hope, static MLP, compiled": Row(partial(model, channel="mlp"), compiled=True),
+    "Hope, static MLP, recomputed": Row(partial(model, channel="mlp", remat=True)),
     "Hope": Row(model),
     "Hope, compiled": Row(model, compiled=True),
     "Hope, recomputed": Row(partial(model, remat=True)),
