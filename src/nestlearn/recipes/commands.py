@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.text import Text
 
 Seeds = Annotated[
-    int | None, typer.Option(min=1, help="Trainings with the best learning rate; default: 3.")
+    int | None,
+    typer.Option(min=1, help="Trainings with the best learning rate (default: 3 to 5)."),
 ]
 Only = Annotated[
     list[str] | None,
     typer.Option(metavar="TASK", help="This task alone; repeat the option for more."),
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Optimizer steps of a training (default: the suite's).")
+    int | None, typer.Option(min=1, help="Optimizer steps of a training (default: its own).")
 ]
 Workers = Annotated[
     int | None,
@@ -81,6 +82,9 @@ def reproduce(
         list[str] | None,
         typer.Option(metavar="MODEL", help="This model alone; repeat the option for more."),
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of a data set, for an experiment that reads one.")
+    ] = None,
     seeds: Seeds = None,
     steps: Steps = None,
     workers: Workers = None,
@@ -99,12 +103,13 @@ def reproduce(
 
     if show or name is None:
         for each, (_, what) in recipes.EXPERIMENTS.items():
-            typer.echo(f"{each:<10}{what}")
+            typer.echo(f"{each:<18}{what}")
         return
     _print_result(
         lambda: recipes.run(
             name, out, quick=quick, only=tuple(only or ()), models=tuple(models or ()),
-            seeds=seeds, steps=steps, workers=workers, device=None if device == "auto" else device,
+            data=None if data is None else str(data), seeds=seeds, steps=steps, workers=workers,
+            device=None if device == "auto" else device,
         )
     )  # fmt: skip
 

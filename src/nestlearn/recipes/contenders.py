@@ -55,7 +55,9 @@ def in_turn(config: HopeConfig, block: int) -> nn.Module:
     DGD's retention can flip a state's sign, and so tell odd from even, but it forgets what a key
     has counted; GD adds up and cannot flip.
     """
-    return HopeLM(replace(config, dgd=block % 2 == 0, layers=1)).blocks[0].mixer
+    mixer = HopeLM(replace(config, dgd=block % 2 == 0, layers=1)).blocks[0].mixer
+    assert isinstance(mixer, nn.Module)
+    return mixer
 
 
 _MLP = {"channel": "mlp"}

@@ -1,8 +1,8 @@
 """Figure 11, small: a vision transformer under AdamW, Muon and M3.
 
     pip install -e ".[vision]"
-    python -m nestlearn.recipes.fig11 --out runs/fig11                   # scikit-learn's digits
-    python -m nestlearn.recipes.fig11 --data ~/data --set CIFAR10        # any torchvision set there
+    nestlearn reproduce fig11                                # scikit-learn's digits
+    nestlearn reproduce fig11 --data ~/data --only CIFAR10   # any torchvision set there
 
 The paper trains on ImageNet-21k; this is a ViT of 4 blocks and width 64 on 1,437 images of 8 × 8,
 or on a torchvision data set that is on this disk (nothing is downloaded). Same steps, batches,
@@ -13,12 +13,12 @@ training loss of the last tenth over two seeds, and then runs five others.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor, nn
 
 from nestlearn import optim
@@ -188,19 +188,26 @@ def _rate(step: int, steps: int) -> float:
 
 def reproduce(
     out: Path,
-    quick: bool = False,
     *,
+    quick: bool = False,
     data: str | None = None,
-    name: str = "CIFAR10",
-    device: str = "cpu",
+    only: Sequence[str] = (),
+    seeds: int = 5,
+    steps: int | None = None,
     workers: int | None = None,
-) -> dict[str, Any]:
-    """Tune and compare; results.json, table.md, fig11.png and the finished cells in `out`.
+    device: str = "cpu",
+) -> str:
+    """Tune, compare and return the table, also in out/table.md; figure and cells beside it.
 
-    quick: 40 steps, two learning rates, two seeds. data, name: see `load`.
+    quick: 40 steps, two learning rates, two seeds. data: a folder; only: the name of the
+    torchvision data set there (default: CIFAR10). seeds: trainings after the tuning.
     """
+    if len(only) > 1 or (only and data is None):
+        raise ValueError(f"only={list(only)}: name one torchvision data set, and its folder (data)")
+    name = only[0] if only else "CIFAR10"
     out.mkdir(parents=True, exist_ok=True)
-    steps, dim, depth, batch = (40, 32, 2, 64) if quick else (600, 64, 4, 128)
+    usual, dim, depth, batch = (40, 32, 2, 64) if quick else (600, 64, 4, 128)
+    steps = usual if steps is None else steps
     grids = {n: lrs[1:3] if quick else lrs for n, lrs in GRIDS.items()}
 
     def cell(model: str, lr: float, seed: int) -> Cell:
@@ -210,14 +217,13 @@ def reproduce(
             "device": device, "optimizer": settings(build(model, ViT(1, 8, 10, 16, 1), lr)),
         }  # fmt: skip
 
-    tune, seeds = ((100,), (0, 1)) if quick else ((100, 101), (0, 1, 2, 3, 4))
+    tune, chosen = ((100,), range(2)) if quick else ((100, 101), range(seeds))
     records = compare(
-        grids, cell, train, out, score="train_loss", tune_seeds=tune, seeds=seeds, workers=workers
+        grids, cell, train, out, score="train_loss", tune_seeds=tune, seeds=chosen, workers=workers
     )
     results = {"figure": 11, "quick": quick, "steps": steps, "records": records, "commit": commit()}
-    write(out, results, table(records, COLUMNS))
     draw(records, steps, out / "fig11.png")
-    return results
+    return write(out, results, table(records, COLUMNS))
 
 
 def draw(records: list[dict[str, Any]], steps: int, path: Path) -> None:
@@ -231,22 +237,3 @@ def draw(records: list[dict[str, Any]], steps: int, path: Path) -> None:
         axes.fill_between(at, curves.amin(0), curves.amax(0), color=colour, alpha=0.2, lw=0)
     axes.legend(frameon=False, fontsize=10)
     write_figure(figure, path)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="For results, table, figure, cells.")] = Path(
-        "runs/fig11"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="A minute.")] = False,
-    data: Annotated[str | None, typer.Option(help="Folder of a torchvision data set.")] = None,
-    name: Annotated[str, typer.Option("--set", help="Its name.")] = "CIFAR10",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Trainings at once.")] = None,
-) -> None:
-    """A small vision transformer under AdamW, Muon and M3, each at its best learning rate."""
-    reproduce(out, quick, data=data, name=name, device=device, workers=workers)
-    print((out / "table.md").read_text())
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,7 +1,7 @@
 """Figure 12: the time and memory of a step under Muon, AdaMuon, M3 and AdamW.
 
-    python -m nestlearn.recipes.fig12 --out runs/fig12                   # 5, 50 and 140 million
-    python -m nestlearn.recipes.fig12 --size 50 --device cuda
+    nestlearn reproduce fig12                           # 5, 50 and 140 million parameters
+    nestlearn reproduce fig12 --only 50 --device cuda
 
 The matrices of a transformer with random gradients, no model around them; five Newton–Schulz steps
 in bfloat16 for all that have any. In every round each optimizer makes its step, the order turning
@@ -15,12 +15,11 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import nn
 
 from nestlearn import optim
@@ -117,18 +116,19 @@ def _peak(optimizer: torch.optim.Optimizer) -> int:
 
 def reproduce(
     out: Path,
-    quick: bool = False,
     *,
-    sizes: tuple[str, ...] = tuple(SIZES),
-    rounds: int = 10,
+    quick: bool = False,
+    only: Sequence[str] = (),
+    steps: int | None = None,
     device: str = "cpu",
-) -> dict[str, Any]:
-    """Measure; results.json, table.md and fig12.png in `out`.
+) -> str:
+    """Measure and return the table, also in out/table.md; results.json and the figure beside it.
 
-    quick: 5 million parameters, 3 rounds. sizes: names in SIZES. ValueError for another.
+    quick: 5 million parameters, 3 rounds. only: names in SIZES. steps: of each (default: 10).
+    ValueError for another size.
     """
-    if quick:
-        sizes, rounds = ("5",), 3
+    sizes = ("5",) if quick else tuple(only or SIZES)
+    rounds = (3 if quick else 10) if steps is None else max(2, steps)
     if unknown := set(sizes) - SIZES.keys():
         raise ValueError(f"size {sorted(unknown)}: use {sorted(SIZES, key=int)}, in millions")
     out.mkdir(parents=True, exist_ok=True)
@@ -139,9 +139,8 @@ def reproduce(
         "machine": torch.cuda.get_device_name() if cuda else platform.machine(),
         "torch": torch.__version__, "rows": rows, "commit": commit(),
     }  # fmt: skip
-    write(out, results, table(rows))
     draw(rows, out / "fig12.png")
-    return results
+    return write(out, results, table(rows))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -183,19 +182,3 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(0, None)
     axes.legend(frameon=False, fontsize=10)
     write_figure(figure, path)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="For results, table, figure.")] = Path("runs/fig12"),
-    quick: Annotated[bool, typer.Option("--quick", help="5 million parameters, 3 rounds.")] = False,
-    size: Annotated[list[str] | None, typer.Option(help="5, 50 or 140; repeat for more.")] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Steps of each.")] = 10,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:
-    """The time of a step under Muon, AdaMuon, M3 and AdamW."""
-    reproduce(out, quick, sizes=tuple(size or SIZES), rounds=rounds, device=device)
-    print((out / "table.md").read_text())
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Figure 4: momentum and delta momentum in the toy landscape of eq. 53.
 
-    python -m nestlearn.recipes.fig4 --out runs/fig4
+    nestlearn reproduce fig4
 
 ψ(r, θ) = r² + k (r − θ + α sin(ω r))² from (−3.5, 2); its one minimum is ψ(0, 0) = 0. The paper
 gives no k, α, ω, momentum or step: those of LANDSCAPES, the first of which is drawn, are our
@@ -15,10 +15,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from nestlearn import optim
@@ -105,8 +104,8 @@ def tuned(name: str, landscape: Sequence[float], steps: int, lrs: Sequence[float
     return row
 
 
-def reproduce(out: Path, quick: bool = False) -> dict[str, Any]:
-    """Tune the four methods in each landscape; results.json, table.md and fig4.png in `out`.
+def reproduce(out: Path, *, quick: bool = False) -> str:
+    """Tune the four methods in each landscape and return the table; that and fig4.png in `out`.
 
     quick: the first landscape and a coarser grid, a few seconds.
     """
@@ -117,9 +116,8 @@ def reproduce(out: Path, quick: bool = False) -> dict[str, Any]:
         "figure": 4, "start": START, "reached": REACHED, "grid": {"lr": lrs, "momentum": MOMENTA},
         "quick": quick, "rows": rows, "commit": commit(),
     }  # fmt: skip
-    write(out, results, table(rows))
     draw([r for r in rows if r["landscape"] == where[0]], out / "fig4.png")
-    return results
+    return write(out, results, table(rows))
 
 
 def table(rows: list[Row]) -> str:
@@ -164,17 +162,3 @@ def draw(rows: list[Row], path: Path) -> None:
     if shown:
         right.legend(frameon=False, fontsize=9)
     write_figure(figure, path)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="For results.json, table.md, fig4.png.")] = Path(
-        "runs/fig4"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="A coarse grid.")] = False,
-) -> None:
-    """Momentum and delta momentum in the landscape of eq. 53, each at its best."""
-    print(table(reproduce(out, quick)["rows"]))
-
-
-if __name__ == "__main__":
-    typer.run(main)

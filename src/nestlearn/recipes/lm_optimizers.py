@@ -1,6 +1,6 @@
 """The quickstart's Hope and Transformer under AdamW, Muon, M3 and delta momentum.
 
-    python -m nestlearn.recipes.lm_optimizers --out runs/lm_optimizers
+    nestlearn reproduce lm-optimizers
 
 Bytes of the standard library, width 128, 3 layers, 200 steps of 8 × 256, the schedule and clipping
 of `nestlearn train` for all. Every pair of model and optimizer takes the best of four learning
@@ -10,12 +10,12 @@ because the units do, not in number or ratio.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import nn
 
 from nestlearn import optim
@@ -28,6 +28,7 @@ from nestlearn.recipes.tuned import settings as described
 from nestlearn.train import Corpus, TrainConfig, load_text, stdlib_text, train
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
 
+MODELS = ("Hope", "Transformer")
 GRIDS = {
     "AdamW": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "Muon": (5e-3, 1e-2, 2e-2, 4e-2),
@@ -90,15 +91,25 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def reproduce(
-    out: Path, quick: bool = False, *, device: str = "cpu", workers: int | None = None
-) -> dict[str, Any]:
-    """Tune and compare; results.json, table.md, lm_optimizers.png and the cells in `out`.
+    out: Path,
+    *,
+    quick: bool = False,
+    models: Sequence[str] = (),
+    seeds: int = 3,
+    steps: int | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> str:
+    """Tune, compare and return the table, also in out/table.md; figure and cells beside it.
 
-    quick: 20 small steps, one learning rate, one seed: two minutes, and no conclusion.
+    quick: 20 small steps, one learning rate, one seed: two minutes, and no conclusion. models: of
+    Hope and Transformer. seeds: trainings after the tuning.
     """
+    if unknown := set(models) - set(MODELS):
+        raise ValueError(f"model {sorted(unknown)[0]!r} is unknown: use {', '.join(MODELS)}")
     out.mkdir(parents=True, exist_ok=True)
-    steps = 20 if quick else 200
-    names = [f"{m}, {o}" for m in ("Hope", "Transformer") for o in GRIDS]
+    steps = (20 if quick else 200) if steps is None else steps
+    names = [f"{m}, {o}" for m in models or MODELS for o in GRIDS]
     grids: dict[str, tuple[float, ...]] = {n: GRIDS[n.split(", ")[1]] for n in names}
     if quick:
         grids = {n: lrs[1:2] for n, lrs in grids.items()}
@@ -112,20 +123,19 @@ def reproduce(
             "quick": quick, "device": device, "optimizer": optimizer,
         }  # fmt: skip
 
-    tune, seeds = ((100,), (0,)) if quick else ((100,), (0, 1, 2))
+    chosen = range(1 if quick else seeds)
     records = compare(
-        grids, cell, work, out, score="value_loss", tune_seeds=tune, seeds=seeds, workers=workers
+        grids, cell, work, out, score="value_loss", tune_seeds=(100,), seeds=chosen, workers=workers
     )
     results = {"quick": quick, "steps": steps, "records": records, "commit": commit()}
-    write(out, results, table(records, COLUMNS))
-    draw(records, out / "lm_optimizers.png")
-    return results
+    draw(records, out / "lm-optimizers.png")
+    return write(out, results, table(records, COLUMNS))
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """Training loss by step, a panel for each model, the mean over seeds."""
     figure, panels = new_figure(*("Optimizer step", "Loss (nats per byte)") * 2)
-    for axes, model in zip(panels, ("Hope", "Transformer")):
+    for axes, model in zip(panels, MODELS):
         mine = [r for r in records if r["name"].startswith(f"{model}, ")]
         for colour, record in zip(COLOURS, mine):
             mean = torch.tensor([r["log"] for r in record["results"]]).mean(0)
@@ -133,20 +143,3 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(model, loc="left", fontsize=12)
     panels[0].legend(frameon=False, fontsize=10)
     write_figure(figure, path)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="For results, table, figure, cells.")] = Path(
-        "runs/lm_optimizers"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="20 small steps, one seed.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Trainings at once.")] = None,
-) -> None:
-    """Hope and a Transformer under AdamW, Muon, M3 and delta momentum."""
-    reproduce(out, quick, device=device, workers=workers)
-    print((out / "table.md").read_text())
-
-
-if __name__ == "__main__":
-    typer.run(main)

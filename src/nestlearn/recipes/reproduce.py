@@ -2,7 +2,7 @@
 
 A new one is a module with a function `reproduce(out: Path, *, quick: bool, ...) -> str` that
 returns what to print as Markdown, and a line in EXPERIMENTS. It may take any of seeds, steps, only,
-models, workers, device; an option that it does not take is refused.
+models, data, workers, device; an option that it does not take is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ EXPERIMENTS = {  # name: (module, what it shows)
     "table4": ("nestlearn.recipes.table4", "MAD: compression, recall, copying, memorization"),
     "table5": ("nestlearn.recipes.table5", "formal languages, within and beyond trained lengths"),
     "mqar": ("nestlearn.recipes.mqar", "associative recall by number of pairs and size of state"),
-}
+    "fig4": ("nestlearn.recipes.fig4", "momentum and delta momentum in the landscape of eq. 53"),
+    "orthogonal-tasks": (
+        "nestlearn.recipes.orthogonal_tasks", "what momentum forgets and M3's slow memory keeps",
+    ),
+    "update-size": ("nestlearn.recipes.update_size", "the size of M3's updates over 10,000 steps"),
+    "fig11": ("nestlearn.recipes.fig11", "a vision transformer under AdamW, Muon and M3"),
+    "fig12": ("nestlearn.recipes.fig12", "time of a step under Muon, AdaMuon, M3 and AdamW"),
+    "lm-optimizers": (
+        "nestlearn.recipes.lm_optimizers", "Hope and a Transformer under four optimizers",
+    ),
+}  # fmt: skip
 SUITES = {"formal": "table5", "mad": "table4", "mqar": "mqar"}  # of `nestlearn eval`
 
 

@@ -93,11 +93,12 @@ def table(records: Sequence[Record], columns: Mapping[str, tuple[str, int]]) -> 
     return "\n".join(lines)
 
 
-def write(out: Path, results: Record, text: str) -> None:
-    """results.json and table.md in `out`."""
+def write(out: Path, results: Record, text: str) -> str:
+    """Write results.json and table.md in `out`; the table."""
     raw = json.dumps(results, indent=1)
     atomic_write(out / "results.json", lambda path: path.write_text(raw + "\n"))
     atomic_write(out / "table.md", lambda path: path.write_text(text + "\n"))
+    return text
 
 
 __all__ = ["compare", "settings", "spread", "table", "write"]

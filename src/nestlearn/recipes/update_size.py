@@ -1,6 +1,6 @@
 """How large an update of M3 is over 10,000 steps, practical and literal, beside Muon's.
 
-    python -m nestlearn.recipes.update_size --out runs/update_size
+    nestlearn reproduce update-size
 
 A layer of 64 × 64: of a small network that learns another one from noisy batches, and alone under
 normal gradients of variance 1. The size is the root mean square of the values of an update of that
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import nn
 
 from nestlearn import optim
@@ -62,8 +60,8 @@ def sizes(name: str, steps: int, stream: str) -> list[float]:
     return found
 
 
-def reproduce(out: Path, quick: bool = False, *, steps: int = 10_000) -> dict[str, Any]:
-    """Run them all; results.json, table.md and update_size.png in `out`. quick: 500 steps."""
+def reproduce(out: Path, *, quick: bool = False, steps: int = 10_000) -> str:
+    """Run them all and return the table, also in out/table.md, with a figure. quick: 500 steps."""
     out.mkdir(parents=True, exist_ok=True)
     steps = 500 if quick else steps
     curves = {s: {name: sizes(name, steps, s) for name in OPTIMIZERS} for s in STREAMS}
@@ -82,9 +80,8 @@ def reproduce(out: Path, quick: bool = False, *, steps: int = 10_000) -> dict[st
         s: {n: [c[i] for i in _spaced(steps)] for n, c in of.items()} for s, of in curves.items()
     }
     results = {"steps": steps, "at": _spaced(steps), "rms": kept, "commit": commit()}
-    write(out, results, "\n".join(lines))
-    draw(curves, out / "update_size.png")
-    return results
+    draw(curves, out / "update-size.png")
+    return write(out, results, "\n".join(lines))
 
 
 def _spaced(steps: int) -> list[int]:
@@ -102,19 +99,3 @@ def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
         axes.set_title(stream.capitalize(), loc="left", fontsize=12)
     panels[0].legend(frameon=False, fontsize=10)
     write_figure(figure, path)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="For results, table, figure.")] = Path(
-        "runs/update_size"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="500 steps.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10_000,
-) -> None:
-    """How large an update is, step by step."""
-    reproduce(out, quick, steps=steps)
-    print((out / "table.md").read_text())
-
-
-if __name__ == "__main__":
-    typer.run(main)
