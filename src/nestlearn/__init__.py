@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .hf.stack import stack_levels, unstack
     from .layers import Attention, ContinuumMemory, Level, SelfModifyingTitans
+    from .learn import Session
     from .models import HopeConfig, HopeLM
     from .train import TrainConfig, evaluate, load_text
 
@@ -19,11 +21,14 @@ _HOME = {
     "SelfModifyingTitans": "layers",
     "HopeConfig": "models",
     "HopeLM": "models",
+    "Session": "learn",
     "TrainConfig": "train",
     "evaluate": "train",
     "load_text": "train",
+    "stack_levels": "hf.stack",
+    "unstack": "hf.stack",
 }
-_ROOMS = ("memory", "scan", "state", "layers", "levels", "models", "hf", "train")
+_ROOMS = ("memory", "scan", "state", "layers", "levels", "models", "hf", "learn", "train")
 
 __all__ = [
     "Attention",
@@ -32,9 +37,12 @@ __all__ = [
     "HopeLM",
     "Level",
     "SelfModifyingTitans",
+    "Session",
     "TrainConfig",
     "evaluate",
     "load_text",
+    "stack_levels",
+    "unstack",
 ]
 
 

@@ -320,14 +320,17 @@ def test_a_memory_is_data(tmp_path):
                  state.select(model.learn(ids[:, 17:], memory)[1].levels, [1, 0]))  # fmt: skip
 
 
-def test_merge_writes_a_level_into_the_weights():
-    model, ids = stacked(levels=[Level(4, lr=0.5)]), tokens(1, 20)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_merge_writes_a_level_into_the_weights(rank):
+    model, ids = stacked(levels=[Level(4, lr=0.5), Level(8, lr=0.1)], rank=rank), tokens(1, 20)
     _, memory = model.learn(ids)
     with torch.no_grad():
         expected = model(ids, memory).logits
         before = kernel(model.layers[0]).clone()
-        model.merge(memory, level=0)
+        rest = model.merge(memory, level=0)
         assert not torch.equal(kernel(model.layers[0]), before)
+        assert (model(ids, rest).logits - expected).abs().max() < 1e-5
+        model.merge(rest, level=1)
         assert (unstack(model)(ids).logits - expected).abs().max() < 1e-5
 
 

@@ -105,6 +105,14 @@ def _forward(
     return out.logits, tuple((keys, values) for keys, values, *_ in past)
 
 
+def cache_shapes(model: StackedModel) -> list[tuple[int, int, int, torch.dtype]]:
+    """Of every layer's cache: heads, sizes of a key and of a value, type; found by one token."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.lr[0].device)
+    with torch.no_grad():
+        _, cache = _forward(model, token, (), {})
+    return [(k.shape[1], k.shape[3], v.shape[3], k.dtype) for k, v in cache]
+
+
 def _read(
     model: StackedModel, tokens: Tensor, memory: Memory, weights: Weights,
     inputs: dict[nn.Module, Tensor] | None = None,

@@ -109,6 +109,7 @@ class StackedModel(nn.Module):
         self.forget = _fixed(like.new_tensor(1.0) for _ in pairs)
         self.meta_lr = _fixed(like.new_tensor(level.meta_lr) for level, _ in pairs)
         self.starts = nn.ParameterList()  # trained start values, flat; empty: zero
+        self.fingerprint: str | None = None  # of the weights, once it was asked for
         for layer in layers:
             adopt(layer)
 
@@ -176,17 +177,36 @@ class StackedModel(nn.Module):
         """
         return learning.losses(self, ids, memory)
 
-    def merge(self, memory: Memory, level: int) -> None:
-        """Add a level's deltas to the base model's own weights, for good.
+    @torch.no_grad()
+    def merge(self, memory: Memory, level: int) -> Memory:
+        """Add what a level has learned to the base model's own weights, for good; the memory
+        returned has that level at its start again, so nothing that it computes changes.
 
-        Other memories of the base model do not fit it any more. ValueError for a batch.
+        Other memories of the base model do not fit it any more. ValueError for a batch, or a
+        level that is not there.
         """
         if len(memory.context) != 1:
-            raise ValueError(f"a memory of {len(memory.context)} streams: merge one, select() it")
-        with torch.no_grad():
-            for j, delta in zip(self.owned[level], memory.levels[level].fast):
-                own = kernel(self.layers[j])
-                own.copy_((wide(own) + delta.dense()[0]).to(own.dtype))
+            raise ValueError(f"a memory of {len(memory.context)} streams: select() one to merge")
+        self.check_level(level)
+        for j, delta, start in zip(
+            self.owned[level], memory.levels[level].fast, self.start(level, 1)
+        ):
+            own = kernel(self.layers[j])
+            own.copy_((wide(own) + delta.dense()[0] - start.dense()[0]).to(own.dtype))
+        self.fingerprint = None
+        return self.reset(memory, level)
+
+    def reset(self, memory: Memory, level: int) -> Memory:
+        """The memory with one level at its start value, nothing gathered; all else goes on."""
+        self.check_level(level)
+        fresh = self.init_memory(len(memory.context)).levels[level]
+        levels = (*memory.levels[:level], fresh, *memory.levels[level + 1 :])
+        return memory._replace(levels=levels)
+
+    def check_level(self, level: int) -> None:
+        """ValueError if there is no such level."""
+        if not 0 <= level < len(self.owned):
+            raise ValueError(f"level={level}: the model has the levels 0 to {len(self.owned) - 1}")
 
     # ---------------------------------------------------------------------- effective weights
 

@@ -1,0 +1,162 @@
+"""A stacked model on disk, and the fingerprint by which a memory knows its base model.
+
+dir/base/               the pretrained model (and its tokenizer) as transformers saves them
+dir/stack.json          levels, options, fingerprint
+dir/stack.safetensors   step sizes and start values
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from nestlearn.disk import atomic_write, disk_errors
+from nestlearn.layers import Level
+
+from .meta import add_starts
+from .plan import StackConfig
+from .stack import StackedModel
+
+FORMAT, VERSION = "nestlearn-stack", 1
+
+
+def fingerprint(model: StackedModel) -> str:
+    """A sha256 over the base model's weights and the levels' start values: what deltas are
+    relative to. Computed once; a merge makes it another.
+    """
+    if model.fingerprint is None:
+        content = hashlib.sha256()
+        tensors = [
+            *model.base.state_dict().items(),
+            *model.starts.state_dict(prefix="start.").items(),
+        ]
+        for name, tensor in sorted(tensors):
+            content.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            content.update(flat.view(torch.uint8).numpy().data)
+        model.fingerprint = content.hexdigest()
+    return model.fingerprint
+
+
+def to_dict(config: StackConfig) -> dict[str, Any]:
+    """The configuration as JSON has it."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_dict(data: dict[str, Any]) -> StackConfig:
+    """The configuration again; TypeError or ValueError for what is none."""
+    levels = tuple(
+        Level(**{**level, "bound": None if level["bound"] is None else tuple(level["bound"])})
+        for level in data["levels"]
+    )
+    layers = None if data["layers"] is None else tuple(data["layers"])
+    return StackConfig(**{**data, "levels": levels, "layers": layers})
+
+
+def save_stack(model: StackedModel, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write a stacked model (and its tokenizer) to a new folder, whole or not at all.
+
+    ValueError if there is something already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: choose another folder")
+
+    def write(temp: Path) -> None:
+        temp.mkdir()
+        model.base.save_pretrained(temp / "base")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temp / "base")
+        _write_stack(model, temp)
+
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder, write)
+
+
+def save_rates(model: StackedModel, folder: str | Path) -> None:
+    """Write trained step sizes and start values into the folder of the same stacked model."""
+    folder = Path(folder)
+    _read_stack(folder)
+    atomic_write(folder / "stack.safetensors", lambda temp: temp.write_bytes(_rates(model)))
+    text = _description(model)
+    atomic_write(folder / "stack.json", lambda temp: temp.write_text(text))
+
+
+def load_stack(folder: str | Path, device: str | torch.device | None = None) -> StackedModel:
+    """The stacked model of a folder. FileNotFoundError, ValueError for a damaged one."""
+    folder = Path(folder)
+    data = _read_stack(folder)
+    try:
+        config = from_dict(data["stack"])
+        tensors = from_safetensors((folder / "stack.safetensors").read_bytes())
+    except Exception as error:  # safetensors raises its own kind
+        raise ValueError(f"{folder} is damaged: {error}") from error
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", local_files_only=True)
+    model = StackedModel(base, config).to(device)
+    if any(name.startswith("starts.") for name in tensors):
+        add_starts(model)
+    own = _parameters(model)
+    if own.keys() != tensors.keys() or any(own[n].shape != tensors[n].shape for n in own):
+        raise ValueError(f"{folder}: stack.safetensors belongs to another stack")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    if fingerprint(model) != data["fingerprint"]:
+        raise ValueError(
+            f"{folder}: the base model's weights are not those that were stacked; stack it anew"
+        )
+    return model
+
+
+def _read_stack(folder: Path) -> dict[str, Any]:
+    path = folder / "stack.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no stacked model in {folder}; make one with: nestlearn stack MODEL --out {folder}"
+        )
+    try:
+        data = json.loads(path.read_bytes())
+        found = (data["format"], data["version"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} describes no stacked model ({error!r})") from error
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{path} is {found}: this nestlearn reads {(FORMAT, VERSION)}")
+    return data
+
+
+def _write_stack(model: StackedModel, folder: Path) -> None:
+    (folder / "stack.safetensors").write_bytes(_rates(model))
+    (folder / "stack.json").write_text(_description(model))
+
+
+def _description(model: StackedModel) -> str:
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "stack": to_dict(model.config),
+        "fingerprint": fingerprint(model),
+    }
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _parameters(model: StackedModel) -> dict[str, nn.Parameter]:
+    """The stack's own parameters, without the base model's."""
+    own = model.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in own if not name.startswith("base.")}
+
+
+def _rates(model: StackedModel) -> bytes:
+    tensors: dict[str, Tensor] = {
+        name: p.detach().cpu().contiguous().clone() for name, p in _parameters(model).items()
+    }
+    return to_safetensors(tensors)

@@ -1,0 +1,14 @@
+"""Models that go on learning: sessions, and their memories on disk."""
+
+from .session import ChatTurn, Difference, Learned, Session
+from .store import describe, load_memory, save_memory
+
+__all__ = [
+    "ChatTurn",
+    "Difference",
+    "Learned",
+    "Session",
+    "describe",
+    "load_memory",
+    "save_memory",
+]

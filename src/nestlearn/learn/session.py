@@ -1,0 +1,332 @@
+"""A model that goes on learning: one stream of text, one memory, kept across processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from nestlearn.hf.families import Weights
+from nestlearn.hf.folder import fingerprint
+from nestlearn.hf.stack import StackedModel
+from nestlearn.hf.writes import size
+
+from . import store
+
+Text = str | Tensor
+MEMORIES = Path("memories")  # where a bare name stands
+
+
+class Tokenizer(Protocol):
+    """What a session needs of a tokenizer; transformers' have it."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+
+class Learned(NamedTuple):
+    """What one call of `learn` did. tokens: read; learned: of these, learned from. loss: their
+    mean −log p in nats, before anything was learned from them. held_out: the loss on the held-out
+    text afterwards. rolled_back: why nothing was kept, if so.
+    """
+
+    tokens: int
+    learned: int
+    loss: float
+    held_out: float | None
+    rolled_back: str | None
+
+
+class Difference(NamedTuple):
+    """One level in two memories: the norms of its deltas, their distance, and cosine."""
+
+    level: int
+    norm: float
+    other: float
+    distance: float
+    cosine: float
+
+
+class ChatTurn(TypedDict):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+class Session:
+    """A stacked model that reads one stream of text, learns from it, and remembers.
+
+    memory: a folder, or a bare name for memories/NAME; what is there is loaded, else it is written
+    by the first `save`. None: in this process only. tokenizer: for texts; without one, everything
+    takes and gives token ids [1, T].
+
+    Guards: held_out, a text that must stay understood: a `learn` that makes its loss worse than
+    before, and by more than the share `tolerance` worse than the model's own without any memory, is
+    taken back as a whole. drift: no level's delta of a layer gets larger than this share of the
+    layer's pretrained weights. read_only: nothing may be learned or saved.
+
+    Everything but `learn`, `chat`, `reset`, `merge` and `load` leaves the memory as it is. Raises
+    ValueError for a memory of another base model, FileNotFoundError for a read-only session
+    without one. One session is one stream: for many readers in one batch see
+    `StackedModel.using([a.memory, b.memory])`.
+    """
+
+    def __init__(
+        self, model: StackedModel, memory: str | Path | None = None, tokenizer: Any = None, *,
+        held_out: Text | None = None, tolerance: float = 0.05, drift: float | None = None,
+        read_only: bool = False,
+    ):  # fmt: skip
+        if not isinstance(model, StackedModel):
+            raise ValueError(
+                f"a {type(model).__name__} has no levels: pass stack_levels(model, levels=[...])"
+            )
+        if not tolerance >= 0 or (drift is not None and not drift > 0):
+            raise ValueError(f"tolerance={tolerance}, drift={drift}: give shares above 0")
+        self.model, self.tokenizer = model, tokenizer
+        self.drift, self.tolerance, self.read_only = drift, tolerance, read_only
+        self.path = None if memory is None else find(memory)
+        self.memory, self.turns = model.init_memory(1), list[ChatTurn]()
+        self._history: list[store.Record] = []
+        self._digest: str | None = None
+        self._base = fingerprint(model)
+        self._ready: tuple[Any, Weights] | None = None
+        self._held_out = None if held_out is None else self._ids(held_out)
+        self._limit = math.inf
+        if self._held_out is not None:
+            self._limit = self._mean(self._held_out, model.init_memory(1)) * (1 + tolerance)
+        if self.path is not None and (self.path / "memory.json").is_file():
+            self.load()
+        elif read_only:
+            raise FileNotFoundError(f"no memory in {self.path} to read: learn and save one first")
+
+    # ------------------------------------------------------------------------------ learning
+
+    def learn(
+        self, text: Text, mask: Tensor | None = None, *, source: str | None = None
+    ) -> Learned:
+        """Read a text as the stream's next tokens, and learn from it.
+
+        mask [1, T], for token ids: those to learn from, bool or a weight of each. source: what to
+        call the text in `history`. What would make a number infinite is taken back, too.
+        """
+        self._may_write()
+        ids = self._ids(text, first=self.memory.position == 0)
+        losses, memory = self.model.learn(ids, self.memory, mask, drift=self.drift)
+        chosen = torch.ones_like(losses) if mask is None else mask.to(losses)
+        chosen = chosen * ~losses.isnan()
+        loss = float((losses.nan_to_num() * chosen).sum() / chosen.sum().clamp(min=1e-9))
+        reason, held_out = None, None
+        norms = [float(size(delta).max()) for level in memory.levels for delta in level.fast]
+        if not all(map(math.isfinite, (*norms, loss))):
+            reason = "the deltas became infinite: lower the levels' step sizes"
+        elif self._held_out is not None:
+            held_out = self._mean(self._held_out, memory)
+            if not held_out <= max(self._limit, self._mean(self._held_out, self.memory)):
+                reason = f"the held-out loss rose to {held_out:.4f}, above {self._limit:.4f}"
+        begin = self.memory.position
+        learned = Learned(ids.shape[1], int((chosen > 0).sum()), loss, held_out, reason)
+        self._note("learn", source=source, begin=begin, **learned._asdict())
+        if reason is None:
+            self.memory = memory
+        return learned
+
+    def chat(
+        self, message: str, *, learn: Literal["user", "assistant", "both", "nothing"] = "user",
+        **options: Any,
+    ) -> str:  # fmt: skip
+        """Answer a message, then learn from the chosen side of the exchange; the reply.
+
+        The conversation so far is the prompt (`turns`; a new session starts a new one and knows
+        older ones by what it has learned). options: of the model's own `generate`. Uses the
+        tokenizer's chat template, or without one the lines "User: ..." and "Assistant: ...".
+        """
+        if learn not in ("user", "assistant", "both", "nothing"):
+            raise ValueError(f"learn={learn!r}: use 'user', 'assistant', 'both' or 'nothing'")
+        if learn != "nothing":
+            self._may_write()
+        before = self._template(self.turns, ask=False) if self.turns else []
+        turns: list[ChatTurn] = [*self.turns, {"role": "user", "content": message}]
+        asked = self._template(turns, ask=True)
+        prompt = torch.tensor([asked])
+        reply = self.generate(prompt, **options)
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(reply[0].tolist(), skip_special_tokens=True).strip()
+        self.turns = [*turns, {"role": "assistant", "content": text}]
+        if learn != "nothing":
+            start = len(before) if asked[: len(before)] == before else 0
+            ids = torch.cat([prompt[:, start:], reply.cpu()], 1)
+            mask = torch.ones(ids.shape)
+            split = ids.shape[1] - reply.shape[1]
+            mask[:, :split] = learn in ("user", "both")
+            mask[:, split:] = learn in ("assistant", "both")
+            self.learn(ids, mask, source="chat")
+        return text
+
+    # ------------------------------------------------------------------------------- reading
+
+    def generate(self, prompt: Text, **options: Any) -> Any:
+        """What the model says after the prompt, with what it has learned: a text for a text, ids
+        [1, N] for ids. options: of the model's own `generate` (max_new_tokens, do_sample, ...).
+        """
+        ids = self._ids(prompt)
+        with torch.no_grad(), self.model.using(self._weights()):
+            options.setdefault("attention_mask", torch.ones_like(ids))
+            made = self.model.base.generate(ids, **options)[:, ids.shape[1] :]
+        if isinstance(prompt, Tensor):
+            return made
+        assert self.tokenizer is not None
+        return self.tokenizer.decode(made[0].tolist(), skip_special_tokens=True)
+
+    def surprise(self, text: Text) -> Tensor:
+        """−log p in nats of every token [1, T] of a text by itself; the first is nan."""
+        return self.model.losses(self._ids(text), self.memory)
+
+    def perplexity(self, text: Text) -> float:
+        """exp of the mean surprise of a text by itself; ValueError for less than two tokens."""
+        return math.exp(self._mean(self._ids(text), self.memory))
+
+    def diff(self, other: Session | str | Path) -> list[Difference]:
+        """How far this memory is from another one of the same model, level by level."""
+        if not isinstance(other, Session):
+            other = Session(self.model, other, read_only=True)
+        found = []
+        for i, (a, b) in enumerate(zip(self.memory.levels, other.memory.levels)):
+            pairs = zip(a.fast or self.model.start(i, 1), b.fast or self.model.start(i, 1))
+            sums = torch.zeros(3, dtype=torch.float64)
+            for one, two in pairs:
+                x, y = one.dense().double().cpu(), two.dense().double().cpu()
+                sums += torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()])
+            xx, yy, xy = sums.tolist()
+            distance = math.sqrt(max(xx + yy - 2 * xy, 0.0))
+            cosine = xy / math.sqrt(xx * yy) if xx and yy else math.nan
+            found.append(Difference(i, math.sqrt(xx), math.sqrt(yy), distance, cosine))
+        return found
+
+    @property
+    def history(self) -> list[store.Record]:
+        """What the memory has been through: each text with its source, place and losses."""
+        return [dict(record) for record in self._history]
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """How large the memory is: each level, and the context that it reads on from."""
+        return store.sizes(self.memory)
+
+    # ----------------------------------------------------------------------- memories as wholes
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the memory to its folder, or from now on to another, new one.
+
+        Whole or not at all, whenever the process is killed. ValueError if another process has
+        written there since, or if the base model was changed.
+        """
+        self._may_write()
+        folder = self.path if path is None else find(path)
+        if folder is None:
+            raise ValueError("this session has no folder: save(path)")
+        if fingerprint(self.model) != self._base:
+            raise ValueError("the base model has changed under this session (a merge?)")
+        known = self._digest if folder == self.path else None
+        self._digest = store.save_memory(
+            folder, self.model, self.memory, self._history, expected=known
+        )
+        self.path = folder
+        return folder
+
+    def load(self) -> None:
+        """Go back to what is on disk; errors as in `load_memory`, and then nothing is changed."""
+        if self.path is None:
+            raise ValueError("this session has no folder: give Session(model, memory=...) one")
+        stored = store.load_memory(self.path, self.model)
+        self.memory, self._history, self._digest = stored.memory, stored.history, stored.digest
+        self._base = fingerprint(self.model)
+
+    def reset(self, level: int | None = None) -> None:
+        """Forget what a level has learned, or everything, the place in the stream included."""
+        self._may_write()
+        if level is None:
+            self.memory = self.model.init_memory(1)
+        else:
+            self.memory = self.model.reset(self.memory, level)
+        self._note("reset", level=level)
+
+    def fork(self, path: str | Path | None = None) -> Session:
+        """Another session that knows the same and goes its own way; saved if it has a path.
+
+        ValueError if there is a memory at the path already.
+        """
+        twin = Session(self.model, None, self.tokenizer, tolerance=self.tolerance, drift=self.drift)
+        twin._held_out, twin._limit = self._held_out, self._limit
+        twin.memory, twin._history, twin._base = self.memory, self.history, self._base
+        twin.turns = list(self.turns)
+        twin._note("fork", source=None if self.path is None else str(self.path))
+        if path is not None:
+            twin.save(path)
+        return twin
+
+    def merge(self, level: int) -> None:
+        """Write a level into the base model's weights, for good: it starts again, and the model
+        computes what it did. Other memories of the base model do not fit it any more.
+        """
+        self._may_write()
+        if fingerprint(self.model) != self._base:
+            raise ValueError("the base model has changed under this session (a merge?)")
+        self.memory = self.model.merge(self.memory, level)
+        self._base = fingerprint(self.model)
+        self._note("merge", level=level)
+
+    # --------------------------------------------------------------------------------- inside
+
+    def _ids(self, text: Text, *, first: bool = True) -> Tensor:
+        """Token ids [1, T] on the model's device; first: with the tokens that begin a text."""
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise ValueError("a text needs a tokenizer: Session(..., tokenizer=...), or ids")
+            text = torch.tensor([self.tokenizer.encode(text, add_special_tokens=first)])
+        if text.ndim != 2 or len(text) != 1 or text.dtype != torch.long or not text.numel():
+            raise ValueError(f"ids is {text.dtype} {list(text.shape)}: pass int64 ids [1, T]")
+        return text.to(self.model.lr[0].device)
+
+    def _mean(self, ids: Tensor, memory: Any) -> float:
+        if ids.shape[1] < 2:
+            raise ValueError("one token alone cannot be predicted: give two or more")
+        return float(self.model.losses(ids, memory)[:, 1:].mean())
+
+    def _weights(self) -> Weights:
+        """The effective weights, computed once after every write."""
+        levels = self.memory.levels
+        if self._ready is None or self._ready[0] is not levels:
+            self._ready = (levels, self.model.weights(self.memory))
+        return self._ready[1]
+
+    def _template(self, turns: list[ChatTurn], *, ask: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer: Session(..., tokenizer=...)")
+        if getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=ask
+            )
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        lines = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns)
+        return self.tokenizer.encode(lines + ("Assistant:" if ask else ""))
+
+    def _may_write(self) -> None:
+        if self.read_only:
+            raise ValueError("this session is read-only: open the memory without read_only")
+
+    def _note(self, what: str, **facts: Any) -> None:
+        self._history.append({"what": what, "time": round(time.time()), **facts})
+
+
+def find(memory: str | Path) -> Path:
+    """The folder of a memory: a bare name stands in ./memories, anything else is a path."""
+    if not str(memory):
+        raise ValueError("the memory's name is empty")
+    bare = isinstance(memory, str) and os.sep not in memory and memory not in (".", "..")
+    return MEMORIES / memory if bare else Path(memory)

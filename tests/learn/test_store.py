@@ -1,0 +1,146 @@
+"""Memories on disk: whole or not at all, and nothing believed that was not checked."""
+
+import json
+
+import pytest
+import torch
+from people import ids, session, stacked
+from safetensors.torch import load_file, save_file
+from torture import damage, kill
+
+from nestlearn import Level, state
+from nestlearn.learn import describe, load_memory, save_memory
+from nestlearn.learn import store as store_module
+
+SYSTEMS = {
+    "sequential": {},
+    "nested-rank": {"variant": "nested", "rank": 2},
+    "depth": {"spread": "depth"},
+    "one": {"levels": [Level(8, rule="momentum")]},
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("length", [1, 3, 16, 39])
+def test_a_memory_comes_back_bit_for_bit(tmp_path, name, length):
+    model = stacked(**SYSTEMS[name])
+    _, memory = model.learn(ids(length))
+    save_memory(tmp_path / "a", model, memory, [{"what": "learn", "loss": float("nan")}])
+    back = load_memory(tmp_path / "a", model).memory
+    for (path, a), (_, b) in zip(state.leaves(memory), state.leaves(back), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+    further = [model.learn(ids(9, seed=1), m)[1] for m in (memory, back)]
+    assert torch.equal(further[0].context, further[1].context)
+
+
+def test_a_memory_in_bfloat16_comes_back(tmp_path):
+    model = stacked()
+    model.base.to(torch.bfloat16)
+    _, memory = model.learn(ids(30))
+    assert memory.cache[0][0].dtype == torch.bfloat16
+    assert memory.levels[0].fast[0].left.dtype == torch.float32
+    save_memory(tmp_path / "a", model, memory, [])
+    assert torch.equal(load_memory(tmp_path / "a", model).memory.cache[1][1], memory.cache[1][1])
+
+
+def test_saves_that_are_killed_leave_the_old_or_the_new_memory(tmp_path):
+    assert sum(kill(40, tmp_path / "a")) == 40
+
+
+def test_damaged_files_are_refused_and_left_alone(tmp_path):
+    damage(60, tmp_path)
+
+
+def test_a_failing_disk_leaves_the_old_memory(tmp_path, monkeypatch):
+    one = session(memory=tmp_path / "a")
+    one.learn(ids(20))
+    one.save()
+    kept = sorted((p.name, p.read_bytes()) for p in (tmp_path / "a").iterdir())
+    one.learn(ids(20))
+    for which in ("tensors", "memory.json"):
+
+        def fail(path, write, which=which, real=store_module.atomic_write):
+            if which in str(path):
+                raise OSError(28, "no space")
+            real(path, write)
+
+        monkeypatch.setattr(store_module, "atomic_write", fail)
+        with pytest.raises(OSError, match="no space"):
+            one.save()
+        monkeypatch.undo()
+        now = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+        assert all(now[name] == raw for name, raw in kept)
+        assert load_memory(tmp_path / "a", one.model).memory.position == 20
+    one.save()
+    assert load_memory(tmp_path / "a", one.model).memory.position == 40
+
+
+def forge(folder, change_body=lambda body: None, change_tensors=lambda tensors: None):
+    """Change a memory and give it true checksums again, as an attacker would."""
+    body = json.loads((folder / "memory.json").read_bytes())["memory"]
+    path = folder / body["tensors"]["file"]
+    tensors = load_file(path)
+    path.unlink()
+    change_tensors(tensors)
+    save_file(tensors, folder / "x")
+    raw = (folder / "x").read_bytes()
+    sha = store_module.hashlib.sha256(raw).hexdigest()
+    (folder / "x").rename(folder / f"tensors-{sha[:32]}.safetensors")
+    name = f"tensors-{sha[:32]}.safetensors"
+    body["tensors"] = {"file": name, "bytes": len(raw), "sha256": sha}
+    change_body(body)
+    (folder / "memory.json").write_bytes(store_module._to_json(body))
+
+
+FORGERIES = {
+    "nan": (None, lambda t: t["levels.0.fast.0.left"].fill_(float("nan")), "not finite"),
+    "shape": (None, lambda t: t.update({"levels.0.fast.0.left": torch.zeros(1, 2, 2)}), "2, 2"),
+    "type": (None, lambda t: t.update(context=t["context"].float()), "float32"),
+    "missing": (None, lambda t: t.pop("levels.1.seen"), "levels.1.seen"),
+    "more": (None, lambda t: t.update(more=torch.zeros(1)), "no place in a memory"),
+    "token": (None, lambda t: t["context"].fill_(999), "vocabulary"),
+    "cache": (None, lambda t: [t.pop(k) for k in list(t) if "cache" in k], "context"),
+    "position": (lambda b: b.update(position=5000), None, "position 5000"),
+    "negative": (lambda b: b.update(position=-1), None, "position=-1"),
+    "no number": (lambda b: b.update(position=True), None, "position=True"),
+    "elsewhere": (lambda b: b["tensors"].update(file="../../x"), None, "names the file"),
+    "version": (lambda b: b.update(version=2), None, "this nestlearn reads"),
+    "format": (lambda b: b.update(format="pickle"), None, "this nestlearn reads"),
+    "history": (lambda b: b.update(history="x"), None, "damaged"),
+    "no base": (lambda b: b.pop("base"), None, "damaged"),
+    "no entry": (lambda b: b.update(tensors={}), None, "names the file"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged_memories_are_refused(tmp_path, name):
+    one = session(memory=tmp_path / "a")
+    one.learn(ids(37))
+    one.save()
+    forge(tmp_path / "a")
+    one.load()  # an honest rewriting is read
+    memory = one.memory
+    body, tensors, message = FORGERIES[name]
+    forge(tmp_path / "a", body or (lambda b: None), tensors or (lambda t: None))
+    with pytest.raises(ValueError, match=message):
+        one.load()
+    assert one.memory is memory
+
+
+def test_a_batch_is_not_one_memory(tmp_path):
+    model = stacked()
+    with pytest.raises(ValueError, match="a memory of 2 streams"):
+        save_memory(tmp_path, model, model.init_memory(2), [])
+
+
+def test_what_a_memory_is_can_be_read_without_the_model(tmp_path):
+    one = session(memory=tmp_path / "a")
+    one.learn(ids(37), source="a book")
+    one.save()
+    told = describe(tmp_path / "a")
+    assert told["position"] == 37
+    assert told["writes"] == [9, 2]
+    assert told["bytes"] == one.bytes
+    assert told["history"][0]["source"] == "a book"
+    with pytest.raises(FileNotFoundError, match="no memory"):
+        describe(tmp_path / "b")
