@@ -101,17 +101,36 @@ def _prepared(g: list[Tensor], eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def _iterated(x: Tensor, steps: int, coefficients: Coefficients, size: float) -> Tensor:
-    """Newton–Schulz on a batch [k, m, n], its result times `size`; from the shorter side."""
+    """Newton–Schulz on a batch [k, m, n], its result times `size`; from the shorter side.
+
+    For long matrices three steps at a time act on the short square S = X Xᵀ alone: X ↦ p(S) X takes
+    S to p(S) S p(S), and one product brings all three p to X. That is two thirds of the operations
+    at n = 4 m. More at a time would let the error of S, which is made once, grow by (3.4²)³.
+    """
     a, b, c = coefficients
     alone = len(x) == 1  # then the plain products are the faster calls
     product, plus = (torch.mm, torch.addmm) if alone else (torch.bmm, torch.baddbmm)
     x = x[0] if alone else x
-    wide = x.shape[-2] <= x.shape[-1]
-    for i in range(steps):
-        last = size if i == steps - 1 else 1.0
+    short, long = sorted(x.shape[-2:])
+    wide = x.shape[-2] == short
+    while steps:
+        run = min(steps, 3 if long >= 2 * short else 1)
+        steps -= run
+        scale = 1.0 if steps else size
         s = product(x, x.mT) if wide else product(x.mT, x)
-        s = plus(s, s, s, beta=b, alpha=c)
-        x = plus(x, *((s, x) if wide else (x, s)), beta=last * a, alpha=last)
+        p = plus(s, s, s, beta=b, alpha=c)
+        if run == 1:
+            x = plus(x, *((p, x) if wide else (x, p)), beta=scale * a, alpha=scale)
+            continue
+        q = p.clone()
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
+        for _ in range(run - 1):
+            s = plus(s, p, s, beta=a)
+            s = plus(s, s, p, beta=a)
+            p = plus(s, s, s, beta=b, alpha=c)
+            q = plus(q, p, q, beta=a)
+        q = q.mul_(scale)
+        x = product(q, x) if wide else product(x, q)
     return x[None] if alone else x
 
 
