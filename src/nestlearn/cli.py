@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from nestlearn.recipes import commands
+from nestlearn.recipes import commands, memory_commands, stacking
 from nestlearn.recipes.commands import say as _say
 
 if TYPE_CHECKING:
@@ -361,6 +361,14 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
 
 app.command("eval")(commands.evaluate)
 app.command()(commands.reproduce)
+
+
+# ------------------------------------------------------------- stack, learn, chat, memory
+
+app.add_typer(stacking.stack, name="stack")
+app.command()(stacking.learn)
+app.command()(stacking.chat)
+app.add_typer(memory_commands.memory, name="memory")
 
 
 # ------------------------------------------------------------------------------------- main

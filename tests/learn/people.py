@@ -41,7 +41,10 @@ def base(seed=0):
     return model
 
 
-def stacked(seed=0, levels=(Level(4, lr=0.3), Level(16, lr=0.1, rule="momentum")), **options):
+LEVELS = (Level(4, lr=0.3), Level(16, lr=0.1, rule="momentum"))
+
+
+def stacked(seed=0, levels=LEVELS, **options):
     return stack_levels(base(seed), list(levels), window=24, **options)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nestlearn.disk import atomic_write, disk_errors
@@ -71,12 +72,15 @@ def save_stack(model: StackedModel, folder: str | Path, tokenizer: Any = None) -
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
 
+    name, raw, text = _contents(model)
+
     def write(temp: Path) -> None:
         temp.mkdir()
         model.base.save_pretrained(temp / "base")
         if tokenizer is not None:
             tokenizer.save_pretrained(temp / "base")
-        _write_stack(model, temp)
+        (temp / name).write_bytes(raw)
+        (temp / "stack.json").write_text(text)
 
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +88,16 @@ def save_stack(model: StackedModel, folder: str | Path, tokenizer: Any = None) -
 
 
 def save_rates(model: StackedModel, folder: str | Path) -> None:
-    """Write trained step sizes and start values into the folder of the same stacked model."""
+    """Write trained step sizes and start values into the folder of the same stacked model: all of
+    them or none, like every save.
+    """
     folder = Path(folder)
-    _read_stack(folder)
-    atomic_write(folder / "stack.safetensors", lambda temp: temp.write_bytes(_rates(model)))
-    text = _description(model)
+    old = _read_stack(folder)["rates"]
+    name, raw, text = _contents(model)
+    atomic_write(folder / name, lambda temp: temp.write_bytes(raw))
     atomic_write(folder / "stack.json", lambda temp: temp.write_text(text))
+    if old != name:
+        (folder / old).unlink(missing_ok=True)
 
 
 def load_stack(folder: str | Path, device: str | torch.device | None = None) -> StackedModel:
@@ -98,7 +106,7 @@ def load_stack(folder: str | Path, device: str | torch.device | None = None) -> 
     data = _read_stack(folder)
     try:
         config = from_dict(data["stack"])
-        tensors = from_safetensors((folder / "stack.safetensors").read_bytes())
+        tensors = from_safetensors((folder / data["rates"]).read_bytes())
     except Exception as error:  # safetensors raises its own kind
         raise ValueError(f"{folder} is damaged: {error}") from error
     base = AutoModelForCausalLM.from_pretrained(folder / "base", local_files_only=True)
@@ -107,7 +115,7 @@ def load_stack(folder: str | Path, device: str | torch.device | None = None) -> 
         add_starts(model)
     own = _parameters(model)
     if own.keys() != tensors.keys() or any(own[n].shape != tensors[n].shape for n in own):
-        raise ValueError(f"{folder}: stack.safetensors belongs to another stack")
+        raise ValueError(f"{folder}: {data['rates']} belongs to another stack")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -127,36 +135,33 @@ def _read_stack(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
         found = (data["format"], data["version"])
+        plain = re.fullmatch(r"rates-[0-9a-f]{16}\.safetensors", data["rates"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} describes no stacked model ({error!r})") from error
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} is {found}: this nestlearn reads {(FORMAT, VERSION)}")
+    if plain is None:
+        raise ValueError(f"{path} names the file {data['rates']!r}: it has been altered")
     return data
 
 
-def _write_stack(model: StackedModel, folder: Path) -> None:
-    (folder / "stack.safetensors").write_bytes(_rates(model))
-    (folder / "stack.json").write_text(_description(model))
-
-
-def _description(model: StackedModel) -> str:
+def _contents(model: StackedModel) -> tuple[str, bytes, str]:
+    """The rates' file name and bytes, and the text of stack.json."""
+    raw = to_safetensors(
+        {name: p.detach().cpu().contiguous().clone() for name, p in _parameters(model).items()}
+    )
+    name = f"rates-{hashlib.sha256(raw).hexdigest()[:16]}.safetensors"
     data = {
         "format": FORMAT,
         "version": VERSION,
         "stack": to_dict(model.config),
         "fingerprint": fingerprint(model),
+        "rates": name,
     }
-    return json.dumps(data, indent=2) + "\n"
+    return name, raw, json.dumps(data, indent=2) + "\n"
 
 
 def _parameters(model: StackedModel) -> dict[str, nn.Parameter]:
     """The stack's own parameters, without the base model's."""
     own = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in own if not name.startswith("base.")}
-
-
-def _rates(model: StackedModel) -> bytes:
-    tensors: dict[str, Tensor] = {
-        name: p.detach().cpu().contiguous().clone() for name, p in _parameters(model).items()
-    }
-    return to_safetensors(tensors)

@@ -86,20 +86,20 @@ class Session:
             raise ValueError(
                 f"a {type(model).__name__} has no levels: pass stack_levels(model, levels=[...])"
             )
-        if not tolerance >= 0 or (drift is not None and not drift > 0):
-            raise ValueError(f"tolerance={tolerance}, drift={drift}: give shares above 0")
+        if drift is not None and not drift > 0:
+            raise ValueError(f"drift={drift}: give a share above 0, or None")
         self.model, self.tokenizer = model, tokenizer
-        self.drift, self.tolerance, self.read_only = drift, tolerance, read_only
+        self.drift, self.read_only = drift, read_only
         self.path = None if memory is None else find(memory)
         self.memory, self.turns = model.init_memory(1), list[ChatTurn]()
         self._history: list[store.Record] = []
         self._digest: str | None = None
         self._base = fingerprint(model)
         self._ready: tuple[Any, Weights] | None = None
-        self._held_out = None if held_out is None else self._ids(held_out)
+        self._held_out: Tensor | None = None
         self._limit = math.inf
-        if self._held_out is not None:
-            self._limit = self._mean(self._held_out, model.init_memory(1)) * (1 + tolerance)
+        if held_out is not None:
+            self.guard(held_out, tolerance)
         if self.path is not None and (self.path / "memory.json").is_file():
             self.load()
         elif read_only:
@@ -135,6 +135,14 @@ class Session:
         if reason is None:
             self.memory = memory
         return learned
+
+    def guard(self, held_out: Text, tolerance: float = 0.05) -> None:
+        """From now on take back what harms this text (the class says when)."""
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance={tolerance}: give a share of 0 or more")
+        ids = self._ids(held_out)
+        self._limit = self._mean(ids, self.model.init_memory(1)) * (1 + tolerance)
+        self._held_out = ids
 
     def chat(
         self, message: str, *, learn: Literal["user", "assistant", "both", "nothing"] = "user",
@@ -261,7 +269,7 @@ class Session:
 
         ValueError if there is a memory at the path already.
         """
-        twin = Session(self.model, None, self.tokenizer, tolerance=self.tolerance, drift=self.drift)
+        twin = Session(self.model, None, self.tokenizer, drift=self.drift)
         twin._held_out, twin._limit = self._held_out, self._limit
         twin.memory, twin._history, twin._base = self.memory, self.history, self._base
         twin.turns = list(self.turns)

@@ -81,13 +81,17 @@ def _arrays(values: Tensor, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]
         yield "lm_head.weight", take(config.vocab_size, dim)
 
 
+FILE = "llama2c_tokenizer.bin"  # its name beside a saved model
+
+
 class Llama2cTokenizer:
     """llama2.c's tokenizer.bin: byte pair merges by score, with bytes for unknown characters."""
 
     bos_token_id, eos_token_id = 1, 2
 
     def __init__(self, path: str | Path):
-        raw, at = Path(path).read_bytes(), 4
+        self._raw = raw = Path(path).read_bytes()
+        at = 4
         self.pieces: list[bytes] = []
         self.scores: list[float] = []
         while at < len(raw):
@@ -132,3 +136,7 @@ class Llama2cTokenizer:
             if not (skip_special_tokens and i in special)
         ).decode(errors="replace")
         return text.removeprefix(" ") if ids[:1] == [self.bos_token_id] else text
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it beside a model, as `FILE`."""
+        (Path(folder) / FILE).write_bytes(self._raw)
