@@ -56,19 +56,21 @@ def write(state: LevelState, fast: Fast, pace: Pace) -> LevelState:
     if not state.total:
         return state
     some = state.seen > 0
+    every = bool(some.all())
+    keep_unseen = lambda n, o: torch.where(_rows(some, n), n, o)  # noqa: E731
     mean = 1.0 / torch.where(some, state.seen, 1.0)
     old = state.velocity or tuple(_each(torch.zeros_like, d) for d in fast)
     steps, deltas = [], []
     for i, (delta, total, past) in enumerate(zip(fast, state.total, old)):
-        theta = 0.0 if pace.theta is None else pace.theta
-        step = _each(
-            lambda s, g: theta * s - pace.lr[i].clamp(min=0.0) * _rows(mean, g) * g,  # noqa: B023
-            past, total,
-        )  # fmt: skip
-        moved = _each(lambda d, s: pace.keep * (d + s), delta, step)
+        rate = pace.lr[i].clamp(min=0.0) * mean
+        step = _each(lambda g: -_rows(rate, g) * g, total)  # noqa: B023
+        if pace.theta is not None:
+            step = _each(lambda s, g: pace.theta * s + g, past, step)
+        moved = _each(lambda d, s: d + s, delta, step)
+        moved = moved if pace.keep == 1.0 else _each(lambda d: pace.keep * d, moved)
         moved = limit(moved, pace.bound[i])
-        deltas.append(_each(lambda n, o: torch.where(_rows(some, n), n, o), moved, delta))
-        steps.append(_each(lambda n, o: torch.where(_rows(some, n), n, o), step, past))
+        deltas.append(moved if every else _each(keep_unseen, moved, delta))
+        steps.append(step if every else _each(keep_unseen, step, past))
     velocity = () if pace.theta is None else tuple(steps)
     none = torch.zeros_like(state.seen)
     return LevelState(tuple(deltas), (), none, velocity, state.start, state.writes + some)
@@ -109,6 +111,8 @@ def restart(level: LevelState, first: Fast, share: Tensor) -> LevelState:
 
 def limit(delta: Factors, bound: float) -> Factors:
     """Each sample's delta scaled back to a Frobenius norm of `bound`, if it is beyond."""
+    if bound == float("inf"):
+        return delta
     norm = size(delta)
     scale = torch.where(norm > bound, bound / norm.clamp(min=1e-30), 1.0)
     return Factors(delta.left * _rows(scale, delta.left), delta.right)
