@@ -27,6 +27,9 @@ EXPERIMENTS = {  # name: (module, what it shows)
     "lm-optimizers": (
         "nestlearn.recipes.lm_optimizers", "Hope and a Transformer under four optimizers",
     ),
+    "frontier": (
+        "nestlearn.recipes.frontier", "a pretrained model learns a novel: gain against forgetting",
+    ),
 }  # fmt: skip
 SUITES = {"formal": "table5", "mad": "table4", "mqar": "mqar"}  # of `nestlearn eval`
 
