@@ -46,7 +46,7 @@ def table(records: list[Record], titles: Mapping[str, str]) -> str:
             later, own = untouched(records, seed)
             points = [(own, later), *((r["own"], r["later"]) for r in some)]
             found.append([at_cost(points, own + cost) for cost in COSTS])
-        columns = list(zip(*found))
+        columns = [[row[i] for row in found] for i in range(len(COSTS))]
         seconds = statistics.median(r["seconds"] for r in mine)
         row = [titles[name], *(spread(c, 3) for c in columns), f"{seconds:.0f}"]
         rows.append((statistics.mean(columns[1]), row))
