@@ -51,9 +51,9 @@ def table(records: list[Record], titles: Mapping[str, str]) -> str:
         row = [titles[name], *(spread(c, 3) for c in columns), f"{seconds:.0f}"]
         rows.append((statistics.mean(columns[1]), row))
     start = [untouched(records, seed) for seed in sorted({r["seed"] for r in records})]
-    later, own = [p[0] for p in start], [p[1] for p in start]
+    before, at = [p[0] for p in start], [p[1] for p in start]
     head = ["method", *(f"at +{cost:g}" for cost in COSTS), "seconds to read"]
-    first = ["base model", f"{spread(later, 3)} at {statistics.mean(own):.3f}", "", "", ""]
+    first = ["base model", f"{spread(before, 3)} at {statistics.mean(at):.3f}", "", "", ""]
     return markdown([head, first, *(row for _, row in sorted(rows))])
 
 
