@@ -16,7 +16,7 @@ COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in 
 
 
 def test_the_blocks_are_found():
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert 'pip install -e ".[test]" && pytest' in COMMANDS
     assert "pip install -e . && nestlearn quickstart" in COMMANDS
 

@@ -189,6 +189,16 @@ def test_consolidation_moves_the_fast_delta_into_the_slow_one():
     assert torch.linalg.matrix_rank(after[1].fast[0].dense()[0]) <= 6
 
 
+def test_consolidation_alone_changes_nothing_that_is_computed():
+    """With plain GD and no bounds the sum of sequential levels is one SGD with both steps."""
+    ids = tokens(1, 50)
+    levels = [Level(4, lr=0.3, rule="gd", bound=None), Level(12, lr=0.2, rule="gd", bound=None)]
+    losses = [
+        stacked(levels=levels, variant=v).learn(ids)[0] for v in ("sequential", "independent")
+    ]
+    assert (losses[0] - losses[1])[:, 1:].abs().max() < 1e-4
+
+
 def test_nested_levels_start_again_from_a_start_value_that_moved():
     ids = tokens(1, 12)
     levels = [Level(4, lr=0.5, rule="gd", meta_lr=0.25), Level(12, lr=0.0)]
@@ -332,6 +342,17 @@ def test_merge_writes_a_level_into_the_weights(rank):
         assert (model(ids, rest).logits - expected).abs().max() < 1e-5
         model.merge(rest, level=1)
         assert (unstack(model)(ids).logits - expected).abs().max() < 1e-5
+
+
+def test_a_bfloat16_model_has_deltas_in_float32():
+    """Small steps would be lost in bfloat16; what is read is rounded only once."""
+    model = stacked(tiny(dtype=torch.bfloat16), [Level(4, lr=1e-4, rule="gd")])
+    losses, memory = model.learn(tokens(1, 30))
+    assert losses.dtype == torch.float32
+    delta = memory.levels[0].fast[0].left
+    assert delta.dtype == torch.float32
+    assert 0 < float(delta.abs().max()) < 1e-3
+    assert model.weights(memory)[model.layers[0]].base.dtype == torch.bfloat16
 
 
 def test_generating_with_and_without_cache_agree_under_a_memory():
