@@ -94,6 +94,9 @@ def test_learning_leaves_the_base_model_as_it_was(family):
     assert type(base.get_submodule(model.blocks[0].name)).__name__.endswith("MLP")
     assert {type(layer) for layer in model.layers} <= {nn.Linear, type(model.layers[0])}
     assert torch.equal(base(ids).logits, logits)
+    for use in (lambda: unstack(model), lambda: model(ids, memory), lambda: model.learn(ids)):
+        with pytest.raises(ValueError, match="the model was unstacked"):
+            use()
 
 
 # ------------------------------------------------------------------------------ one update

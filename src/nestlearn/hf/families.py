@@ -171,8 +171,15 @@ def adopt(layer: nn.Module) -> None:
     layer.__class__ = _ADOPTED[type(layer)]
 
 
+def check_adopted(layer: nn.Module) -> None:
+    """ValueError for a layer that takes no lent weights: it would ignore a memory in silence."""
+    if type(layer) not in _RELEASED:
+        raise ValueError("the model was unstacked: stack_levels() it again to use a memory")
+
+
 def release(layer: nn.Module) -> None:
     """Give the layer its own class back."""
+    check_adopted(layer)
     layer.__class__ = _RELEASED[type(layer)]
 
 

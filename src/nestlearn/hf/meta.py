@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from nestlearn import state as trees
 
 from . import learning
-from .families import kernel
 from .plan import Memory
 from .stack import StackedModel
 from .writes import Fast
@@ -157,14 +156,3 @@ def _windows(text: Tensor, config: MetaConfig, draw: torch.Generator) -> Tensor:
     """Windows [batch, length] from random places of a stream [N]."""
     at = torch.randint(0, len(text) - config.length + 1, (config.batch, 1), generator=draw)
     return text.cpu()[at + torch.arange(config.length)]
-
-
-def weights_bytes(model: StackedModel) -> int:
-    """Bytes of one memory's deltas in all levels, if each has written."""
-    total = 0
-    for own in model.owned:
-        for j in own:
-            out, width = kernel(model.layers[j]).shape
-            rank = model.config.rank
-            total += out * width if rank is None else rank * (out + width)
-    return total * model.lr[0].element_size()

@@ -14,7 +14,17 @@ from nestlearn import state as trees
 from nestlearn.layers import Level
 
 from . import learning
-from .families import Effective, Factors, Weights, adopt, find_blocks, kernel, lend, release
+from .families import (
+    Effective,
+    Factors,
+    Weights,
+    adopt,
+    check_adopted,
+    find_blocks,
+    kernel,
+    lend,
+    release,
+)
 from .families import full_precision as wide
 from .plan import WINDOW, Memory, StackConfig, chosen
 from .writes import Fast, LevelState
@@ -70,7 +80,9 @@ def stack_levels(
 
 
 def unstack(model: StackedModel) -> PreTrainedModel:
-    """The base model, bit for bit as it was; the stacked one is of no use afterwards."""
+    """The base model, bit for bit as it was (in evaluation mode); the stacked one is of no use
+    afterwards, and says so with a ValueError.
+    """
     for layer in model.layers:
         release(layer)
     return model.base
@@ -203,6 +215,13 @@ class StackedModel(nn.Module):
         levels = (*memory.levels[:level], fresh, *memory.levels[level + 1 :])
         return memory._replace(levels=levels)
 
+    def memory_bytes(self) -> int:
+        """Bytes of one stream's deltas, once every level has written (momentum: twice those)."""
+        shapes = [kernel(self.layers[j]).shape for own in self.owned for j in own]
+        rank = self.config.rank
+        numbers = [out * width if rank is None else rank * (out + width) for out, width in shapes]
+        return sum(numbers) * self.lr[0].element_size()
+
     def check_level(self, level: int) -> None:
         """ValueError if there is no such level."""
         if not 0 <= level < len(self.owned):
@@ -243,7 +262,10 @@ class StackedModel(nn.Module):
         if rank is None:
             return tuple(Factors(like.new_zeros(batch, *shape)) for shape in shapes)
         drawn = torch.Generator().manual_seed(i)
-        rights = [torch.randn(rank, width, generator=drawn) / width**0.5 for _, width in shapes]
+        rights = [
+            torch.randn(rank, width, generator=drawn, dtype=torch.float32) / width**0.5
+            for _, width in shapes
+        ]
         return tuple(
             Factors(like.new_zeros(batch, out, rank), right.to(like).expand(batch, -1, -1))
             for (out, _), right in zip(shapes, rights)
@@ -251,6 +273,7 @@ class StackedModel(nn.Module):
 
     def effective(self, fasts: dict[int, Fast], *, dense: bool = False) -> Weights:
         """Pretrained weights plus the levels' deltas; low-rank ones beside them unless `dense`."""
+        check_adopted(self.layers[0])
         parts: dict[int, list[Factors]] = {}
         for i, fast in fasts.items():
             for j, delta in zip(self.owned[i], fast):

@@ -90,7 +90,6 @@ def stack_new(
     """
     from nestlearn import Level, stack_levels
     from nestlearn.hf.folder import save_stack
-    from nestlearn.hf.meta import weights_bytes
 
     chunks, rates = chunk or [64, 512], lr or [0.05]
     if len(rates) not in (1, len(chunks)):
@@ -109,7 +108,7 @@ def stack_new(
         window=window,
     )
     save_stack(stacked, out, words)
-    full = weights_bytes(stacked) / 1e6
+    full = stacked.memory_bytes() / 1e6
     say(f"{len(stacked.blocks)} blocks, {len(chunks)} levels; a memory takes {full:,.1f} MB.")
     say(f"Next:  nestlearn learn {out} --data my_text.txt --memory mine", "green")
 
