@@ -37,8 +37,8 @@ TEXTS = ("novel", "dictionary")
 NOVELS = ("pride_and_prejudice", "dracula", "great_expectations")  # one for each seed
 OTHER = "middlemarch"  # for meta-training
 READ, LATER, WINDOW, BLOCK = 24_576, 4_096, 512, 256  # tokens
-EIGHT = (0.003, 0.006, 0.012, 0.025, 0.05, 0.1, 0.2, 0.4)
-FOUR = (0.01, 0.03, 0.1, 0.3)
+EIGHT = (0.0007, 0.0015, 0.003, 0.008, 0.02, 0.05, 0.12, 0.3)
+FOUR = (0.002, 0.008, 0.03, 0.12)
 
 Hook = Callable[["Reader", Any], Any]
 
