@@ -1,0 +1,105 @@
+"""What learning costs a stacked model: python -m bench.stack --help
+
+A Llama with random weights reads a stream of tokens (forward passes with a cache, no gradients),
+learns it, and generates with and without a memory, in turns; medians over rounds and their ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from nestlearn import Level, stack_levels
+from nestlearn.disk import atomic_write
+
+THREE = [Level(chunk=chunk, lr=0.01) for chunk in (64, 256, 1024)]
+LEVELS = {
+    "one level": [Level(chunk=256, lr=0.01)],
+    "three levels": THREE,
+    "three levels over the depth": THREE,
+}
+
+
+def llama(dim: int, layers: int) -> Any:
+    """A base model of that size."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=dim, intermediate_size=8 * dim // 3, num_hidden_layers=layers,
+        num_attention_heads=dim // 64, num_key_value_heads=dim // 64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def read(base: Any, ids: torch.Tensor, window: int, piece: int) -> None:
+    """Forward passes over the stream, `piece` tokens at a time, a new window when one is full."""
+    cache = DynamicCache()
+    for i, part in enumerate(ids.split(piece, 1)):
+        if i * piece % window == 0:
+            cache = DynamicCache()
+        base(input_ids=part, past_key_values=cache, use_cache=True)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="For stack.json.")] = Path("bench/results"),
+    dim: Annotated[int, typer.Option(help="Width, a multiple of 64.")] = 512,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Read and learned in a round.")] = 4096,
+    rounds: Annotated[int, typer.Option(min=2, help="Of each measurement.")] = 5,
+) -> None:
+    """Time of learning over reading, and of generating with a memory over without."""
+    console, rows = Console(width=110), []
+    ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(1))
+    for name, levels in LEVELS.items():
+        spread = "depth" if "depth" in name else "block"
+        model = stack_levels(llama(dim, layers), levels, spread=spread)
+        base = llama(dim, layers)
+        _, memory = model.learn(ids[:, :1024])
+        options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+        row = {"levels": name, "parameters": sum(p.numel() for p in base.parameters())}
+        for what, ours, theirs in (
+            ("learn ÷ read", partial(model.learn, ids), partial(read, base, ids, 1024, 256)),
+            (
+                "generate with a memory ÷ without",
+                partial(model.generate, ids[:, :64], memory, **options),
+                partial(base.generate, ids[:, :64], **options),
+            ),
+        ):
+            seconds = in_turns((ours, theirs), rounds)
+            ratios = sorted(a / b for a, b in zip(*seconds))
+            row[what] = statistics.median(ratios)
+            row[f"{what}, quartiles"] = [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]
+            row[f"{what}, seconds"] = [statistics.median(s) for s in seconds]
+        console.print(
+            f"{name:30} learn ÷ read {row['learn ÷ read']:.2f}   "
+            f"generate ÷ base {row['generate with a memory ÷ without']:.2f}", highlight=False
+        )  # fmt: skip
+        rows.append(row)
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(out / "stack.json", partial(Path.write_text, data=text))
+
+
+def in_turns(runs: tuple[Callable[[], Any], ...], rounds: int) -> list[list[float]]:
+    """Seconds of each run in each round, after one that does not count."""
+    times: list[list[float]] = [[] for _ in runs]
+    for i in range(rounds + 1):
+        for run, own in zip(runs, times):
+            began = time.perf_counter()
+            run()
+            if i:
+                own.append(time.perf_counter() - began)
+    return times
+
+
+if __name__ == "__main__":
+    typer.run(main)
