@@ -20,9 +20,10 @@ from nestlearn import state
 from nestlearn.learn import load_memory, save_memory
 
 
-def _save_for_ever(folder: Path, model, memories) -> None:
-    """In a child: the two memories in turn, until it is killed."""
+def _save_for_ever(folder: Path, model, memories, ready: int) -> None:
+    """In a child: the two memories in turn, until it is killed; a byte to `ready` at the start."""
     digest = load_memory(folder, model).digest
+    os.write(ready, b"!")
     while True:
         for number, memory in enumerate(memories):
             digest = save_memory(folder, model, memory, [{"number": number}], expected=digest)
@@ -35,18 +36,26 @@ def kill(times: int, folder: Path, seed: int = 0) -> tuple[int, int]:
     draw, model = random.Random(seed), stacked()
     memories = [model.learn(ids(length))[1] for length in (37, 22)]
     save_memory(folder, model, memories[0], [{"number": 0}])
+    begin, digest = time.perf_counter(), load_memory(folder, model).digest
+    for number in (1, 0):
+        digest = save_memory(folder, model, memories[number], [{"number": number}], expected=digest)
+    both = time.perf_counter() - begin
     after = [0, 0]
     for _ in range(times):
+        heard, ready = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                _save_for_ever(folder, model, memories)
+                _save_for_ever(folder, model, memories, ready)
             finally:
                 os._exit(1)
-        time.sleep(draw.random() * 0.03)
+        os.close(ready)
+        assert os.read(heard, 1) == b"!", "the child failed before it could save"
+        os.close(heard)
+        time.sleep(draw.random() * 3 * both)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "the child failed before it was killed"
+        assert os.WIFSIGNALED(status), "a save failed before it was killed"
         stored = load_memory(folder, model)
         number = stored.history[0]["number"]
         for (_, a), (_, b) in zip(
