@@ -22,11 +22,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from nestlearn import Level, stack_levels
 from nestlearn.disk import atomic_write
 
-THREE = [Level(chunk=chunk, lr=0.01) for chunk in (64, 256, 1024)]
+THREE = [Level(chunk=chunk, lr=0.01, rule="gd") for chunk in (64, 256, 1024)]
 LEVELS = {
-    "one level": [Level(chunk=256, lr=0.01)],
-    "three levels": THREE,
-    "three levels over the depth": THREE,
+    "one level of 256": [Level(chunk=256, lr=0.01, rule="gd")],
+    "one level of 256, DGD": [Level(chunk=256, lr=0.01)],
+    "levels of 256 and 1,024": THREE[1:],
+    "levels of 64, 256 and 1,024": THREE,
+    "the same over the depth": THREE,
 }
 
 

@@ -106,7 +106,9 @@ def _compute(layer: nn.Module, own, x: Tensor, lent: Effective) -> Tensor:
     if lent.base is None:
         y = own(x)
     elif len(lent.base) == 1:
-        y = F.linear(x, lent.base[0].to(x.dtype), bias)
+        # In two dimensions, or torch spreads the weights over the rows for the backward pass.
+        rows = F.linear(x.reshape(-1, x.shape[-1]), lent.base[0].to(x.dtype), bias)
+        y = rows.view(*x.shape[:-1], rows.shape[-1])
     else:
         y = _by_row(x, lent.base.to(x.dtype))
         y = y if bias is None else y + bias

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from nestlearn.memory import objective as inner_objective
 
-from .families import Factors, Weights, lend
+from .families import Factors, Weights, full_precision, lend
 from .plan import Cache, Memory
 from .writes import Fast, LevelState, Pace, add, consolidate, decay, restart, write
 
@@ -191,11 +191,20 @@ def _outer(model, piece, memory, fasts, active, graph):
     tokens, weight = piece[0], piece[1]
     inputs: dict[nn.Module, Tensor] = {}
     with torch.enable_grad():
-        own = {i: _leaves(fasts[i], graph) for i in active}
-        weights = model.effective({**fasts, **own})
+        if graph is None and model.config.rank is None:
+            # A delta's gradient is that of the sum that it is in: one leaf for all levels.
+            weights = model.effective(fasts)
+            for lent in weights.values():
+                lent.base.requires_grad_()
+        else:
+            own = {i: _leaves(fasts[i], graph) for i in active}
+            weights = model.effective({**fasts, **own})
         loss, cache = _read(model, tokens, memory, weights, inputs)
         total = (loss.nan_to_num() * weight).sum()
-        found = _gradients(total, own, graph)
+        if graph is None and model.config.rank is None:
+            found = _shared_gradients(model, total, weights, active)
+        else:
+            found = _gradients(total, own, graph)
     return loss, cache, found, _constant(inputs, graph)
 
 
@@ -236,6 +245,16 @@ def _leaves(fast: Fast, graph: str | None) -> Fast:
         w.view_as(w) if graph and w.requires_grad else w.detach().requires_grad_()
     )
     return tuple(Factors(own(a), None if b is None else own(b)) for a, b in fast)
+
+
+def _shared_gradients(
+    model: StackedModel, total: Tensor, weights: Weights, active: list[int]
+) -> dict[int, Fast]:
+    numbers = sorted({j for i in active for j in model.owned[i]})
+    bases = [base for j in numbers if (base := weights[model.layers[j]].base) is not None]
+    grads = torch.autograd.grad(total, bases, materialize_grads=True)
+    factors = {j: Factors(full_precision(g)) for j, g in zip(numbers, grads)}
+    return {i: tuple(factors[j] for j in model.owned[i]) for i in active}
 
 
 def _gradients(total: Tensor, own: dict[int, Fast], graph: str | None) -> dict[int, Fast]:

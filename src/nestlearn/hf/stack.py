@@ -284,9 +284,9 @@ class StackedModel(nn.Module):
             if self.config.rank is not None and not dense:
                 weights[layer] = Effective(None, tuple(deltas))
                 continue
-            total = wide(own)[None]
-            for delta in deltas:
-                total = total + delta.dense()
+            total = wide(own) + deltas[0].dense()
+            for delta in deltas[1:]:
+                total += delta.dense()
             weights[layer] = Effective(total.to(own.dtype))
         return weights
 

@@ -56,24 +56,25 @@ def write(state: LevelState, fast: Fast, pace: Pace) -> LevelState:
     if not state.total:
         return state
     some = state.seen > 0
-    every = bool(some.all())
-    keep_unseen = lambda n, o: torch.where(_rows(some, n), n, o)  # noqa: E731
     mean = 1.0 / torch.where(some, state.seen, 1.0)
-    old = state.velocity or tuple(_each(torch.zeros_like, d) for d in fast)
+    every = bool(some.all())
     steps, deltas = [], []
-    for i, (delta, total, past) in enumerate(zip(fast, state.total, old)):
-        rate = pace.lr[i].clamp(min=0.0) * mean
-        step = _each(lambda g: -_rows(rate, g) * g, total)  # noqa: B023
-        if pace.theta is not None:
-            step = _each(lambda s, g: pace.theta * s + g, past, step)
-        moved = _each(lambda d, s: d + s, delta, step)
-        moved = moved if pace.keep == 1.0 else _each(lambda d: pace.keep * d, moved)
+    for i, (delta, total) in enumerate(zip(fast, state.total)):
+        scale = -pace.lr[i].clamp(min=0.0) * mean
+        if pace.theta is None:
+            moved = _each(lambda d, g: torch.addcmul(d, _rows(scale, g), g), delta, total)  # noqa: B023
+        else:
+            past = state.velocity[i] if state.velocity else _each(torch.zeros_like, delta)
+            step = _each(lambda s, g: pace.theta * s + _rows(scale, g) * g, past, total)  # noqa: B023
+            moved = _each(torch.add, delta, step)
+            steps.append(step if every else _where(some, step, past))
+        if pace.keep != 1.0:
+            moved = _each(lambda d: pace.keep * d, moved)
         moved = limit(moved, pace.bound[i])
-        deltas.append(moved if every else _each(keep_unseen, moved, delta))
-        steps.append(step if every else _each(keep_unseen, step, past))
-    velocity = () if pace.theta is None else tuple(steps)
+        deltas.append(moved if every else _where(some, moved, delta))
     none = torch.zeros_like(state.seen)
-    return LevelState(tuple(deltas), (), none, velocity, state.start, state.writes + some)
+    writes = state.writes + some
+    return LevelState(tuple(deltas), (), none, tuple(steps), state.start, writes)
 
 
 def consolidate(
@@ -113,7 +114,11 @@ def limit(delta: Factors, bound: float) -> Factors:
     """Each sample's delta scaled back to a Frobenius norm of `bound`, if it is beyond."""
     if bound == float("inf"):
         return delta
+    if bound == float("inf"):
+        return delta
     norm = size(delta)
+    if not bool((norm > bound).any()):
+        return delta
     scale = torch.where(norm > bound, bound / norm.clamp(min=1e-30), 1.0)
     return Factors(delta.left * _rows(scale, delta.left), delta.right)
 
@@ -158,13 +163,18 @@ def _rows(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.to(like.dtype if per_sample.is_floating_point() else None)[:, None, None]
 
 
+def _where(some: Tensor, new: Factors, old: Factors) -> Factors:
+    """The new value for some samples, the old for the others."""
+    return _each(lambda n, o: torch.where(_rows(some, n), n, o), new, old)
+
+
 def _where_moved(delta: Factors, start: Factors, new: Factors, old: Factors) -> Factors:
     """The new value for the samples whose delta has left its start value, the old for others: a
     sample that has learned nothing is not rewritten for its batch-mates' sake.
     """
     pairs = [(a, b) for a, b in zip(delta, start) if a is not None and b is not None]
     moved = torch.stack([(a != b).flatten(1).any(1) for a, b in pairs]).any(0)
-    return _each(lambda n, o: torch.where(_rows(moved, n), n, o), new, old)
+    return _where(moved, new, old)
 
 
 def _sum(terms: list[tuple[float | Tensor, Factors]]) -> Factors:
