@@ -79,6 +79,9 @@ METHODS = {
     "gate": Method("SGD, surprising half / unsurprising half only", how="gate", dial=(1, -1)),
     "scaled": Method("SGD, scaled back at the end", how="scale", dial=(0.3, 0.6)),
     "replay": Method("SGD, replay of own samples", how="replay", dial=(0.125, 0.25)),
+    "distill": Method(
+        "SGD, distilled from the base model on own samples", how="distill", dial=(1.0, 4.0)
+    ),
     "three-replay": Method(
         "3 levels, sequential, replay", THREE, how="replay", dial=(0.125, 0.25)
     ),
@@ -167,6 +170,8 @@ class Reader:
             _, memory = self.model.learn(part, memory, mask)
             if self.method.how == "ewc":
                 memory = self.pulled(memory)
+            if self.method.how == "distill":
+                memory = self.distilled(memory, i)
             if i % 20 == 0:
                 tell(i * fresh / ids.shape[1], "")
         return self.scaled(memory, self.dial) if self.method.how == "scale" else memory
@@ -190,6 +195,24 @@ class Reader:
         fast = tuple(
             f._replace(left=f.left / (1 + self.dial * w)) for f, w in zip(level.fast, self.fisher)
         )
+        return memory._replace(levels=(level._replace(fast=fast),))
+
+    def distilled(self, memory: Any, i: int) -> Any:
+        """A step along KL(base ‖ now) on 4 × 128 tokens of own samples, times the dial."""
+        level, stories = memory.levels[0], self.own["replayed"]
+        if not level.fast:
+            return memory
+        some = stories[(4 * i + torch.arange(4)) % len(stories), : BLOCK // 2]
+        weights = self.model.effective({0: level.fast})
+        leaves = [weights[layer].base.requires_grad_() for layer in self.model.layers]
+        with torch.no_grad():
+            target = self.model.base(some).logits.log_softmax(-1)
+        with torch.enable_grad(), self.model.using(weights):
+            now = self.model.base(some).logits.log_softmax(-1)
+            loss = F.kl_div(now, target, log_target=True, reduction="sum") / some.numel()
+            grads = torch.autograd.grad(loss, leaves)
+        step = self.dial * self.lr
+        fast = tuple(f._replace(left=f.left - step * g) for f, g in zip(level.fast, grads))
         return memory._replace(levels=(level._replace(fast=fast),))
 
     def scaled(self, memory: Any, share: float) -> Any:
