@@ -35,7 +35,7 @@ def test_every_method_has_eight_settings():
 
 
 @pytest.mark.parametrize(
-    "name", ["sgd", "pull", "ewc", "fading", "last", "rank", "gate", "scaled", "replay", "distill"]
+    "name", ["sgd", "pull", "ewc", "fading", "last", "rank", "gate", "scaled", "replay", "anchor"]
 )
 def test_methods_read(name, shared_data, tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "READ", 1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -18,15 +19,18 @@ from .plan import Cache, Memory
 from .writes import Fast, LevelState, Pace, add, consolidate, decay, restart, write
 
 if TYPE_CHECKING:
+    from .anchor import Anchor
     from .stack import StackedModel
 
 _EMPTY: Cache = ()
+Pull = Callable[[Weights], Tensor]  # a divergence [B] in nats a token, under those weights
 Piece = tuple[Tensor, ...]  # tokens [B, P], weights [B, P], and teach signals [B, P, N, D] if any
 
 
 def unroll(
     model: StackedModel, ids: Tensor, memory: Memory | None = None, mask: Tensor | None = None,
-    *, teach: Tensor | None = None, drift: float | None = None, graph: str | None = None,
+    *, teach: Tensor | None = None, drift: float | None = None, anchor: Anchor | None = None,
+    graph: str | None = None,
 ) -> tuple[Tensor, Memory]:  # fmt: skip
     """`StackedModel.learn`; with graph "full" or "first-order" losses and memory hang on the step
     sizes and start values, through the inner gradients or with these as constants.
@@ -35,6 +39,8 @@ def unroll(
     queue = _check(model, ids, memory, mask, teach, drift)
     if teach is None and model.config.objective == "teach":
         raise ValueError('objective="teach" learns from teach=...: pass the signals')
+    if anchor is not None and model.config.objective != "outer":
+        raise ValueError(f'objective="{model.config.objective}" takes no anchor: use "outer"')
     if waiting := memory.pending[0].shape[1]:
         queue = tuple(torch.cat(pair, 1) for pair in zip(memory.pending, queue))
     at, parts = memory.position - waiting, []
@@ -47,7 +53,8 @@ def unroll(
             queue = tuple(part[:, length:] for part in queue)
             if piece[0].shape[1] < length:
                 break
-            loss, memory = _read_and_gather(model, piece, memory, active, graph)
+            pull = None if anchor is None else _pull(model, anchor, memory, at)
+            loss, memory = _read_and_gather(model, piece, memory, active, graph, pull)
             at += length
             memory = memory._replace(levels=_write_due(model, memory.levels, at, drift))
             parts.append(loss)
@@ -158,9 +165,18 @@ def _make_room(model: StackedModel, memory: Memory, length: int) -> Memory:
 # ----------------------------------------------------------------------------------- learning
 
 
+def _pull(model: StackedModel, anchor: Anchor, memory: Memory, at: int) -> Pull | None:
+    """The anchor's divergence at a position; None while the model is still the pretrained one."""
+    if not len(model.starts) and not any(level.fast for level in memory.levels):
+        return None
+    turn = at // min(level.chunk for level in model.config.levels if level.chunk is not None)
+    return lambda weights: anchor.divergence(model, weights, turn, len(memory.context))
+
+
 def _read_and_gather(
-    model: StackedModel, piece: Piece, memory: Memory, active: list[int], graph: str | None
-) -> tuple[Tensor, Memory]:
+    model: StackedModel, piece: Piece, memory: Memory, active: list[int], graph: str | None,
+    pull: Pull | None,
+) -> tuple[Tensor, Memory]:  # fmt: skip
     """Read one whole piece, and add its gradient to what the active levels gather."""
     tokens, weight = piece[0], piece[1]
     if not memory.context.shape[1]:
@@ -173,9 +189,11 @@ def _read_and_gather(
     else:
         starts = {i: model.start(i, len(tokens)) for i in active if i not in fasts}
         fasts = {**fasts, **starts}
-        gradients = _outer if model.config.objective == "outer" else _inside
         piece = (tokens, weight, *piece[2:])
-        loss, cache, found, inputs = gradients(model, piece, memory, fasts, active, graph)
+        if model.config.objective == "outer":
+            loss, cache, found, inputs = _outer(model, piece, memory, fasts, active, graph, pull)
+        else:
+            loss, cache, found, inputs = _inside(model, piece, memory, fasts, active, graph)
         levels = tuple(
             _gather(model, i, level, fasts[i], found[i], inputs, weight) if i in found else level
             for i, level in enumerate(levels)
@@ -186,8 +204,10 @@ def _read_and_gather(
     return loss, memory._replace(context=context, cache=cache, levels=levels)
 
 
-def _outer(model, piece, memory, fasts, active, graph):
-    """The gradients of the piece's summed cross-entropy in the active levels' deltas."""
+def _outer(model, piece, memory, fasts, active, graph, pull):
+    """The gradients of the piece's summed cross-entropy in the active levels' deltas; of the
+    anchor's divergence, too, which weighs as much for each token.
+    """
     tokens, weight = piece[0], piece[1]
     inputs: dict[nn.Module, Tensor] = {}
     with torch.enable_grad():
@@ -201,6 +221,8 @@ def _outer(model, piece, memory, fasts, active, graph):
             weights = model.effective({**fasts, **own})
         loss, cache = _read(model, tokens, memory, weights, inputs)
         total = (loss.nan_to_num() * weight).sum()
+        if pull is not None:
+            total = total + (pull(weights) * weight.sum(1)).sum()
         if graph is None and model.config.rank is None:
             found = _shared_gradients(model, total, weights, active)
         else:

@@ -14,6 +14,7 @@ from nestlearn import state as trees
 from nestlearn.layers import Level
 
 from . import learning
+from .anchor import Anchor
 from .families import (
     Effective,
     Factors,
@@ -165,6 +166,7 @@ class StackedModel(nn.Module):
         *,
         teach: Tensor | None = None,
         drift: float | None = None,
+        anchor: Anchor | None = None,
     ) -> tuple[Tensor, Memory]:
         """Read tokens and learn from them; the same however the stream is cut into calls.
 
@@ -172,14 +174,17 @@ class StackedModel(nn.Module):
         weight of each (default all); the others are context only. teach [B, T, N, D], for the
         objective "teach": for each token, at the place that predicts it, the gradient of a loss
         in the output of each of the N blocks. drift: no delta's norm passes this share of its
-        pretrained weights' norm (default: the level's bound).
+        pretrained weights' norm (default: the level's bound). anchor: what the model is held to
+        while it learns, for the objective "outer" (see `Anchor`).
 
         Returns (losses [B, T], memory): each token's −log p in nats, predicted before anything
         was learned from it or a later one; the stream's first is nan. Raises ValueError for
         arguments of another shape, before anything is learned.
         """
         with torch.no_grad():
-            losses, memory = learning.unroll(self, ids, memory, mask, teach=teach, drift=drift)
+            losses, memory = learning.unroll(
+                self, ids, memory, mask, teach=teach, drift=drift, anchor=anchor
+            )
         return losses, trees.detach(memory)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from nestlearn.hf.anchor import Anchor
 from nestlearn.hf.families import Weights
 from nestlearn.hf.folder import fingerprint
 from nestlearn.hf.stack import StackedModel
@@ -69,7 +70,8 @@ class Session:
     Guards: held_out, a text that must stay understood: a `learn` that makes its loss worse than
     before, and by more than the share `tolerance` worse than the model's own without any memory, is
     taken back as a whole. drift: no level's delta of a layer gets larger than this share of the
-    layer's pretrained weights. read_only: nothing may be learned or saved.
+    layer's pretrained weights. anchor: texts, such as the model's own samples, to which it is held
+    while it learns (`nestlearn.hf.anchor.Anchor`). read_only: nothing may be learned or saved.
 
     Everything but `learn`, `chat`, `reset`, `merge` and `load` leaves the memory as it is. Raises
     ValueError for a memory of another base model, FileNotFoundError for a read-only session
@@ -80,7 +82,7 @@ class Session:
     def __init__(
         self, model: StackedModel, memory: str | Path | None = None, tokenizer: Any = None, *,
         held_out: Text | None = None, tolerance: float = 0.05, drift: float | None = None,
-        read_only: bool = False,
+        anchor: Anchor | None = None, read_only: bool = False,
     ):  # fmt: skip
         if not isinstance(model, StackedModel):
             raise ValueError(
@@ -89,7 +91,7 @@ class Session:
         if drift is not None and not drift > 0:
             raise ValueError(f"drift={drift}: give a share above 0, or None")
         self.model, self.tokenizer = model, tokenizer
-        self.drift, self.read_only = drift, read_only
+        self.drift, self.anchor, self.read_only = drift, anchor, read_only
         self.path = None if memory is None else find(memory)
         self.memory, self.turns = model.init_memory(1), list[ChatTurn]()
         self._history: list[store.Record] = []
@@ -117,7 +119,9 @@ class Session:
         """
         self._may_write()
         ids = self._ids(text, first=self.memory.position == 0)
-        losses, memory = self.model.learn(ids, self.memory, mask, drift=self.drift)
+        losses, memory = self.model.learn(
+            ids, self.memory, mask, drift=self.drift, anchor=self.anchor
+        )
         chosen = torch.ones_like(losses) if mask is None else mask.to(losses)
         chosen = chosen * ~losses.isnan()
         loss = float((losses.nan_to_num() * chosen).sum() / chosen.sum().clamp(min=1e-9))
@@ -269,7 +273,7 @@ class Session:
 
         ValueError if there is a memory at the path already.
         """
-        twin = Session(self.model, None, self.tokenizer, drift=self.drift)
+        twin = Session(self.model, None, self.tokenizer, drift=self.drift, anchor=self.anchor)
         twin._held_out, twin._limit = self._held_out, self._limit
         twin.memory, twin._history, twin._base = self.memory, self.history, self._base
         twin.turns = list(self.turns)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestlearn.hf.anchor import Anchor
 from nestlearn.layers import Level
 from nestlearn.recipes.cells import Tell
 
@@ -54,9 +55,9 @@ METHODS = {
     "gate": Method("SGD, surprising half / unsurprising half only", how="gate", dial=(1, -1)),
     "scaled": Method("SGD, scaled back at the end", how="scale", dial=(0.3, 0.6)),
     "replay": Method("SGD, replay of own samples", how="replay", dial=(0.125, 0.25)),
-    "distill": Method(
-        "SGD, distilled from the base model on own samples", how="distill", dial=(1.0, 4.0)
-    ),
+    "anchor": Method("SGD, anchored to own samples", how="anchor", dial=(1.0, 4.0)),
+    "three-anchor": Method("3 levels, sequential, anchored", THREE, how="anchor", dial=(1.0, 4.0)),
+    "dgd-anchor": Method("SGD by DGD, anchored", rule="dgd", how="anchor", dial=(1.0, 4.0)),
     "three-replay": Method(
         "3 levels, sequential, replay", THREE, how="replay", dial=(0.125, 0.25)
     ),
@@ -139,14 +140,15 @@ class Reader:
         memory = self.model.init_memory(1)
         if self.method.how == "ewc":
             self.fisher = fisher(self.model, self.own["replayed"])
+        anchor = None
+        if self.method.how == "anchor":
+            anchor = Anchor(self.own["replayed"][:, : BLOCK // 2], self.dial)
         fresh = round(BLOCK * (1 - self.dial)) if self.method.how == "replay" else BLOCK
         for i, part in enumerate(ids.split(fresh, 1)):
             part, mask = self.prepared(part, i, memory)
-            _, memory = self.model.learn(part, memory, mask)
+            _, memory = self.model.learn(part, memory, mask, anchor=anchor)
             if self.method.how == "ewc":
                 memory = self.pulled(memory)
-            if self.method.how == "distill":
-                memory = self.distilled(memory, i)
             if i % 20 == 0:
                 tell(i * fresh / ids.shape[1], "")
         return self.scaled(memory, self.dial) if self.method.how == "scale" else memory
@@ -170,24 +172,6 @@ class Reader:
         fast = tuple(
             f._replace(left=f.left / (1 + self.dial * w)) for f, w in zip(level.fast, self.fisher)
         )
-        return memory._replace(levels=(level._replace(fast=fast),))
-
-    def distilled(self, memory: Any, i: int) -> Any:
-        """A step along KL(base ‖ now) on 4 × 128 tokens of own samples, times the dial."""
-        level, stories = memory.levels[0], self.own["replayed"]
-        if not level.fast:
-            return memory
-        some = stories[(4 * i + torch.arange(4)) % len(stories), : BLOCK // 2]
-        weights = self.model.effective({0: level.fast})
-        leaves = [weights[layer].base.requires_grad_() for layer in self.model.layers]
-        with torch.no_grad():
-            target = self.model.base(some).logits.log_softmax(-1)
-        with torch.enable_grad(), self.model.using(weights):
-            now = self.model.base(some).logits.log_softmax(-1)
-            loss = F.kl_div(now, target, log_target=True, reduction="sum") / some.numel()
-            grads = torch.autograd.grad(loss, leaves)
-        step = self.dial * self.lr
-        fast = tuple(f._replace(left=f.left - step * g) for f, g in zip(level.fast, grads))
         return memory._replace(levels=(level._replace(fast=fast),))
 
     def scaled(self, memory: Any, share: float) -> Any:
