@@ -119,6 +119,20 @@ def test_training_how_it_learns_is_kept_in_the_folder(call, folder):
         load_stack(out)
 
 
+def test_an_anchor_holds_what_is_forgotten_down(call, folder):
+    out = folder / "stacked"
+    call("stack", folder / "model", "--out", out, "--chunk", 8, "--lr", 0.5)
+    forgotten = {}
+    for name, options in (("free", ()), ("held", ("--anchor", 30))):
+        code, _, said = call(
+            "learn", out, "--data", folder / "text.txt", "--memory", name, *options
+        )
+        assert code == 0, said
+        line = next(line for line in said.splitlines() if line.startswith("Forgotten"))
+        forgotten[name] = float(line.split()[-2].rstrip("."))
+    assert forgotten["held"] < forgotten["free"]
+
+
 def test_a_text_that_harms_is_taken_back(call, folder):
     out = folder / "stacked"
     call("stack", folder / "model", "--out", out, "--chunk", 4, "--lr", 0.9)
