@@ -338,7 +338,7 @@ def test_experiments_are_listed(call):
     for arguments in (("reproduce",), ("reproduce", "--list")):
         code, out, _ = call(*arguments)
         assert code == 0
-        assert [line.split()[0] for line in out.splitlines()] == ["table4", "table5", "mqar"]
+        assert {"table4", "fig4", "frontier"} < {line.split()[0] for line in out.splitlines()}
     for command in ("eval", "reproduce"):
         code, out, _ = call(command, "--help")
         assert code == 0
