@@ -10,9 +10,10 @@ from typing import Any
 
 from nestlearn.recipes.suite import markdown
 from nestlearn.recipes.tuned import spread
-from nestlearn.train.plots import COLOURS, MARKERS, new_figure, write_figure
+from nestlearn.train.plots import new_figure, write_figure
 
 COSTS = (0.05, 0.15, 0.4)  # nats on the model's own kind of text
+MARKS = "os^vDP*X<>hd|"  # 13 of them and 20 colours: no pair comes twice
 Point = tuple[float, float]  # loss on the own kind, on the later part
 Record = dict[str, Any]
 
@@ -66,8 +67,11 @@ def untouched(records: list[Record], seed: int) -> tuple[float, float]:
 
 def draw(records: list[Record], titles: Mapping[str, str], path: Path) -> None:
     """Each method's front, mean over excerpts of each setting."""
+    from matplotlib import colormaps
+
     figure, (axes,) = new_figure("Loss on its own kind of text (nats)", "Loss on later text (nats)")
     figure.set_size_inches(9.6, 5.6)
+    colours = colormaps["tab20"]
     for i, name in enumerate(dict.fromkeys(r["model"] for r in records)):
         mine = [r for r in records if r["model"] == name]
         places = {(r["lr"], r["dial"]) for r in mine}
@@ -76,8 +80,11 @@ def draw(records: list[Record], titles: Mapping[str, str], path: Path) -> None:
                   ("own", "later"))
             for p in places
         ]  # fmt: skip
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.plot(*zip(*front(means)), lw=1.1, ms=4, label=titles[name], **style)
+        first = i == 0  # what all others are measured by
+        axes.plot(
+            *zip(*front(means)), lw=2.4 if first else 1.1, ms=4, label=titles[name],
+            color="black" if first else colours(i % 20), marker=MARKS[i % len(MARKS)],
+        )  # fmt: skip
     _, own = untouched(records, records[0]["seed"])
     axes.set_xlim(own - 0.02, own + 0.8)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
