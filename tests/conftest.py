@@ -1,5 +1,7 @@
 """Shapes are law here: rooms 1 and 2 run with their annotations enforced."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(1)  # two workers share two cores; and one thread is reproducible
 _hook = install_import_hook(["nestlearn.memory", "nestlearn.scan"], "beartype.beartype")
 ROOT = Path(__file__).parents[1]
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def pytest_addoption(parser):
@@ -25,3 +28,20 @@ def shared_data(request) -> Path:
     if not (folder / "models" / "stories260K.bin").is_file():
         pytest.skip(f"{folder} holds no models/stories260K.bin: give the folder with --data")
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run `nestlearn ...` in this process; returns exit code, stdout, stderr."""
+    from nestlearn import cli
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["nestlearn", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "100")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        return stop.value.code, ANSI.sub("", shown.out), ANSI.sub("", shown.err)
+
+    return run

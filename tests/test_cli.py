@@ -17,24 +17,7 @@ import torch
 from nestlearn import cli
 from nestlearn.train import TrainConfig
 
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
 SMALL = ["--steps", "4", "--batch", "2", "--length", "16", "--device", "cpu"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run `nestlearn ...` in this process; returns exit code, stdout, stderr."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["nestlearn", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "100")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = capsys.readouterr()
-        return stop.value.code, ANSI.sub("", shown.out), ANSI.sub("", shown.err)
-
-    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The commands of stacked models, from a pretrained model's folder to one that remembers."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -14,24 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nestlearn import Session, cli
 from nestlearn.hf.folder import load_stack
-
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run `nestlearn ...` in this process; returns exit code, stdout, stderr."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["nestlearn", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "120")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = capsys.readouterr()
-        return stop.value.code, ANSI.sub("", shown.out), ANSI.sub("", shown.err)
-
-    return run
 
 
 @pytest.fixture

@@ -178,7 +178,8 @@ def reproduce(
     """Read with every method at every setting; the table, also in out/table.md, with a figure.
 
     data: the folder with models/stories260K.bin, models/tok512.bin, books/ and novel_languages/.
-    only: of TEXTS. models: of METHODS. quick: two methods, two settings, one seed.
+    only: of TEXTS (default: the novel). models: of METHODS. quick: two methods, two settings, one
+    seed.
     """
     if data is None or not (Path(data) / "models" / "stories260K.bin").is_file():
         raise ValueError(f"data={data}: give the folder that holds models/stories260K.bin")

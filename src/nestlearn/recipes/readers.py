@@ -57,7 +57,6 @@ METHODS = {
     "replay": Method("SGD, replay of own samples", how="replay", dial=(0.125, 0.25)),
     "anchor": Method("SGD, anchored to own samples", how="anchor", dial=(1.0, 4.0)),
     "three-anchor": Method("3 levels, sequential, anchored", THREE, how="anchor", dial=(1.0, 4.0)),
-    "dgd-anchor": Method("SGD by DGD, anchored", rule="dgd", how="anchor", dial=(1.0, 4.0)),
     "three-replay": Method(
         "3 levels, sequential, replay", THREE, how="replay", dial=(0.125, 0.25)
     ),
