@@ -205,6 +205,7 @@ def reproduce(
     if len(only) > 1 or (only and data is None):
         raise ValueError(f"only={list(only)}: name one torchvision data set, and its folder (data)")
     name = only[0] if only else "CIFAR10"
+    load(data, name)  # says here, and once, what is missing
     out.mkdir(parents=True, exist_ok=True)
     usual, dim, depth, batch = (40, 32, 2, 64) if quick else (600, 64, 4, 128)
     steps = usual if steps is None else steps
