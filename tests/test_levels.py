@@ -166,7 +166,7 @@ def answering(layer, state):
         read = layer.writer.read
         return {"M": (state.memory.now if read == "token" else state.memory.start)[0]}
     found = {}
-    for (names, writer), fast in zip(layer.groups, state.memories):
+    for (names, writer, _), fast in zip(layer.groups, state.memories):
         for g, name in enumerate(names):
             now = name == "mem" and writer.read == "token"
             found[SYMBOLS[name]] = (fast.now if now else fast.start)[0][:, :, g]
@@ -207,7 +207,9 @@ def values_of(node):
 
 @pytest.mark.parametrize("channel", ["cms", "mlp"])
 @pytest.mark.parametrize("mixer", ["hope", "attention", "titans", "deltanet", "linear"])
-@pytest.mark.parametrize("changes", [{}, {"momentum": True, "variant": "nested"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"momentum": True, "variant": "nested"}, {"dgd": 0.5}], ids=str
+)
 def test_every_value_is_counted_once(mixer, channel, changes):
     model = hope(mixer=mixer, channel=channel, **changes)
     found = parts(levels(model, tokens_per_step=64)).values()

@@ -181,10 +181,14 @@ def _stream(module: nn.Module) -> Iterator[Component]:
 
 
 def _titans(module: SelfModifyingTitans) -> Iterator[Component]:
-    for name, writer in [(name, writer) for names, writer in module.groups for name in names]:
-        # the other memories are read by the layer at their chunk's first weights
-        read = writer.read if name == "mem" else "boundary"
-        yield from _memory(SYMBOLS[name], writer, _numel(module.start[name]), ("k", "v̂"), read)
+    for names, writer, heads in module.groups:
+        share = heads.stop - heads.start
+        where = "" if share == module.heads else f", heads {heads.start + 1}–{heads.stop}"
+        for name in names:
+            # the other memories are read by the layer at their chunk's first weights
+            read = writer.read if name == "mem" else "boundary"
+            size = _numel(module.start[name]) * share // module.heads
+            yield from _memory(SYMBOLS[name] + where, writer, size, ("k", "v̂"), read)
 
 
 def _continuum(module: ContinuumMemory) -> Iterator[Component]:

@@ -42,6 +42,7 @@ LAYERS = {
     "titans-matrix": lambda: titans(depth=1),
     "titans-deep": lambda: titans(depth=3, hidden=5),
     "titans-gd": lambda: titans(dgd=False, weight_decay=False),
+    "titans-half-gd": lambda: titans(dgd=0.5, projection_chunk=6),
     "titans-eta2": lambda: titans(eta_max=2.0, objective="l2"),
     "titans-two-chunks": lambda: titans(projection_chunk=6),
     "titans-fast-projections": lambda: titans(chunk=8, projection_chunk=1),

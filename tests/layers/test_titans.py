@@ -88,6 +88,7 @@ OPTIONS = {
     "alpha is static": {"adapt": ("k", "v", "eta")},
     "eta_max": {"eta_max": 2.0},
     "no DGD": {"dgd": False},
+    "DGD in half of the heads": {"dgd": 0.5},
     "no weight decay": {"weight_decay": False},
     "no convolution": {"conv": 0},
     "depth": {"depth": 3},
@@ -132,14 +133,36 @@ def test_static_writes_nothing_into_the_projections():
 
 
 def test_memories_of_one_chunk_size_are_written_together():
-    assert [names for names, _ in SelfModifyingTitans(D, H, 4).groups] == [
+    assert [group.names for group in SelfModifyingTitans(D, H, 4).groups] == [
         ("k", "v", "eta", "alpha", "mem")
     ]
     groups = SelfModifyingTitans(D, H, 8, projection_chunk=4).groups
-    assert [(names, writer.chunk) for names, writer in groups] == [
+    assert [(group.names, group.writer.chunk) for group in groups] == [
         (("k", "v", "eta", "alpha"), 4),
         (("mem",), 8),
     ]
+
+
+@pytest.mark.parametrize("chunks", [{}, {"projection_chunk": 2}], ids=["together", "apart"])
+def test_each_head_learns_by_its_own_rule(chunks):
+    def written(dgd):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(D, H, 4, dgd=dgd, **chunks).double()
+        torch.nn.init.zeros_(layer.eta.bias)
+        memories = zip(layer.groups, layer(x())[1].memories)
+        return {
+            (name, head): [w[:, head - group.heads.start, i] for w in fast.now]
+            for group, fast in memories
+            for i, name in enumerate(group.names)
+            for head in range(H)[group.heads]
+        }
+
+    both, delta, plain = written(0.5), written(True), written(False)
+    assert both.keys() == delta.keys()
+    for (name, head), weights in both.items():
+        own, other = (delta, plain) if head < H // 2 else (plain, delta)
+        torch.testing.assert_close(weights, own[name, head], **TOLERANCE)
+        assert (weights[0] - other[name, head][0]).abs().max() > 1e-6
 
 
 def test_the_shell_holds_after_every_chunk():
@@ -190,6 +213,8 @@ def test_deltanet_layer_is_the_recurrence():
     ("options", "message"),
     [
         ({"heads": 3}, "dim=8 is not divisible by heads=3"),
+        ({"dgd": 0.3}, "dgd=0.3 of heads=2: give a share"),
+        ({"dgd": 1.5}, "dgd=1.5 of heads=2: give a share"),
         ({"chunk": 0}, "chunk=0"),
         ({"projection_chunk": -1}, "chunk=-1"),
         ({"adapt": ("k", "z")}, r"\['z'\]"),

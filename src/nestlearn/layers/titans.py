@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,17 @@ from .mixers import (
 PROJECTIONS = ("k", "v", "eta", "alpha", "q")
 
 
+class Group(NamedTuple):
+    """Memories that one update writes: they share keys, gates, chunk and rule."""
+
+    names: tuple[str, ...]
+    writer: Writer
+    heads: slice
+
+
 class TitansState(NamedTuple):
     """position: tokens seen. conv: inputs of the convolution. memories: fast weights of each of the
-    layer's `groups`, the memories of a group stacked [B, H, G, ...].
+    layer's `groups`, the memories of a group stacked [B, heads, memories, ...].
     """
 
     position: int
@@ -53,17 +62,18 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
 
     chunk: tokens between two gradient points of M_mem; projection_chunk: of the others (default
     the same). adapt: which projections are memories that are written; one left out stays at its
-    start value ("q" is static W_q unless named). objective: "dot" or "l2". dgd: the retention
-    term −η k kᵀ. weight_decay: the retention α_t. momentum: input-gated S. eta_max: 1, or 2 for
-    transitions with negative eigenvalues. read: "token" answers through the writes of the chunk so
-    far, "boundary" through the chunk's first weights. bound: the shell, in units of the start's
-    norm, to which each matrix is brought back after a chunk (None: free). half_life: tokens in
-    which what was learned fades by half towards the start (None: never), for streams much longer
-    than the trained ones. depth, hidden: matrices
-    of each memory (1: a matrix memory) and the width between them (default: that of a head).
-    truncate: the outer gradient through the memories stops at multiples of so many tokens; give it
-    for long sequences with large steps (eta_max > 1, momentum), where products of many writes make
-    it explode. remat: recompute each chunk in the backward pass. backend: as in
+    start value ("q" is static W_q unless named). objective: "dot" or "l2". dgd: the share of the
+    heads, from the first on, with the retention term −η k kᵀ; the others learn by plain gradient
+    descent, which adds up what DGD replaces (True: all have it, False: none). weight_decay: the
+    retention α_t. momentum: input-gated S. eta_max: 1, or 2 for transitions with negative
+    eigenvalues. read: "token" answers through the writes of the chunk so far, "boundary" through
+    the chunk's first weights. bound: the shell, in units of the start's norm, to which each matrix
+    is brought back after a chunk (None: free). half_life: tokens in which what was learned fades
+    by half towards the start (None: never), for streams much longer than the trained ones. depth,
+    hidden: matrices of each memory (1: a matrix memory) and the width between them (default: that
+    of a head). truncate: the outer gradient through the memories stops at multiples of so many
+    tokens; give it for long sequences with large steps (eta_max > 1, momentum), where products of
+    many writes make it explode. remat: recompute each chunk in the backward pass. backend: as in
     `nestlearn.scan.update`.
 
     Not for sequences where exact recall over the whole length is all that counts and the length
@@ -79,7 +89,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         projection_chunk: int | None = None,
         adapt: tuple[str, ...] = ("k", "v", "eta", "alpha"),
         objective: str = "dot",
-        dgd: bool = True,
+        dgd: float = True,
         weight_decay: bool = True,
         momentum: bool = False,
         eta_max: float = 1.0,
@@ -101,6 +111,11 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             raise ValueError(f"adapt={adapt}: {sorted(unknown)} not among {PROJECTIONS}")
         if "alpha" in adapt and not weight_decay:
             adapt = tuple(n for n in adapt if n != "alpha")
+        replacing = round(dgd * heads)
+        if not 0 <= dgd <= 1 or abs(replacing - dgd * heads) > 1e-6:
+            raise ValueError(
+                f"dgd={dgd} of heads={heads}: give a share in [0, 1] of a whole number of heads"
+            )
         if not 0 < eta_max <= 2:
             raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
         self.dim, self.heads, self.eta_max = dim, heads, eta_max
@@ -113,13 +128,11 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             if depth == 1
             else ResidualMLP(width, hidden, depth, gain=math.sqrt(max(hidden, 1)))
         )
-        rule = GradientRule(delta=dgd, decay=weight_decay, momentum=momentum, normalize=True)
+        rule = GradientRule(replacing > 0, decay=weight_decay, momentum=momentum, normalize=True)
         self.writer = Writer(
             memory, rule, chunk, objective=objective, read=read, bound=bound,
             half_life=half_life, backend=backend,
         )  # fmt: skip
-        size = chunk if projection_chunk is None else projection_chunk
-        slower = replace(self.writer, chunk=size)
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
             {
@@ -128,12 +141,17 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
                 if weight_decay or n != "alpha"
             }
         )
-        # Memories that are written together share their keys, gates and chunk: one update for all.
-        self.groups: tuple[tuple[tuple[str, ...], Writer], ...]
-        if self.adapt and slower.chunk != chunk:
-            self.groups = ((self.adapt, slower), (("mem",), self.writer))
-        else:
-            self.groups = (((*self.adapt, "mem"), self.writer),)
+        size = chunk if projection_chunk is None else projection_chunk
+        together: list[tuple[tuple[str, ...], int]] = [((*self.adapt, "mem"), chunk)]
+        if self.adapt and size != chunk:
+            together = [(self.adapt, size), (("mem",), chunk)]
+        kinds = [(True, slice(0, replacing)), (False, slice(replacing, heads))]
+        self.groups = tuple(
+            Group(names, replace(self.writer, chunk=size, rule=replace(rule, delta=delta)), part)
+            for names, size in together
+            for delta, part in kinds
+            if part.start < part.stop
+        )
         self.conv = ShortConvolution(dim, conv) if conv else None
         self.query = None if "q" in self.adapt else nn.Linear(dim, dim, bias=False)
         # η starts at 2 % of its bound, α at 0.9999: a memory that is not trained yet
@@ -143,9 +161,10 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         self.theta = nn.Linear(dim, heads) if momentum else None
         self.readout = Readout(dim, heads)
 
-    def start_weights(self, names: tuple[str, ...]) -> Weights:
-        """Start values of these memories, stacked: each [H, G, out, in]."""
-        return tuple(torch.stack(ws, 1) for ws in zip(*(self._start(n) for n in names)))
+    def start_weights(self, group: Group) -> Weights:
+        """Start values of a group's memories, stacked: each [heads, memories, out, in]."""
+        starts = ([w[group.heads] for w in self._start(name)] for name in group.names)
+        return tuple(torch.stack(ws, 1) for ws in zip(*starts))
 
     def _start(self, name: str) -> Weights:
         weights = self.start[name]
@@ -155,18 +174,18 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     def init_state(self, batch: int) -> TitansState:
         """The state before the first token."""
         conv = None if self.conv is None else self.conv.init_state(batch)
-        memories = (writer.begin(self.start_weights(names), batch) for names, writer in self.groups)
+        memories = (g.writer.begin(self.start_weights(g), batch) for g in self.groups)
         return TitansState(0, conv, tuple(memories))
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
         inputs, conv = self._again(self._inputs, x, state.conv)
-        starts = tuple(self.start_weights(names) for names, _ in self.groups)
+        starts = tuple(map(self.start_weights, self.groups))
 
         ys, memories = self._scan(
             state.memories, inputs, starts, length=x.shape[1], axis=2,
-            chunks=tuple(writer.chunk for _, writer in self.groups), position=state.position,
+            chunks=tuple(group.writer.chunk for group in self.groups), position=state.position,
         )  # fmt: skip
         y = self._again(self.readout, torch.cat(ys, 2).to(x.dtype), x)
         return y, TitansState(state.position + x.shape[1], conv, memories)
@@ -187,27 +206,35 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         z, q, log_theta = xs
         memory = self.writer.memory
         assert isinstance(memory, Matrix | ResidualMLP)
-        written = {name for names, _ in self.groups for name in names}
+        written = {name for group in self.groups for name in group.names}
         said = {
             name: answers(memory, tuple(w.to(z.dtype) for w in self._start(name)), z)
             for name in self.start
             if name not in written
         }
-        for (names, _), fast in zip(self.groups, memories):
+        parts: dict[str, list[Tensor]] = {}  # of each memory, from the first heads on
+        for (names, _, heads), fast in zip(self.groups, memories):
             if names != ("mem",):  # M_mem among others is asked too: cheaper than a slice of all
-                said.update(zip(names, answers(memory, fast.start, z.unsqueeze(2)).unbind(2)))
+                answer = answers(memory, fast.start, z[:, heads].unsqueeze(2))
+                for name, part in zip(names, answer.unbind(2)):
+                    parts.setdefault(name, []).append(part)
+        said |= {name: _joined(answer) for name, answer in parts.items()}
         k, v = unit(torch.stack([said["k"], said["v"]], 2))[0].split(1, 2)
         q = unit(said["q"])[0] if q is None else q
         eta = self.eta_max * torch.sigmoid(self.eta(said["eta"]))
         log_alpha = None if self.alpha is None else F.logsigmoid(self.alpha(said["alpha"]))
         gates = Gates(eta, log_alpha, log_theta).map(lambda g: g.unsqueeze(2))
 
-        after, o = [], None
-        for (names, writer), fast, start in zip(self.groups, memories, starts):
-            asked = q if "mem" in names else None
-            o, fast = writer.write(fast, asked, k, v, gates, span, start, reader=-1, own=True)
+        after, os = [], []
+        for (names, writer, heads), fast, start in zip(self.groups, memories, starts):
+            own = itemgetter((slice(None), heads))
+            asked = own(q) if "mem" in names else None
+            o, fast = writer.write(
+                fast, asked, own(k), own(v), gates.map(own), span, start, reader=-1, own=True
+            )
             after.append(fast)
-        return o, tuple(after)
+            os += [] if o is None else [o]
+        return _joined(os), tuple(after)
 
 
 class Scalar(nn.Module):
@@ -220,6 +247,10 @@ class Scalar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bhtd,hd->bht", x, self.weight.to(x.dtype)) + self.bias.unsqueeze(-1)
+
+
+def _joined(heads: list[Tensor]) -> Tensor:
+    return heads[0] if len(heads) == 1 else torch.cat(heads, 1)
 
 
 def _fresh(memory: Matrix | ResidualMLP, heads: int) -> list[nn.Parameter]:

@@ -60,7 +60,7 @@ class HopeConfig:
     projection_chunk: int | None = None
     hidden: int | None = None
     depth: int = 2
-    dgd: bool = True
+    dgd: float = True
     weight_decay: bool = True
     objective: str = "dot"
     momentum: bool = False

@@ -49,17 +49,6 @@ def plain_deltanet(config: HopeConfig, _block: int) -> nn.Module:
     )  # fmt: skip
 
 
-def in_turn(config: HopeConfig, block: int) -> nn.Module:
-    """Self-modifying Titans that learn by DGD in the first block, by plain GD in the next, ...
-
-    DGD's retention can flip a state's sign, and so tell odd from even, but it forgets what a key
-    has counted; GD adds up and cannot flip.
-    """
-    mixer = HopeLM(replace(config, dgd=block % 2 == 0, layers=1)).blocks[0].mixer
-    assert isinstance(mixer, nn.Module)
-    return mixer
-
-
 _MLP = {"channel": "mlp"}
 _DELTA = {"mixer": "deltanet", **_MLP}
 
@@ -79,8 +68,8 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "lstm": Contender("LSTM", {"mixer": "lstm", **_MLP}, "LSTM"),
     # What Hope is made of, one change each.
-    "hope-no-dgd": Contender("Hope, no DGD", {"dgd": False}),
-    "hope-in-turn": Contender("Hope, DGD and GD in turn", {}, "Hope", in_turn),
+    "hope-dgd": Contender("Hope, DGD in all heads", {"dgd": True}),
+    "hope-no-dgd": Contender("Hope, DGD in no head", {"dgd": False}),
     "hope-momentum": Contender("Hope, momentum", {"momentum": True}),
     "hope-no-decay": Contender("Hope, no retention gate", {"weight_decay": False}),
     "hope-static": Contender("Hope, no self-modification", {"adapt": ()}),

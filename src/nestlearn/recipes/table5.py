@@ -36,22 +36,31 @@ PAIRS = [(language, name) for language in NAMES for name in BINS]
 PAPER = {model: dict(zip(PAIRS, row)) for model, row in _ROWS.items()}
 
 MODELS = (
-    "hope-in-turn",
     "hope",
-    "hope-no-dgd",
+    "hope-attention",
+    "titans",
     "deltanet",
     "deltanet-negative",
     "deltanet-gated",
     "linear",
     "transformer",
     "lstm",
+    "hope-dgd",
+    "hope-no-dgd",
+    "hope-eta1",
+    "hope-static",
+    "hope-boundary",
+    "hope-matrix",
+    "hope-momentum",
 )
 LRS = (3e-3, 1e-2)
 STEPS, QUICK_STEPS = 1500, 8
 
-# Steps up to 2: eigenvalues down to −1, without which nothing alternates. One chunk holds a whole
-# string: over a boundary keys and gates drift, and longer strings than the trained ones fail; so no
-# level of the continuum memory is written inside a string (docs/log.md has what that costs).
+# DGD in half of the heads: its retention can flip a sign, and so tell odd from even, but forgets
+# what a key has counted; plain gradient descent adds up and cannot flip. Steps up to 2: eigenvalues
+# down to −1, without which nothing alternates. One chunk holds a whole string: over a boundary keys
+# and gates drift, and longer strings than the trained ones fail; so no level of the continuum
+# memory is written inside a string (docs/log.md has what that costs).
 SKELETON: dict[str, Any] = {
     "dim": 64,
     "layers": 2,
@@ -59,6 +68,7 @@ SKELETON: dict[str, Any] = {
     "conv": 0,
     "rotary": False,
     "chunk": 640,
+    "dgd": 0.5,
     "eta_max": 2.0,
     "levels": levels(640, None),
 }
