@@ -1,5 +1,7 @@
 """Self-modifying Titans against the paper's equations, written out with autograd."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,8 @@ def by_hand(layer, x, chunk, objective, eta_max):
                 alpha = torch.sigmoid(
                     layer.alpha.weight[h] @ read(first["alpha"], a) + layer.alpha.bias[h]
                 )
+                if eta_max > 1:
+                    eta = eta * (1 + alpha) / 2
                 for n, ws in memories.items():
                     target = read(first[n], v).detach()
                     start = [w.clone().requires_grad_() for w in first[n]]
@@ -189,6 +193,23 @@ def test_half_life_fades_towards_the_start():
         free, faded = (w[:, :, -1] for w in after)
         torch.testing.assert_close(faded, w0 + (free - w0) / 4, **TOLERANCE)
         assert (free - w0).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("build", [gated_deltanet, partial(SelfModifyingTitans, bound=None)])
+def test_a_memory_that_alternates_does_not_grow(build):
+    """The largest steps and much decay, 300 tokens in one chunk: α − η stays above −1."""
+    torch.manual_seed(0)
+    layer = build(D, H, chunk=300, eta_max=2.0)
+    with torch.no_grad():
+        if isinstance(layer, SelfModifyingTitans):
+            layer.eta.bias.fill_(20.0)
+            layer.alpha.bias.fill_(-2.0)
+        else:
+            layer.gates.bias.copy_(torch.tensor([20.0, -2.0]).repeat_interleave(H))
+        y, state = layer(torch.randn(B, 1, D).expand(B, 300, D))  # one key, again and again
+    memory = state.memory if hasattr(state, "memory") else state.memories[0]
+    assert y.isfinite().all()
+    assert max(w.norm(dim=(-2, -1)).max() for w in memory.now) < 1e3
 
 
 def test_deltanet_layer_is_the_recurrence():

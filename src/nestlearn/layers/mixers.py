@@ -214,6 +214,18 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def step_sizes(logits: Tensor, eta_max: float, log_alpha: Tensor | None) -> Tensor:
+    """η in (0, eta_max); beyond 1 and with a retention α, in (0, eta_max (1 + α) / 2).
+
+    Then α − η, the smallest eigenvalue of a transition, stays above −1: where it does not, a memory
+    that is to alternate grows without end.
+    """
+    eta = eta_max * torch.sigmoid(logits)
+    if eta_max <= 1 or log_alpha is None:
+        return eta
+    return eta * (1 + log_alpha.exp()) / 2
+
+
 def logit(p: float) -> float:
     """The bias whose sigmoid is p."""
     return math.log(p / (1 - p))
@@ -350,8 +362,9 @@ class StaticProjections(StreamingLayer, Stepping):
         q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         q, k = unit(q)[0], unit(k)[0]
         gates = list(rearrange(wide(self.gates(z)), "b t (n h) -> n b h t", h=self.heads))
-        eta = self.eta_max * torch.sigmoid(gates.pop(0))
+        eta = gates.pop(0)
         log_alpha = F.logsigmoid(gates.pop(0)) if self.writer.rule.decay else None
+        eta = step_sizes(eta, self.eta_max, log_alpha)
         log_theta = F.logsigmoid(gates.pop(0)) if gates else None
 
         pairs = (q, k, v, Gates(eta, log_alpha, log_theta))

@@ -25,6 +25,7 @@ from .mixers import (
     check_input,
     check_truncate,
     logit,
+    step_sizes,
     wide,
 )
 
@@ -221,8 +222,8 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         said |= {name: _joined(answer) for name, answer in parts.items()}
         k, v = unit(torch.stack([said["k"], said["v"]], 2))[0].split(1, 2)
         q = unit(said["q"])[0] if q is None else q
-        eta = self.eta_max * torch.sigmoid(self.eta(said["eta"]))
         log_alpha = None if self.alpha is None else F.logsigmoid(self.alpha(said["alpha"]))
+        eta = step_sizes(self.eta(said["eta"]), self.eta_max, log_alpha)
         gates = Gates(eta, log_alpha, log_theta).map(lambda g: g.unsqueeze(2))
 
         after, os = [], []

@@ -41,7 +41,6 @@ MODELS = (
     "titans",
     "deltanet",
     "deltanet-negative",
-    "deltanet-gated",
     "linear",
     "transformer",
     "lstm",
