@@ -105,7 +105,10 @@ MODELS = {
     "Transformer": Row(partial(model, mixer="attention", channel="mlp"), graph=False),
     "Hope, static MLP": Row(partial(model, channel="mlp")),
     "Hope, static MLP, compiled": Row(partial(model, channel="mlp"), compiled=True),
-    "Hope, static MLP, recomputed": Row(partial(model, channel="mlp", remat=True)),
+    "Hope, static MLP, recomputed": Row(partial(model, channel="mlp", remat=True), longest=16384),
+    "Hope, static MLP, recomputed, from Python": Row(
+        partial(model, channel="mlp", remat=True), graph=False
+    ),
     "Hope": Row(model),
     "Hope, compiled": Row(model, compiled=True),
     "Hope, recomputed": Row(partial(model, remat=True)),

@@ -332,9 +332,10 @@ def test_help_names_every_option():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")
-def test_gpu_says_what_it_needs():
+@pytest.mark.parametrize("module", ["bench.gpu", "bench.newton_schulz"])
+def test_gpu_says_what_it_needs(module):
     run = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"],
+        [sys.executable, "-m", module],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],

@@ -27,9 +27,9 @@ from nestlearn.recipes.tuned import compare, settings, table, write
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
 
 GRIDS = {  # one step of about √10 apart, the same number for each
-    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "Muon": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "M3": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "AdamW": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "Muon": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "M3": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
 COLUMNS = {
     "training loss": ("train_loss", 4),
