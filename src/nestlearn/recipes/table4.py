@@ -37,12 +37,21 @@ _ROWS = {
 }
 PAPER = {m: {(t, "baseline"): float(v) for t, v in zip(TASKS, row)} for m, row in _ROWS.items()}
 
-MODELS = ("hope", "titans", "deltanet", "deltanet-gated", "transformer", "lstm")
+MODELS = (
+    "hope",
+    "hope-attention",
+    "titans",
+    "deltanet",
+    "deltanet-negative",
+    "linear",
+    "transformer",
+    "lstm",
+)
 LRS = (1e-3, 3e-3)
 STEPS, QUICK_STEPS = 2000, 3
 
 SKELETON: dict[str, Any] = {
-    "dim": 64,
+    "dim": 128,
     "layers": 2,
     "heads": 4,
     "conv": 4,
