@@ -183,7 +183,7 @@ def _stream(module: nn.Module) -> Iterator[Component]:
 def _titans(module: SelfModifyingTitans) -> Iterator[Component]:
     for names, writer, heads in module.groups:
         share = heads.stop - heads.start
-        where = "" if share == module.heads else f", heads {heads.start + 1}–{heads.stop}"
+        where = "" if share == module.heads else f" (heads {heads.start + 1}–{heads.stop})"
         for name in names:
             # the other memories are read by the layer at their chunk's first weights
             read = writer.read if name == "mem" else "boundary"
