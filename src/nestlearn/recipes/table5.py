@@ -53,7 +53,8 @@ MODELS = (
     "hope-momentum",
 )
 LRS = (3e-3, 1e-2)
-STEPS, QUICK_STEPS = 1500, 8
+STEPS = dict.fromkeys(NAMES, 1500) | {"shuffle2": 3000}  # which has two counters at once
+QUICK_STEPS = 8
 
 # DGD in half of the heads: its retention can flip a sign, and so tell odd from even, but forgets
 # what a key has counted; plain gradient descent adds up and cannot flip. Steps up to 2: eigenvalues
@@ -78,13 +79,14 @@ def entry(
     language: str,
     model: str,
     *,
-    steps: int = STEPS,
+    steps: int | None = None,
     skeleton: Mapping[str, Any] | None = None,
     device: str = "auto",
     quick: bool = False,
     **fit: Any,
 ) -> Cell:
     """One (language, model) of the plan; skeleton: changes of it; fit: fields of FitConfig."""
+    steps = (QUICK_STEPS if quick else STEPS[language]) if steps is None else steps
     many = language in ("parity", "shuffle2")
     config = {
         "steps": steps,
@@ -127,7 +129,6 @@ def reproduce(
     quick: one learning rate, few strings and steps: to see that it runs. only: languages of NAMES.
     models: names of CONTENDERS (default: MODELS). seeds: trainings with the best learning rate.
     """
-    steps = (QUICK_STEPS if quick else STEPS) if steps is None else steps
     device = str(resolve_device(device))
     entries = [
         entry(language, model, steps=steps, device=device, quick=quick)
