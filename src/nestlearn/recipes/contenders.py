@@ -74,7 +74,7 @@ CONTENDERS: dict[str, Contender] = {
     "hope-no-decay": Contender("Hope, no retention gate", {"weight_decay": False}),
     "hope-static": Contender("Hope, no self-modification", {"adapt": ()}),
     "hope-boundary": Contender("Hope, boundary reads", {"read": "boundary"}),
-    "hope-matrix": Contender("Hope, matrix memories", {"depth": 1}),
+    "hope-matrix": Contender("Hope, matrix memories", {"depth": 1}, "Hope"),
     "hope-eta1": Contender("Hope, steps up to 1", {"eta_max": 1.0}),
     "hope-eta2": Contender("Hope, steps up to 2", {"eta_max": 2.0}),
     "hope-l2": Contender("Hope, L2", {"objective": "l2"}),

@@ -13,7 +13,7 @@ from typing import Any
 from nestlearn.evals import Record, formal
 from nestlearn.recipes import suite
 from nestlearn.recipes.cells import Cell, Tell
-from nestlearn.recipes.contenders import contender, levels
+from nestlearn.recipes.contenders import CONTENDERS, contender, levels
 from nestlearn.recipes.figures import bars
 from nestlearn.train.run import resolve_device
 
@@ -36,6 +36,7 @@ PAIRS = [(language, name) for language in NAMES for name in BINS]
 PAPER = {model: dict(zip(PAIRS, row)) for model, row in _ROWS.items()}
 
 MODELS = (
+    "hope-matrix",
     "hope",
     "hope-attention",
     "titans",
@@ -49,7 +50,6 @@ MODELS = (
     "hope-eta1",
     "hope-static",
     "hope-boundary",
-    "hope-matrix",
     "hope-momentum",
 )
 LRS = (3e-3, 1e-2)
@@ -147,11 +147,12 @@ def report(records: Sequence[Record], out: Path) -> str:
         (f"{title} {BINS[0]} / {BINS[1]}", [(language, name) for name in BINS])
         for language, title in NAMES.items()
     ]
-    text = suite.table(records, columns, PAPER)
+    order = (*MODELS, *(name for name in CONTENDERS if name not in MODELS))
+    text = suite.table(records, columns, PAPER, order)
     suite.write_table(out, text)
     values: dict[str, dict[str, list[float]]] = {}
     paper: dict[str, dict[str, float]] = {}
-    for model in dict.fromkeys(r.model for r in records):
+    for model in (name for name in order if any(r.model == name for r in records)):
         about = contender(model)
         for pair in PAIRS:
             seeds = [r.value for r in records if r.model == model and (r.task, r.setting) == pair]
