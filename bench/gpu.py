@@ -160,6 +160,19 @@ def main(
             atomic_write(file, partial(Path.write_text, data=text))
 
 
+def timed(run: Callable[[], object], repeats: int, limit: float = float("inf")) -> list[float]:
+    """Seconds of each call on the card: `repeats` of them, or until together they pass `limit`."""
+    times: list[float] = []
+    while not times or (len(times) < repeats and sum(times) < limit):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return times
+
+
 def _measure(
     row: Row, batch: int, length: int, dim: int, heads: int, repeats: int, limit: float
 ) -> dict[str, float]:
@@ -182,14 +195,7 @@ def _measure(
     run()
     torch.cuda.synchronize()
     prepare = time.perf_counter() - began
-    times: list[float] = []
-    while not times or (len(times) < repeats and sum(times) < limit):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+    times = timed(run, repeats, limit)
     seconds = statistics.median(times)
     return {
         "seconds": seconds,

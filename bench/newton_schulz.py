@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.gpu import timed
 from nestlearn.disk import atomic_write
 from nestlearn.optim.orthogonal import newton_schulz
 
@@ -39,15 +40,7 @@ def rate(run: Callable[[], object], repeats: int) -> float:
     """Floating point operations a second on a CUDA card, the median over repeats."""
     with FlopCounterMode(display=False) as counter:
         run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return counter.get_total_flops() / statistics.median(times)
+    return counter.get_total_flops() / statistics.median(timed(run, repeats))
 
 
 def main(

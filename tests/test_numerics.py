@@ -2,6 +2,7 @@
 
 import math
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,17 +55,19 @@ def norms(states):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["untrained", "trained"])
+@pytest.mark.parametrize("kind", ["untrained", "trained", "two rules"])
 def test_memories_keep_their_size(kind, dtype, text, trained):
     torch.manual_seed(0)
-    model = HopeLM(CONFIG)
+    two = {"dgd": 0.5, "eta_max": 2.0} if kind == "two rules" else {}
+    model = HopeLM(replace(CONFIG, **two))
     if kind == "trained":
         model.load_state_dict(trained.state_dict())
     model = model.to(dtype).eval()
     noise = torch.randint(0, 256, (N,), generator=torch.Generator().manual_seed(1))
     ids = torch.stack([text, noise])
     first = norms(tuple((b.mixer.init_state(2), b.channel.init_state(2)) for b in model.blocks))
-    assert len(first) == 6  # (the stack of memories + 2 levels) × 2 matrices
+    groups = 2 if two else 1
+    assert len(first) == 2 * groups + 4  # each stack of memories and level has 2 matrices
     carried = None
     with torch.no_grad():
         for a in range(0, N, 4000):

@@ -82,6 +82,17 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
+RIVALS = (  # whom every table of sequence models has beside Hope
+    "hope-attention",
+    "titans",
+    "deltanet",
+    "deltanet-negative",
+    "linear",
+    "transformer",
+    "lstm",
+)
+
+
 def contender(name: str) -> Contender:
     """The contender of that name; ValueError lists them."""
     if name not in CONTENDERS:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nestlearn.evals import Record, Task, mad
 from nestlearn.recipes import suite
 from nestlearn.recipes.cells import Cell, Tell
-from nestlearn.recipes.contenders import contender, levels
+from nestlearn.recipes.contenders import RIVALS, contender, levels
 from nestlearn.recipes.figures import bars
 from nestlearn.train.run import resolve_device
 
@@ -37,16 +37,7 @@ _ROWS = {
 }
 PAPER = {m: {(t, "baseline"): float(v) for t, v in zip(TASKS, row)} for m, row in _ROWS.items()}
 
-MODELS = (
-    "hope",
-    "hope-attention",
-    "titans",
-    "deltanet",
-    "deltanet-negative",
-    "linear",
-    "transformer",
-    "lstm",
-)
+MODELS = ("hope", *RIVALS)
 LRS = (1e-3, 3e-3)
 STEPS, QUICK_STEPS = 2000, 3
 

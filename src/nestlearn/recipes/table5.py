@@ -13,7 +13,7 @@ from typing import Any
 from nestlearn.evals import Record, formal
 from nestlearn.recipes import suite
 from nestlearn.recipes.cells import Cell, Tell
-from nestlearn.recipes.contenders import CONTENDERS, contender, levels
+from nestlearn.recipes.contenders import CONTENDERS, RIVALS, contender, levels
 from nestlearn.recipes.figures import bars
 from nestlearn.train.run import resolve_device
 
@@ -38,13 +38,7 @@ PAPER = {model: dict(zip(PAIRS, row)) for model, row in _ROWS.items()}
 MODELS = (
     "hope-matrix",
     "hope",
-    "hope-attention",
-    "titans",
-    "deltanet",
-    "deltanet-negative",
-    "linear",
-    "transformer",
-    "lstm",
+    *RIVALS,
     "hope-dgd",
     "hope-no-dgd",
     "hope-eta1",
