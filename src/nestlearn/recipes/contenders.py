@@ -67,20 +67,28 @@ CONTENDERS: dict[str, Contender] = {
         "Transformer, no convolution", {"mixer": "attention", **_MLP, "conv": 0}, "Transformer"
     ),
     "lstm": Contender("LSTM", {"mixer": "lstm", **_MLP}, "LSTM"),
-    # What Hope is made of, one change each.
-    "hope-dgd": Contender("Hope, DGD in all heads", {"dgd": True}),
-    "hope-no-dgd": Contender("Hope, DGD in no head", {"dgd": False}),
-    "hope-momentum": Contender("Hope, momentum", {"momentum": True}),
-    "hope-no-decay": Contender("Hope, no retention gate", {"weight_decay": False}),
-    "hope-static": Contender("Hope, no self-modification", {"adapt": ()}),
-    "hope-boundary": Contender("Hope, boundary reads", {"read": "boundary"}),
     "hope-matrix": Contender("Hope, matrix memories", {"depth": 1}, "Hope"),
-    "hope-eta1": Contender("Hope, steps up to 1", {"eta_max": 1.0}),
+    "hope-mlp": Contender("Hope, static MLP", _MLP),
     "hope-eta2": Contender("Hope, steps up to 2", {"eta_max": 2.0}),
     "hope-l2": Contender("Hope, L2", {"objective": "l2"}),
-    "hope-mlp": Contender("Hope, static MLP", _MLP),
 }
 
+ABLATIONS = {  # what Hope is made of, one change each
+    "dgd": ("DGD in all heads", {"dgd": True}),
+    "no-dgd": ("DGD in no head", {"dgd": False}),
+    "eta1": ("steps up to 1", {"eta_max": 1.0}),
+    "no-decay": ("no retention gate", {"weight_decay": False}),
+    "static": ("no self-modification", {"adapt": ()}),
+    "boundary": ("boundary reads", {"read": "boundary"}),
+    "momentum": ("momentum", {"momentum": True}),
+}
+CONTENDERS |= {
+    f"{base}-{name}": Contender(
+        f"{CONTENDERS[base].title}, {title}", {**CONTENDERS[base].changes, **change}
+    )
+    for base in ("hope", "hope-matrix")
+    for name, (title, change) in ABLATIONS.items()
+}
 
 RIVALS = (  # whom every table of sequence models has beside Hope
     "hope-attention",

@@ -13,7 +13,7 @@ from typing import Any
 from nestlearn.evals import Record, formal
 from nestlearn.recipes import suite
 from nestlearn.recipes.cells import Cell, Tell
-from nestlearn.recipes.contenders import CONTENDERS, RIVALS, contender, levels
+from nestlearn.recipes.contenders import ABLATIONS, CONTENDERS, RIVALS, contender, levels
 from nestlearn.recipes.figures import bars
 from nestlearn.train.run import resolve_device
 
@@ -39,12 +39,7 @@ MODELS = (
     "hope-matrix",
     "hope",
     *RIVALS,
-    "hope-dgd",
-    "hope-no-dgd",
-    "hope-eta1",
-    "hope-static",
-    "hope-boundary",
-    "hope-momentum",
+    *(f"hope-matrix-{name}" for name in ABLATIONS),
 )
 LRS = (3e-3, 1e-2)
 STEPS = dict.fromkeys(NAMES, 1500) | {"shuffle2": 3000}  # which has two counters at once
