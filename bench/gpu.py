@@ -1,7 +1,8 @@
 """On a CUDA card, forward and backward of a layer or a model: python -m bench.gpu --help
 
 In bfloat16 (autocast; memories in float32, products as TF32), the same number of tokens at every
-length. Ours is replayed as one CUDA graph, as `train` does; "compiled" after `compile()`.
+length. Ours is replayed as one CUDA graph, as `train` does; "compiled" after `compile()`. A row in
+segments goes on from its own detached state: one graph of a segment, replayed over the length.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans
+from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans, state
 from nestlearn.disk import atomic_write
 from nestlearn.layers import gated_deltanet
 from nestlearn.recipes.language import with_parameters
@@ -81,12 +82,16 @@ def model(dim: int, heads: int, **changes: Any) -> HopeLM:
 
 
 class Row(NamedTuple):
-    """graph: replayed as one. compiled: after compile(). longest: left out beyond that length."""
+    """graph: replayed as one. compiled: after compile(). longest: left out beyond that length.
+
+    segment: tokens after which the outer gradient is cut, of a model.
+    """
 
     build: Callable[[int, int], nn.Module]
     graph: bool = True
     compiled: bool = False
     longest: float = float("inf")
+    segment: int | None = None
 
 
 TORCH = partial(SelfModifyingTitans, backend="fused")
@@ -106,8 +111,9 @@ MODELS = {
     "Hope, static MLP": Row(partial(model, channel="mlp")),
     "Hope, static MLP, compiled": Row(partial(model, channel="mlp"), compiled=True),
     "Hope, static MLP, recomputed": Row(partial(model, channel="mlp", remat=True), longest=16384),
-    "Hope, static MLP, recomputed, from Python": Row(
-        partial(model, channel="mlp", remat=True), graph=False
+    "Hope, static MLP, segments": Row(partial(model, channel="mlp"), segment=2048),
+    "Hope, static MLP, segments, compiled": Row(
+        partial(model, channel="mlp"), compiled=True, segment=2048
     ),
     "Hope": Row(model),
     "Hope, compiled": Row(model, compiled=True),
@@ -190,8 +196,9 @@ def _measure(
             short()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    step = _step(module, batch, length, dim)
-    run = _as_graph(step) if row.graph else step
+    segment = min(row.segment or length, length)
+    step = (_segment if row.segment else _step)(module, batch, segment, dim)
+    run = _repeated(_as_graph(step) if row.graph else step, length // segment)
     run()
     torch.cuda.synchronize()
     prepare = time.perf_counter() - began
@@ -230,6 +237,32 @@ def _step(module: nn.Module, batch: int, length: int, dim: int) -> Step:
             y.backward(dy.to(y.dtype))
 
     return step
+
+
+def _segment(module: nn.Module, batch: int, length: int, _dim: int) -> Step:
+    """Forward and backward of a model on the tokens after those of the call before."""
+    given = torch.randint(VOCABULARY, (batch, length), device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        before = state.tree_map(torch.clone, module(given)[1])
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)  # a graph adds to what is there when it is made
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            y, after = module(given, before)
+        F.cross_entropy(y.float().flatten(0, 1), given.flatten()).backward()
+        state.tree_map(lambda old, new: old.copy_(new.detach()), before, after)
+
+    step()  # what a state that goes on compiles is compiled here, outside the graph
+    return step
+
+
+def _repeated(step: Step, times: int) -> Step:
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run
 
 
 def _as_graph(step: Step) -> Step:
