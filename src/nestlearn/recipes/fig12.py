@@ -179,6 +179,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         error = ([m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)])
         axes.errorbar(at, middle, error, fmt="o-", color=COLOURS[i], ms=5, lw=1.3, label=name)
     axes.set_xticks(range(len(sizes)), sizes)
-    axes.set_ylim(0, None)
-    axes.legend(frameon=False, fontsize=10)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+    axes.legend(frameon=False, fontsize=10, ncols=3, loc="upper center")
     write_figure(figure, path)
