@@ -73,7 +73,7 @@ CONTENDERS: dict[str, Contender] = {
     "hope-l2": Contender("Hope, L2", {"objective": "l2"}),
 }
 
-ABLATIONS = {  # what Hope is made of, one change each
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # what Hope is made of, one change each
     "dgd": ("DGD in all heads", {"dgd": True}),
     "no-dgd": ("DGD in no head", {"dgd": False}),
     "eta1": ("steps up to 1", {"eta_max": 1.0}),
