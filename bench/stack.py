@@ -21,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nestlearn import Level, stack_levels
 from nestlearn.disk import atomic_write
+from nestlearn.hf.cache import CACHE
 
 THREE = [Level(chunk=chunk, lr=0.01, rule="gd") for chunk in (64, 256, 1024)]
 LEVELS = {
@@ -49,7 +50,7 @@ def read(base: Any, ids: torch.Tensor, window: int, piece: int) -> None:
     for i, part in enumerate(ids.split(piece, 1)):
         if i * piece % window == 0:
             cache = DynamicCache()
-        base(input_ids=part, past_key_values=cache, use_cache=True)
+        base(input_ids=part, **{CACHE: cache}, use_cache=True)
 
 
 def main(

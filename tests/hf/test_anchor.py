@@ -9,6 +9,7 @@ from stacks import tiny, tokens
 
 from nestlearn import Level
 from nestlearn.hf.anchor import Anchor
+from nestlearn.hf.cache import CACHE
 from nestlearn.hf.families import kernel
 from nestlearn.hf.learning import unroll
 from nestlearn.hf.stack import stack_levels
@@ -27,7 +28,7 @@ def test_the_second_write_by_hand():
     ids = tokens(1, 8)
     _, first = model.learn(ids[:, :4])
     with torch.no_grad():
-        context = model.base(ids[:, :3], use_cache=True).past_key_values  # as it was read then
+        context = model.base(ids[:, :3], use_cache=True)[CACHE]  # as it was read then
     _, second = model.learn(ids[:, 4:], first, anchor=anchor())
 
     learner = copy.deepcopy(plain)
@@ -35,7 +36,7 @@ def test_the_second_write_by_hand():
     with torch.no_grad():
         for (_, own), delta in zip(mlps, first.levels[0].fast, strict=True):
             own += delta.left[0]
-    logits = learner(ids[:, 3:7], past_key_values=context).logits
+    logits = learner(ids[:, 3:7], **{CACHE: context}).logits
     texts = anchor().samples[2:4]  # the turn of the second chunk
     target, now = plain(texts).logits.log_softmax(-1), learner(texts).logits.log_softmax(-1)
     apart = (target.exp() * (target - now)).sum(-1).mean()

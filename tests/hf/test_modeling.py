@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer
 import nestlearn
 from nestlearn import HopeLM, Level, state
 from nestlearn.hf import HopeCache, HopeConfig, HopeForCausalLM
+from nestlearn.hf.cache import CACHE
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 TINY = {
@@ -162,8 +163,8 @@ def test_padding_changes_no_logits_and_no_state():
     for i, row in enumerate(rows):
         alone = lm(row[None])
         torch.testing.assert_close(said.logits[i, 9 - len(row) :], alone.logits[0])
-        mine = said.past_key_values.select([i]).state
-        for (path, a), (_, b) in zip(state.leaves(mine), state.leaves(alone.past_key_values.state)):
+        mine = said[CACHE].select([i]).state
+        for (path, a), (_, b) in zip(state.leaves(mine), state.leaves(alone[CACHE].state)):
             torch.testing.assert_close(a, b, msg=path)
     right = {name: x.flip(1) for name, x in padded(*[row.flip(0) for row in rows]).items()}
     for use_cache in (True, False):  # stripped, or read as it is
@@ -174,26 +175,28 @@ def test_padding_changes_no_logits_and_no_state():
 def test_padded_turns_go_on_from_the_cache():
     lm = model()
     first, second = some_rows(6, 3), some_rows(2, 5)  # each row reads 8 tokens
-    cache = lm(**padded(*first)).past_key_values
+    cache = lm(**padded(*first))[CACHE]
     assert cache.get_seq_length() == 6
     with pytest.raises(ValueError, match=r"\{3: \[1\], 6: \[0\]\}"):
         _ = cache.state
-    said = lm(**padded(*second), past_key_values=cache)
-    assert said.past_key_values is cache
+    said = lm(**padded(*second), cache=cache)
+    assert said[CACHE] is cache
     for i in range(2):
         alone = lm(torch.cat([first[i], second[i]])[None])
         torch.testing.assert_close(said.logits[i, -1], alone.logits[0, -1])
     assert state.batch_size(cache.state) == 2  # of one length again
+    older = lm(first[0][None], past_key_values=lm(first[0][None])[CACHE])  # the name until 5.24
+    assert older[CACHE].get_seq_length() == 12
 
 
 def test_beams_take_their_state_along():
     lm = model()
     rows = some_rows(6, 3, 6)
-    cache = lm(**padded(*rows)).past_key_values
+    cache = lm(**padded(*rows))[CACHE]
     order = [2, 1, 1, 0]
     cache.reorder_cache(torch.tensor(order))
     following = torch.tensor([[4], [5], [6], [7]])
-    said = lm(following, past_key_values=cache).logits
+    said = lm(following, cache=cache).logits
     for i, row in enumerate(order):
         alone = lm(torch.cat([rows[row], following[i]])[None]).logits
         torch.testing.assert_close(said[i, -1], alone[0, -1])
@@ -207,9 +210,9 @@ def test_beams_take_their_state_along():
 def test_a_state_is_saved_and_generation_goes_on_from_it(tmp_path):
     lm = model()
     past, new = some_rows(7, 4)
-    state.save(lm(past[None]).past_key_values.state, tmp_path / "memory.safetensors")
+    state.save(lm(past[None])[CACHE].state, tmp_path / "memory.safetensors")
     memory = state.load(tmp_path / "memory.safetensors", like=lm.model.init_state(1))
-    out = lm.generate(new[None], past_key_values=HopeCache(memory), **GREEDY)
+    out = lm.generate(new[None], **{CACHE: HopeCache(memory)}, **GREEDY)
     whole = lm.generate(torch.cat([past, new])[None], **GREEDY)
     assert torch.equal(out[0, 4:], whole[0, 11:])
 
@@ -218,17 +221,17 @@ def test_a_cache_that_was_returned_takes_the_whole_text_again():
     lm = model()
     ids = torch.stack(some_rows(5, 5))
     out = lm.generate(ids, return_dict_in_generate=True, **GREEDY)
-    more = lm.generate(out.sequences, past_key_values=out.past_key_values, **GREEDY)
+    more = lm.generate(out.sequences, **{CACHE: out[CACHE]}, **GREEDY)
     assert torch.equal(more, lm.generate(ids, max_new_tokens=14, do_sample=False))
 
 
 def test_a_call_says_what_does_not_fit():
     lm, ids = model(), torch.stack(some_rows(5, 5))
-    cache = lm(ids).past_key_values
+    cache = lm(ids)[CACHE]
     with pytest.raises(ValueError, match="2 rows for 1 samples"):
-        lm(ids[:1], past_key_values=cache)
+        lm(ids[:1], cache=cache)
     with pytest.raises(ValueError, match="DynamicCache"):
-        lm(ids, past_key_values=DynamicCache())
+        lm(ids, cache=DynamicCache())
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
         lm(ids, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"labels has shape \(2, 4\)"):
@@ -241,10 +244,10 @@ def test_a_call_says_what_does_not_fit():
 
 def test_calls_without_a_cache_leave_it_and_logits_can_be_few():
     lm, ids = model(), torch.stack(some_rows(5, 5))
-    cache = lm(ids).past_key_values
+    cache = lm(ids)[CACHE]
     before = cache.state
-    first = lm(ids, past_key_values=cache, use_cache=False)
-    assert first.past_key_values is None
+    first = lm(ids, cache=cache, use_cache=False)
+    assert CACHE not in first
     assert state.leaves(cache.state)[0] == state.leaves(before)[0]
     whole = lm(ids, return_dict=False)
     assert torch.equal(lm(ids, logits_to_keep=2).logits, whole[0][:, -2:])
@@ -259,7 +262,7 @@ def test_the_loss_is_the_cross_entropy_of_the_next_tokens():
     rows = some_rows(8, 3)
     ids = torch.stack(some_rows(6, 6))
     out = lm(ids, labels=ids)
-    assert out.past_key_values is None
+    assert CACHE not in out
     expected = F.cross_entropy(out.logits[:, :-1].reshape(-1, 17).float(), ids[:, 1:].reshape(-1))
     torch.testing.assert_close(out.loss, expected)
 
@@ -325,6 +328,7 @@ def test_compile_compiles_the_steps_of_chunks():
 def test_the_pages_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    block = block.replace(").cache ", f").{CACHE} ").replace("cache=memory", f"{CACHE}=memory")
     names = {}
     exec(block, names)
     assert names["out"].shape == (2, 27)

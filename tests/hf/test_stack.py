@@ -10,6 +10,7 @@ from stacks import FAMILIES, tiny, tokens
 from torch import nn
 
 from nestlearn import Level, state
+from nestlearn.hf.cache import CACHE
 from nestlearn.hf.families import kernel
 from nestlearn.hf.stack import stack_levels, unstack
 
@@ -112,8 +113,8 @@ def test_an_update_is_sgd_on_the_same_tokens():
     past = None
     for a, b in ((0, 8), (8, 16), (16, 24)):
         seen = ids[:, max(a - 1, 0) : b - 1]
-        out = hand(seen, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = hand(seen, **{CACHE: past}, use_cache=True)
+        past = out[CACHE]
         for layer in past.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         loss = F.cross_entropy(out.logits.mT, ids[:, b - seen.shape[1] : b], reduction="none")

@@ -8,9 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import state as tree
 from ..models.hope import HopeLM, HopeState
+
+# The name of the cache in a model's call and in its output; transformers 5.24 changed it.
+CACHE = next(
+    name for name in ("cache", "past_key_values")
+    if name in CausalLMOutputWithPast.__dataclass_fields__
+)  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -107,6 +114,11 @@ class HopeCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No: `generate` then leaves out of the whole text what this cache has read."""
+        return [False]
 
     def __len__(self) -> int:
         return len(self.groups[0].state.blocks) if self.groups else 0

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from nestlearn.memory import objective as inner_objective
 
+from .cache import CACHE
 from .families import Factors, Weights, full_precision, lend
 from .plan import Cache, Memory
 from .writes import Fast, LevelState, Pace, add, consolidate, decay, restart, write
@@ -108,7 +109,7 @@ def _forward(
     """Logits [B, T, V] of tokens that follow those in the cache, and the longer cache."""
     past = DynamicCache(cache or None)
     with lend(weights, inputs):
-        out = model.base(input_ids=tokens, past_key_values=past, use_cache=True, return_dict=True)
+        out = model.base(input_ids=tokens, **{CACHE: past}, use_cache=True, return_dict=True)
     return out.logits, tuple((keys, values) for keys, values, *_ in past)
 
 

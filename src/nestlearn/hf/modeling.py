@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .. import models
 from ..layers.cms import Level
 from ..layers.mixers import Stepping
-from .cache import HopeCache, Rows, read
+from .cache import CACHE, HopeCache, Rows, read
 
 _FIELDS = tuple(f.name for f in fields(models.HopeConfig))
 # What transformers itself passes or writes beside the attributes of its base class.
@@ -51,7 +51,7 @@ class HopeConfig(PretrainedConfig):
         "num_hidden_layers": "layers",
         "num_attention_heads": "heads",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
 
     def __init__(
         self,
@@ -194,38 +194,42 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What `forward` takes of what transformers prepares (positions are in the state)."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        taken = ("input_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep")
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        taken = ("input_ids", "attention_mask", CACHE, "use_cache", "logits_to_keep")
         return {name: inputs[name] for name in taken if name in inputs}
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: HopeCache | None = None,
+        cache: HopeCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: HopeCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
-        """Read input_ids [B, T] after what past_key_values has read: logits [B, T, vocab_size].
+        """Read input_ids [B, T] after what the cache has read: logits [B, T, vocab_size].
 
         attention_mask [B, ≥ T]: 0 where a token is padding, on any side; its last T columns are of
-        these tokens. Logits at padding mean nothing. past_key_values: goes on from there, and is
+        these tokens. Logits at padding mean nothing. cache: goes on from there, and is
         brought up to date unless use_cache is False. use_cache: return the cache (None: if one was
         given, else the configuration's use_cache, but not with labels). labels [B, T]: the tokens
         themselves, −100 where none is to be predicted; padding and the token after it never count.
         logits_to_keep: the last so many (0: all), or an index [K] of tokens.
         num_items_in_batch: what the summed loss is divided by (None: the number of labels).
+        past_key_values: the cache, by its name before transformers 5.24.
 
         Raises ValueError for a mask, cache or labels of another shape, and for ids outside the
         vocabulary.
         """
         real = None if attention_mask is None else _real(attention_mask, input_ids)
+        if cache is None:
+            cache = past_key_values
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and labels is None)
-        cache = HopeCache() if past_key_values is None else past_key_values
+            use_cache = cache is not None or (self.config.use_cache and labels is None)
+        cache = HopeCache() if cache is None else cache
         groups = self._groups(cache, input_ids)
         logits, groups = read(self.model, input_ids, groups, _needed(real, use_cache))
         if use_cache:
@@ -238,23 +242,22 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits[:, keep], past_key_values=cache if use_cache else None
-        )
+        said: dict[str, Any] = {CACHE: cache} if use_cache else {}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits[:, keep], **said)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
     def _groups(self, cache: HopeCache, ids: Tensor) -> list[Rows]:
         if not isinstance(cache, HopeCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}: give a nestlearn.hf.HopeCache"
+                f"the cache is a {type(cache).__name__}: give a nestlearn.hf.HopeCache"
             )
         rows = len(ids)
         if not cache.groups:
             return [Rows(list(range(rows)), self.model.init_state(rows))]
         if cache.batch_size != rows:
             raise ValueError(
-                f"past_key_values has {cache.batch_size} rows for {rows} samples: choose them with "
+                f"the cache has {cache.batch_size} rows for {rows} samples: choose them with "
                 "its select([...])"
             )
         return cache.groups
