@@ -41,6 +41,22 @@ def test_step_size_zero_is_an_mlp():
     torch.testing.assert_close(moving(x())[0], x() + mlp_by_hand(moving.mlps[0], x()), **TOLERANCE)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_scale_is_a_learned_factor_of_the_output_alone(chunk):
+    """What a level writes does not depend on it, and it learns."""
+    plain, scaled = build([Level(chunk=chunk)]), build([Level(chunk=chunk, scale=0.25)])
+    (y, learned), (small, same) = plain(x()), scaled(x())
+    torch.testing.assert_close(small - x(), 0.25 * (y - x()), **TOLERANCE)
+    for before, after in zip(learned.levels, same.levels, strict=True):
+        if before is not None:
+            for a, b in zip(before.fast.now, after.fast.now, strict=True):
+                assert torch.equal(a, b)
+    small.square().sum().backward()
+    expected = (2 * small * (y - x())).sum()
+    torch.testing.assert_close(scaled.mlps[0].scale.grad, expected.detach(), **TOLERANCE)
+    assert all(float(w.grad.abs().max()) > 0 for w in scaled.mlps[0].start)
+
+
 @pytest.mark.parametrize("rule", ["gd", "dgd", "momentum"])
 def test_a_level_by_hand(rule):
     """Eq. 71 with autograd: weights move only every C tokens, by the sum of the chunk's errors."""
@@ -166,6 +182,7 @@ def test_meta_gradients_differ_and_truncation_cuts():
         (lambda: build([Level(chunk=4), Level(chunk=6)], "nested"), "chunks 4 and 6"),
         (lambda: Level(chunk=0), "chunk=0"),
         (lambda: Level(lr=1.5), r"lr=1\.5"),
+        (lambda: Level(scale=float("nan")), "scale=nan"),
         (lambda: Level(rule="adam"), "'adam'"),
         (lambda: Level(meta_lr=-1.0), r"meta_lr=-1\.0"),
         (lambda: build([Level(chunk=2, bound=(2.0, 1.0))]), r"bound=\(2\.0, 1\.0\)"),

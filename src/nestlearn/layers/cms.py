@@ -30,7 +30,8 @@ class Level:
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
     towards what the level has learned whenever the next slower level's context ends. bound: the
     shell, in units of the start's norm, in which each matrix stays. half_life: tokens in which
-    what was learned fades by half towards the start (None: never).
+    what was learned fades by half towards the start (None: never). scale: a factor of the output at
+    the start of training, then learned (None: no factor).
     """
 
     chunk: int | None = None
@@ -41,6 +42,7 @@ class Level:
     meta_lr: float = 0.1
     bound: tuple[float, float] | None = (0.25, 2.0)
     half_life: int | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -52,6 +54,8 @@ class Level:
             raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
         if self.half_life is not None and self.half_life < 1:
             raise ValueError(f"half_life={self.half_life}: give 1 token or more, or None")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale}: give a finite factor, or None")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
         if self.rule not in ("gd", "dgd", "momentum"):
@@ -78,7 +82,7 @@ class ContinuumState(NamedTuple):
 
 
 class LevelMLP(Stepping):
-    """One level: √D · W_2 σ(W_1 z), z the normalised input; its weights learn from the stream.
+    """One level: s √D · W_2 σ(W_1 z), z the normalised input; its weights learn from the stream.
 
     Inside a chunk the weights stand still; its end writes the pairs (z_{t−1}, P z_t) of the chunk,
     the level's own associative objective: to tell, from what it read, what comes next.
@@ -97,6 +101,7 @@ class LevelMLP(Stepping):
         self.start = nn.ParameterList(
             torch.randn(shape) / math.sqrt(hidden) for shape in self.memory.shapes()
         )
+        self.scale = None if level.scale is None else nn.Parameter(torch.tensor(float(level.scale)))
         if level.chunk is None:
             return
         with_momentum = level.rule == "momentum"
@@ -126,7 +131,7 @@ class LevelMLP(Stepping):
         z = unit(self.norm(x))[0]
         W0 = tuple(self.start)
         if self.level.chunk is None:
-            return math.sqrt(self.dim) * self.memory.read(tuple(w.to(z.dtype) for w in W0), z), None
+            return self._scaled(self.memory.read(tuple(w.to(z.dtype) for w in W0), z)), None
         assert state is not None
         past = torch.cat([state.last.to(z.dtype), z[:, :-1]], 1)
         gate = 2 * torch.sigmoid(wide(z @ self.gate.to(z.dtype)) * math.sqrt(self.dim))
@@ -141,9 +146,12 @@ class LevelMLP(Stepping):
             (state.fast, state.start), pairs, W0, length=x.shape[1], chunks=chunks,
             position=position,
         )  # fmt: skip
-        return math.sqrt(self.dim) * torch.cat(ys, 1), LevelState(
-            z[:, -1:].to(state.last.dtype).contiguous(), fast, start
-        )
+        last = z[:, -1:].to(state.last.dtype).contiguous()
+        return self._scaled(torch.cat(ys, 1)), LevelState(last, fast, start)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        y = math.sqrt(self.dim) * y
+        return y if self.scale is None else self.scale.to(y.dtype) * y
 
     def _step(self, carried: tuple, xs: tuple, span: Span, W0: Weights):
         fast, start = carried
