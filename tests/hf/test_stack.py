@@ -386,7 +386,7 @@ def test_refusals_name_the_value_and_the_remedy():
         (LEVELS, {"window": 65}, "window=65: the model has 64 positions"),
         ([Level(4), Level(6)], {}, "make 6 a larger multiple of 4"),
         ([Level(4, hidden=8)], {}, "hidden"),
-        ([Level(4, scale=0.3)], {}, "scale"),
+        ([Level(4, scale=0.5)], {}, "scale"),
         ([Level(4), Level(8), Level(16)], {"spread": "depth"}, "3 levels over 2 blocks"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -21,11 +21,11 @@ def x(T=T):
 
 
 def mlp_by_hand(mlp: LevelMLP, x, weights=None):
-    """√D W_2 φ(g W_1 z)/g with z the unit norm(x), written out."""
+    """s √D W_2 φ(g W_1 z)/g with z the unit norm(x), written out."""
     W1, W2 = weights or tuple(mlp.start)
     z = F.normalize(mlp.norm(x), dim=-1)
     g = W1.shape[-2] ** 0.5
-    return D**0.5 * (F.silu(g * z @ W1.mT) / g) @ W2.mT
+    return mlp.scale * D**0.5 * (F.silu(g * z @ W1.mT) / g) @ W2.mT
 
 
 def test_levels_that_never_update_are_an_mlp():
@@ -44,7 +44,7 @@ def test_step_size_zero_is_an_mlp():
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_scale_is_a_learned_factor_of_the_output_alone(chunk):
     """What a level writes does not depend on it, and it learns."""
-    plain, scaled = build([Level(chunk=chunk)]), build([Level(chunk=chunk, scale=0.25)])
+    plain, scaled = (build([Level(chunk=chunk, scale=s)]) for s in (None, 0.25))
     (y, learned), (small, same) = plain(x()), scaled(x())
     torch.testing.assert_close(small - x(), 0.25 * (y - x()), **TOLERANCE)
     for before, after in zip(learned.levels, same.levels, strict=True):

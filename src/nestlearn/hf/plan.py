@@ -60,7 +60,7 @@ class StackConfig:
                 raise ValueError(f"{name}={value!r}: use one of {known}")
         if any(level.hidden is not None for level in self.levels):
             raise ValueError("Level(hidden=...): the width is the pretrained MLPs'; leave it out")
-        if any(level.scale is not None for level in self.levels):
+        if any(level.scale != Level().scale for level in self.levels):
             raise ValueError("Level(scale=...): a delta has no output of its own; leave it out")
         if self.objective == "local" and len({level.objective for level in self.levels}) > 1:
             raise ValueError("levels with different objectives: the local one is shared by all")

@@ -30,8 +30,8 @@ class Level:
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
     towards what the level has learned whenever the next slower level's context ends. bound: the
     shell, in units of the start's norm, in which each matrix stays. half_life: tokens in which
-    what was learned fades by half towards the start (None: never). scale: a factor of the output at
-    the start of training, then learned (None: no factor).
+    what was learned fades by half towards the start (None: never). scale: a factor of the output, a
+    third as large as the stream it is added to at the start of training, then learned (None: 1).
     """
 
     chunk: int | None = None
@@ -42,7 +42,7 @@ class Level:
     meta_lr: float = 0.1
     bound: tuple[float, float] | None = (0.25, 2.0)
     half_life: int | None = None
-    scale: float | None = None
+    scale: float | None = 0.3
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:

@@ -186,6 +186,6 @@ def _lstm(base: HopeConfig, target: int | None) -> LSTMModel:
     return LSTMModel(*size, hidden)
 
 
-def levels(*chunks: int | None) -> list[dict[str, Any]]:
+def levels(*chunks: int | None, **options: Any) -> list[dict[str, Any]]:
     """Levels of a skeleton in JSON: one for each chunk size, None for a level that never learns."""
-    return [asdict(Level(chunk=chunk)) for chunk in chunks]
+    return [asdict(Level(chunk=chunk, **options)) for chunk in chunks]

@@ -49,7 +49,8 @@ QUICK_STEPS = 8
 # what a key has counted; plain gradient descent adds up and cannot flip. Steps up to 2: eigenvalues
 # down to −1, without which nothing alternates. One chunk holds a whole string: over a boundary keys
 # and gates drift, and longer strings than the trained ones fail; so no level of the continuum
-# memory is written inside a string (docs/log.md has what that costs).
+# memory is written inside a string (docs/log.md has what that costs), and their outputs start at
+# full size: these runs were made before a smaller start was the default.
 SKELETON: dict[str, Any] = {
     "dim": 64,
     "layers": 2,
@@ -59,7 +60,7 @@ SKELETON: dict[str, Any] = {
     "chunk": 640,
     "dgd": 0.5,
     "eta_max": 2.0,
-    "levels": levels(640, None),
+    "levels": levels(640, None, scale=None),
 }
 QUICK = {"dim": 32, "chunk": 32, "levels": levels(32, None)}
 
