@@ -21,7 +21,8 @@ def work(cell, tell):
         os._exit(3)
     if mood == "hangs":
         time.sleep(600)
-    return {"value": float(cell["n"]), "headline": f"number {cell['n']}"}
+    card = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"value": float(cell["n"]), "headline": f"number {cell['n']}", "card": card}
 
 
 if __name__ == "__main__":

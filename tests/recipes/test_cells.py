@@ -70,6 +70,14 @@ def test_a_worker_that_dies_costs_its_cell_alone(tmp_path, cells):
     assert "the worker died (exit code 3)" in failure(folder, cells[1])
 
 
+def test_workers_take_turns_on_the_cards(tmp_path, cells, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    (tmp_path / "mood").write_text("well")
+    found = run_cells(cells[:2], odd_jobs.work, tmp_path / "cells", workers=2)
+    assert sorted(done["result"]["card"] for done in found) == ["3", "5"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
 def gone(pid):
     try:
         os.kill(pid, 0)

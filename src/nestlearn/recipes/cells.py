@@ -54,7 +54,8 @@ def run_cells(
     work(cell, tell) -> result, both plain JSON: a function of a module, for workers to import. It
     may call tell(share done, text); a "headline" (text) and a "value" (the higher the better) in
     the result are shown. folder: a file for each finished cell, failed/ for tracebacks. workers:
-    processes of one thread each (None: one for each core, on CUDA one; 0: in this process).
+    processes of one thread each, in turn on each card (None: one for each core, on CUDA one; 0: in
+    this process).
     KeyboardInterrupt ends the workers; what is finished is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,7 @@ class _Crew:
         self.context = multiprocessing.get_context("spawn")  # CUDA and threads survive no fork
         self.busy: dict[Connection, tuple[Any, Path]] = {}
         self.idle: list[tuple[Connection, Any]] = []
+        self.hired, self.cards = 0, _cards()
 
     def run(self, todo: dict[Path, Cell], board: _Board) -> None:
         queue = list(todo.items())
@@ -161,7 +163,11 @@ class _Crew:
 
     def _hire(self) -> tuple[Connection, Any]:
         door, inside = self.context.Pipe()
-        with _one_thread():
+        variables = dict.fromkeys(_THREADS, "1")
+        if len(self.cards) > 1:
+            variables["CUDA_VISIBLE_DEVICES"] = self.cards[self.hired % len(self.cards)]
+        self.hired += 1
+        with _environment(variables):
             process = self.context.Process(target=_worker, args=(self.work, inside), daemon=True)
             process.start()
         inside.close()  # else the door would never tell that the worker died
@@ -211,11 +217,21 @@ def _die_with_parent() -> None:
         os._exit(1)  # killed: nobody waits for this cell, and the next call runs it again
 
 
+def _cards() -> list[str]:
+    """The cards that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        named = ",".join(map(str, range(torch.cuda.device_count())))
+    return named.split(",")
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """What is started inside computes with one thread: its libraries read that when loaded."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """What is started inside has these variables: libraries read threads and cards when loaded."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
