@@ -37,8 +37,8 @@ _ROWS = {
 }
 PAPER = {m: {(t, "baseline"): float(v) for t, v in zip(TASKS, row)} for m, row in _ROWS.items()}
 
-MODELS = ("hope", *RIVALS)
-LRS = (1e-3, 3e-3)
+MODELS = ("hope", "hope-momentum", "hope-mlp", *RIVALS)
+LRS = (1e-3, 3e-3, 8e-3)
 STEPS, QUICK_STEPS = 2000, 3
 
 SKELETON: dict[str, Any] = {
@@ -154,7 +154,7 @@ def reproduce(
         for task, setting in _pairs(only)
         for model in suite.models(models, ("hope", "transformer") if quick else MODELS)
     ]
-    lrs, seeds = (LRS[1:], 1) if quick else (LRS, seeds)
+    lrs, seeds = (LRS[1:2], 1) if quick else (LRS, seeds)
     records = suite.run_plan(suite.Plan("table4", work, entries, lrs, seeds), out, workers=workers)
     return report(records, out)
 
