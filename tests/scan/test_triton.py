@@ -158,7 +158,7 @@ def operators(case):
     given = [None if x is None else x.to(DEVICE) for x in given]
     if len(W) == 1:
         given.insert(1, None)
-    form = f"{'silu' if len(W) > 1 else ''},{case.read or 'none'},1,1,1,1"
+    form = f"{'silu' if len(W) > 1 else ''},{case.read or 'none'},1,1,1,1,"
     options = (form, 1.7, case.reader)
     *outputs, kept = module._run(*options, True, *given)
     grads = [torch.randn_like(x) for x in outputs]
@@ -177,7 +177,7 @@ def compiled_layer():
 
     kernels(Case(MLP, ALL))
     if DEVICE == "cpu":
-        door._on_gpu = lambda *_, **__: True
+        door.on_card = lambda x: True
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
     torch.manual_seed(0)

@@ -15,7 +15,11 @@ import triton.language as tl
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for; read may be "none", BT is the tile of tokens."""
+    """What a kernel is compiled for; read may be "none", BT is the tile of tokens.
+
+    own: v is what every memory makes its own values from. shell: W ends within low and high times
+    the norm of its start value. eta_max: the bound of step sizes that the memories generate.
+    """
 
     K: int
     H: int
@@ -32,6 +36,11 @@ class Kind(NamedTuple):
     BT: int
     dot: str
     system: str
+    own: bool = False
+    shell: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    eta_max: float = 1.0
 
 
 class Place(NamedTuple):
@@ -94,6 +103,8 @@ def _gates(eta, log_alpha, c, T, kind: tl.constexpr):
     zeros = tl.zeros([BT], tl.float32)
     log = _row(log_alpha, c, T, T, BT) if kind.decay else zeros
     step = zeros if eta is None else _row(eta, c, T, T, BT)
+    if kind.eta_max > 1 and kind.decay:  # generated without regard to α, by another memory
+        step *= 0.5 + 0.5 * tl.exp(log)
     return step, log, tl.cumsum(log, 0)
 
 
@@ -147,28 +158,49 @@ def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
 @_jit
 def _dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """a b, in the precision of the system or of all else."""
-    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
-    return tl.dot(a, b, input_precision=kind.system if SYSTEM else kind.dot)
+    return _product(a, b, kind.system if SYSTEM else kind.dot)
 
 
 @_jit
 def _dot_t(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """a bᵀ."""
-    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
-    return tl.dot(a, tl.trans(b), input_precision=kind.system if SYSTEM else kind.dot)
+    return _product(a, tl.trans(b), kind.system if SYSTEM else kind.dot)
 
 
 @_jit
 def _t_dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """aᵀ b."""
-    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
-    return tl.dot(tl.trans(a), b, input_precision=kind.system if SYSTEM else kind.dot)
+    return _product(tl.trans(a), b, kind.system if SYSTEM else kind.dot)
 
 
 @_jit
-def _rounded(x, kind: tl.constexpr, SYSTEM: tl.constexpr):
+def _log_sigmoid(x):
+    """log σ(x), to the last bits where it is nearly 0: the logarithm of a card is not so exact."""
+    e = tl.exp(-tl.abs(x))
+    t = e / (2 + e)  # log(1 + e) = 2 artanh t, t ≤ 1/3
+    s = t * t
+    series = 1 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s / 13)))))
+    return tl.minimum(x, 0.0) - 2 * t * series
+
+
+@_jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """a b, summed in float32."""
+    if PRECISION == "bf16":
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        if INTERPRETED:  # it would multiply the bits
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        product = tl.dot(a, b)
+    else:
+        a, b = _rounded(a, PRECISION), _rounded(b, PRECISION)
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
+
+
+@_jit
+def _rounded(x, PRECISION: tl.constexpr):
     """For tf32 rounded to nearest: the tensor cores would cut, and cuts add up."""
-    if not SYSTEM and kind.dot == "tf32":
+    if PRECISION == "tf32":
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return x
 
@@ -177,6 +209,18 @@ def _rounded(x, kind: tl.constexpr, SYSTEM: tl.constexpr):
 def _tokens(p, n, T, WIDTH: tl.constexpr, BT: tl.constexpr, AGAIN: tl.constexpr = False):
     """Part n of [*, T, WIDTH]."""
     return _tile(p, n, T, T, WIDTH, BT, _block(WIDTH), AGAIN)
+
+
+@_jit
+def _among(p, i, at, T, WIDTH: tl.constexpr, BT: tl.constexpr, AGAIN: tl.constexpr = False):
+    """The tokens of sample i // heads and head i % heads, `at` = (heads, the strides of sample,
+    head and token).
+    """
+    r, c = tl.arange(0, BT)[:, None], tl.arange(0, _block(WIDTH))[None, :]
+    where = p + i // at[0] * at[1] + i % at[0] * at[2] + r * at[3] + c
+    cache: tl.constexpr = ".ca" if AGAIN else ""
+    inside = (r < T) & (c < WIDTH)
+    return tl.load(where, mask=inside, other=0.0, cache_modifier=cache).to(tl.float32)
 
 
 @_jit
@@ -222,3 +266,18 @@ def _row(p, n, count, T, BT: tl.constexpr):
 def _put_row(p, n, T, row):
     t = tl.arange(0, row.shape[0])
     tl.store(p + n * T + t, row, mask=t < T)
+
+
+@_jit
+def _vector(p, size: tl.constexpr):
+    c = tl.arange(0, _block(size))
+    return tl.load(p + c, mask=c < size, other=0.0)
+
+
+@_jit
+def _put_vector(p, size, vector):
+    c = tl.arange(0, vector.shape[0])
+    tl.store(p + c, vector, mask=c < size)
+
+
+INTERPRETED = tl.constexpr(not isinstance(_row, triton.JITFunction))
