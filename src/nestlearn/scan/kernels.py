@@ -84,9 +84,12 @@ def _generate(
 
 @_jit
 def _invert(
-    W1, k, eta, log_alpha, inverses, N, T, shared, inner, groups, reader, kind: tl.constexpr
-):
-    """(I + L)⁻¹ of the first matrix for each set of keys, then of the second for each memory."""
+    W1, k, eta, log_alpha, inverses, before,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """(I + L)⁻¹ of the first matrix for each set of keys, then of the second for each memory, with
+    what it makes of the keys `before` φ.
+    """
     system = tl.program_id(0).to(tl.int64)
     n = system - N // shared
     if n < 0:
@@ -97,7 +100,9 @@ def _invert(
     else:
         c = n // (shared * inner) * inner + n % inner
         weight1 = _matrix(W1, n, kind.H, kind.K)
-        h = _phi(_dot_t(_tokens(k, c, T, kind.K, kind.BT), weight1, kind), kind)
+        a = _dot_t(_tokens(k, c, T, kind.K, kind.BT), weight1, kind)
+        _put(before, n, T, kind.H, a)
+        h = _phi(a, kind)
         norm2 = tl.sum(h * h, 1)
         overlap = _dot_t(h, h, kind, True)
     step, log, g = _gates(eta, log_alpha, c, T, kind)
@@ -109,7 +114,7 @@ def _invert(
 @_jit
 def _forward(
     W1, W2, q, k, v, eta, log_alpha, inverses, constants, o, V1, V2, w1, w2, hidden,
-    values, aims, norms, asking, held,
+    before, aims, values, norms, asking, held,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
     """The writes w and W after them, and the answers; of own values all that made them."""
@@ -120,7 +125,12 @@ def _forward(
     # A program holds few tiles: each is loaded where it is used, and again rather than kept.
     u = _aimed(v, W1, W2, values, n, c, T, kind)
     key = _tokens(k, c, T, kind.K, kind.BT)
-    a = _dot_t(key, _matrix(W1, n, kind.H, kind.K, True), kind)
+    if kind.mlp and kind.delta:
+        a = _tokens(before, n, T, kind.H, kind.BT)
+    else:
+        a = _dot_t(key, _matrix(W1, n, kind.H, kind.K, True), kind)
+        if before is not None:
+            _put(before, n, T, kind.H, a)
     r, s = _steps(tl.sum(key * key, 1), step, kind)
     if kind.mlp:
         h = _phi(a, kind)
@@ -177,7 +187,7 @@ def _forward(
 
 @_jit
 def _backward_read(
-    W1, W2, q, k, log_alpha, w1, w2, hidden, do,
+    W1, W2, q, k, log_alpha, w1, w2, hidden, before, do,
     dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read, asking, answering,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
@@ -198,8 +208,7 @@ def _backward_read(
         dz, dweight = _asked_of_start(asked, z, _matrix(W2, n, kind.V, kind.H), g, kind)
         _put(dW2, n, kind.V, kind.H, dweight)
         if kind.read == "token":
-            key = _tokens(k, c, T, kind.K, kind.BT)
-            h = _phi(_dot_t(key, _matrix(W1, n, kind.H, kind.K), kind), kind)
+            h = _phi(_tokens(before, n, T, kind.H, kind.BT), kind)
             write = _tokens(w2, n, T, kind.V, kind.BT)
             dz, dg = _asked_of_writes(
                 asked, z, h, write, g, dz, dw2, dh_read, i, T, kind.V, kind.H, kind
@@ -224,12 +233,13 @@ def _backward_read(
 
 @_jit
 def _backward_systems(
-    W1, W2, k, eta, log_alpha, inverses, w1, w2, dV1, dV2, dw1, dw2, dk_read, dh_read,
-    V1, V2, constants, norms, dconstants, e1, e2, dk, dh, rows, hidden, dW1, dW2, held,
+    W1, W2, k, v, eta, log_alpha, inverses, w1, w2, before, aims, dV1, dV2, dw1, dw2,
+    dk_read, dh_read, V1, V2, constants, norms, dconstants, e1, e2, dk, dh, rows, dW1, dW2, held,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
-    """`_unsolve` for each matrix of each memory. Keeps a and, in `rows`, dr and dγ of each; adds to
-    dW, what the answers asked, what W_C asks of W_0.
+    """`_unsolve` for each matrix of each memory; of a second one its right side, too. `rows` keeps
+    dr and dγ of the first, dη, dγ and dγ₋ of the second, e2 is s e. Adds to dW, what the answers
+    asked, what W_C asks of W_0.
     """
     second = tl.program_id(0) >= N
     n = (tl.program_id(0) % N).to(tl.int64)
@@ -237,33 +247,54 @@ def _backward_systems(
     i = n // groups
     asked = tl.where(n % groups == reader, T, 0)  # tokens that asked this memory
     gates = _gates(eta, log_alpha, c, T, kind)
-    key = _tokens(k, c, T, kind.K, kind.BT)
     if second:
         if kind.mlp:
-            a = _dot_t(key, _matrix(W1, n, kind.H, kind.K), kind)
-            _put(hidden, n, T, kind.H, a)
-            h = _phi(a, kind)
+            h = _phi(_tokens(before, n, T, kind.H, kind.BT), kind)
             dnew = _out_of_shell(
                 dV2, V2, constants, norms, dconstants, N + n, n, N, groups, held,
                 kind.V, kind.H, kind,
             )  # fmt: skip
-            _unsolve(
+            e, dx, dr, dg = _unsolve(
                 h, gates, W2, w2, inverses, N // shared + n, dnew, dW2, dw2, dh_read,
-                e2, dh, rows + 2 * N * T, n, N, T, i, asked, kind.V, kind.H, kind,
+                n, T, i, asked, kind.V, kind.H, kind,
             )  # fmt: skip
+            step, log, g = gates
+            norm2, fade = tl.sum(h * h, 1), tl.exp(g - log)
+            r, s = _steps(norm2, step, kind)
+            _put(e2, n, T, kind.V, s[:, None] * e)
+            u = _tokens(v if aims is None else aims, n, T, kind.V, kind.BT)
+            along_u, seen = tl.sum(e * u, 1), tl.zeros_like(dr)
+            if kind.delta:
+                found = _dot(e, _matrix(W2, n, kind.V, kind.H, True), kind)
+                seen = tl.sum(found * h, 1)
+                dx -= (r * fade)[:, None] * found
+                e *= (r * fade)[:, None]
+                tl.debug_barrier()
+                dweight = _matrix(dW2, n, kind.V, kind.H) - _t_dot(e, h, kind)
+                _put(dW2, n, kind.V, kind.H, dweight)
+            dstep, dg, dbefore, along = _right_side(along_u, seen, norm2, r, fade, dr, dg, kind)
+            _put(dh, n, T, kind.H, dx + along[:, None] * h)
+            _put_row(rows, 2 * N + n, T, dstep)
+            _put_row(rows, 3 * N + n, T, dg)
+            _put_row(rows, 4 * N + n, T, dbefore)
     else:
+        key = _tokens(k, c, T, kind.K, kind.BT)
         dnew = _out_of_shell(
             dV1, V1, constants, norms, dconstants, n, n, N, groups, held, kind.H, kind.K, kind
         )
-        _unsolve(
+        e, dx, dr, dg = _unsolve(
             key, gates, W1, w1, inverses, c, dnew, dW1, dw1, dk_read,
-            e1, dk, rows, n, N, T, i, asked, kind.H, kind.K, kind,
+            n, T, i, asked, kind.H, kind.K, kind,
         )  # fmt: skip
+        _put(e1, n, T, kind.H, e)
+        _put(dk, n, T, kind.K, dx)
+        _put_row(rows, n, T, dr)
+        _put_row(rows, N + n, T, dg)
 
 
 @_jit
 def _backward_factors(
-    W1, W2, k, v, eta, log_alpha, hidden, values, aims, e1, e2, dh, rows, dg_read,
+    W1, W2, k, v, eta, log_alpha, before, aims, values, e1, e2, dh, rows, dg_read,
     dW1, dW2, dk, dv, deta, dlog,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
@@ -272,102 +303,16 @@ def _backward_factors(
     c = n // (shared * inner) * inner + n % inner
     step, log, g = _gates(eta, log_alpha, c, T, kind)
     fade = tl.exp(g - log)
-    key = _tokens(k, c, T, kind.K, kind.BT)
-    norm2 = tl.sum(key * key, 1)
-    r, s = _steps(norm2, step, kind)
-    # A program holds few tiles: each is loaded where it is used, and u waits in dv.
-    u = _tokens(aims if kind.own else v, n, T, kind.V, kind.BT)
+    # A program holds few tiles: each is loaded where it is used, and again rather than kept.
     if kind.mlp:
-        h = _phi(_tokens(hidden, n, T, kind.H, kind.BT), kind)
-        if kind.own:
-            y = u
-            if kind.delta:
-                y = _dot_t(h, _matrix(W2, n, kind.V, kind.H), kind)
-        else:
-            u, y = _last(u, h, W2, k, n, c, T, kind)
-        norm2_h = tl.sum(h * h, 1)
-        r2, s2 = _steps(norm2_h, step, kind)
-        dstep2, dg2, dbefore2, along2 = _right_side(
-            _tokens(e2, n, T, kind.V, kind.BT), u, y, norm2_h, r2, fade, rows, 2 * N + n, N, T, kind
+        dstep, dg, dbefore = _through_mlp(
+            W1, W2, k, v, before, aims, values, e1, e2, dh, rows, dW1, dW2, dk, dv,
+            step, fade, n, c, N, T, kind,
+        )  # fmt: skip
+    else:
+        dstep, dg, dbefore = _through_matrix(
+            W1, k, v, aims, e1, rows, dW1, dk, dv, step, fade, n, c, N, T, kind
         )
-        if not kind.own:
-            _put(dv, n, T, kind.V, u)
-        u = _dot(u, _matrix(W2, n, kind.V, kind.H, True), kind)
-        a = _tokens(hidden, n, T, kind.H, kind.BT, True)
-        bent = u * _phi(a, kind, 2)
-        slope = _phi(a, kind, 1)
-        u *= slope
-    else:
-        a = u
-        if kind.delta or (kind.l2 and not kind.own):
-            a = _dot_t(key, _matrix(W1, n, kind.H, kind.K), kind)
-        if kind.l2 and not kind.own:
-            u -= a
-    e = _tokens(e1, n, T, kind.H, kind.BT)
-    dstep, dg, dbefore, along = _right_side(e, u, a, norm2, r, fade, rows, n, N, T, kind)
-    du = s[:, None] * e
-    da = tl.zeros_like(e)
-    if kind.delta:
-        da -= (r * fade)[:, None] * e
-    if kind.mlp:
-        dstep, dg, dbefore = dstep + dstep2, dg + dg2, dbefore + dbefore2
-        da += du * bent
-        du *= slope
-        if not kind.own:
-            tl.debug_barrier()
-        u = _tokens(aims if kind.own else dv, n, T, kind.V, kind.BT, True)
-        dweight = _t_dot(u, du, kind)
-        du = _dot_t(du, _matrix(W2, n, kind.V, kind.H, True), kind)
-        e = _tokens(e2, n, T, kind.V, kind.BT)
-        du += s2[:, None] * e
-        if not kind.own:
-            tl.debug_barrier()
-    if kind.own:
-        down = du
-        if kind.mlp:
-            a = _tokens(values, n, T, kind.H, kind.BT)
-            dweight += _t_dot(du, _phi(a, kind), kind)
-            down = _dot(du, _matrix(W2, n, kind.V, kind.H), kind) * _phi(a, kind, 1)
-        dweight1 = _matrix(dW1, n, kind.H, kind.K)
-        dweight1 += _t_dot(down, _tokens(v, c, T, kind.K, kind.BT), kind)
-        _put(dW1, n, kind.H, kind.K, dweight1)
-        down = _dot(down, _matrix(W1, n, kind.H, kind.K), kind)
-        if kind.residual:
-            down += du
-        _put(dv, n, T, kind.K, down)
-    else:
-        _put(dv, n, T, kind.V, du)
-    key = _tokens(k, c, T, kind.K, kind.BT, True)
-    dkey = _tokens(dk, n, T, kind.K, kind.BT) + along[:, None] * key
-    if kind.mlp:
-        dy = tl.zeros_like(e)
-        if kind.delta:
-            dy -= (r2 * fade)[:, None] * e
-        if kind.l2:
-            dy -= du
-            if kind.residual:
-                dkey -= du
-        dhidden = _tokens(dh, n, T, kind.H, kind.BT)
-        if kind.l2 or kind.delta:
-            dhidden += _dot(dy, _matrix(W2, n, kind.V, kind.H), kind)
-        a = _tokens(hidden, n, T, kind.H, kind.BT)
-        h = _phi(a, kind)
-        if kind.l2 or kind.delta:
-            dweight += _t_dot(dy, h, kind)
-        dweight += _matrix(dW2, n, kind.V, kind.H)
-        _put(dW2, n, kind.V, kind.H, dweight)
-        dhidden += along2[:, None] * h
-        da += dhidden * _phi(a, kind, 1)
-    elif kind.l2:
-        da -= du
-    if kind.mlp or kind.l2 or kind.delta:
-        if kind.own:
-            tl.debug_barrier()
-        dweight = _matrix(dW1, n, kind.H, kind.K, True)
-        dweight += _t_dot(da, _tokens(k, c, T, kind.K, kind.BT), kind)
-        _put(dW1, n, kind.H, kind.K, dweight)
-        dkey += _dot(da, _matrix(W1, n, kind.H, kind.K, True), kind)
-    _put(dk, n, T, kind.K, dkey)
     _put_row(deta, n, T, dstep)
     if kind.decay:
         if kind.read == "token":
@@ -375,6 +320,111 @@ def _backward_factors(
             dg += _row(dg_read, n // groups, asked, T, kind.BT)
         # log γ_t sums log α up to t; log γ₋_t lacks the last of them
         _put_row(dlog, n, T, tl.cumsum(dg, 0, reverse=True) - dbefore)
+
+
+@_jit
+def _through_mlp(
+    W1, W2, k, v, before, aims, values, e1, e2, dh, rows, dW1, dW2, dk, dv,
+    step, fade, n, c, N, T, kind: tl.constexpr,
+):  # fmt: skip
+    """Stores gradients of weights, keys and values; returns those of η, log γ and log γ₋."""
+    key = _tokens(k, c, T, kind.K, kind.BT)
+    norm2 = tl.sum(key * key, 1)
+    r, s = _steps(norm2, step, kind)
+    pulled = _dot(
+        _tokens(v if aims is None else aims, n, T, kind.V, kind.BT),
+        _matrix(W2, n, kind.V, kind.H), kind,
+    )  # fmt: skip
+    a = _tokens(before, n, T, kind.H, kind.BT)
+    e = _tokens(e1, n, T, kind.H, kind.BT)
+    slope = _phi(a, kind, 1)
+    dr, dg = _row(rows, n, T, T, kind.BT), _row(rows, N + n, T, T, kind.BT)
+    dstep, dg, dbefore, along = _right_side(
+        tl.sum(e * pulled * slope, 1), tl.sum(e * a, 1), norm2, r, fade, dr, dg, kind
+    )
+    dstep += _row(rows, 2 * N + n, T, T, kind.BT)
+    dg += _row(rows, 3 * N + n, T, T, kind.BT)
+    dbefore += _row(rows, 4 * N + n, T, T, kind.BT)
+    du = s[:, None] * e
+    da = du * pulled * _phi(a, kind, 2)
+    if kind.delta:
+        da -= (r * fade)[:, None] * e
+    du *= slope
+    u = _tokens(v if aims is None else aims, n, T, kind.V, kind.BT, True)
+    dweight = _matrix(dW2, n, kind.V, kind.H) + _t_dot(u, du, kind)
+    du = _dot_t(du, _matrix(W2, n, kind.V, kind.H, True), kind)
+    du += _tokens(e2, n, T, kind.V, kind.BT)
+    dhidden = _tokens(dh, n, T, kind.H, kind.BT)
+    if kind.l2 or kind.own:  # u = v − W_2 h, or v = W_2 h of v
+        x = tl.zeros_like(a)
+        if kind.own:
+            x += _phi(_tokens(values, n, T, kind.H, kind.BT), kind)
+        if kind.l2:
+            x -= _phi(_tokens(before, n, T, kind.H, kind.BT, True), kind)
+        dweight += _t_dot(du, x, kind)
+        down = _dot(du, _matrix(W2, n, kind.V, kind.H), kind)
+        if kind.l2:
+            dhidden -= down
+    _put(dW2, n, kind.V, kind.H, dweight)
+    da += dhidden * _phi(_tokens(before, n, T, kind.H, kind.BT), kind, 1)
+    key = _tokens(k, c, T, kind.K, kind.BT, True)
+    dkey = _tokens(dk, n, T, kind.K, kind.BT) + along[:, None] * key
+    if kind.l2 and kind.residual:
+        dkey -= du
+    dweight = _matrix(dW1, n, kind.H, kind.K) + _t_dot(da, key, kind)
+    dkey += _dot(da, _matrix(W1, n, kind.H, kind.K), kind)
+    _put(dk, n, T, kind.K, dkey)
+    if kind.own:
+        down *= _phi(_tokens(values, n, T, kind.H, kind.BT, True), kind, 1)
+        dweight += _t_dot(down, _tokens(v, c, T, kind.K, kind.BT), kind)
+        down = _dot(down, _matrix(W1, n, kind.H, kind.K, True), kind)
+        if kind.residual:
+            down += du
+        _put(dv, n, T, kind.K, down)
+    else:
+        _put(dv, n, T, kind.V, du)
+    _put(dW1, n, kind.H, kind.K, dweight)
+    return dstep, dg, dbefore
+
+
+@_jit
+def _through_matrix(
+    W1, k, v, aims, e1, rows, dW1, dk, dv, step, fade, n, c, N, T, kind: tl.constexpr
+):
+    """As `_through_mlp`; all that W passes on is e W, scaled."""
+    key = _tokens(k, c, T, kind.K, kind.BT)
+    norm2 = tl.sum(key * key, 1)
+    r, s = _steps(norm2, step, kind)
+    e = _tokens(e1, n, T, kind.H, kind.BT)
+    along_u = tl.sum(e * _tokens(v if aims is None else aims, n, T, kind.V, kind.BT), 1)
+    dr, dg = _row(rows, n, T, T, kind.BT), _row(rows, N + n, T, T, kind.BT)
+    seen = tl.zeros_like(dr)
+    if kind.l2 or kind.delta or kind.own:
+        found = _dot(e, _matrix(W1, n, kind.H, kind.K), kind)
+        seen = tl.sum(found * key, 1)
+    if kind.l2 and not kind.own:
+        along_u -= seen
+    dstep, dg, dbefore, along = _right_side(along_u, seen, norm2, r, fade, dr, dg, kind)
+    dkey = _tokens(dk, n, T, kind.K, kind.BT) + along[:, None] * key
+    if kind.l2 or kind.delta:
+        share = tl.zeros_like(s)
+        if kind.delta:
+            share += r * fade
+        if kind.l2:
+            share += s
+        dkey -= share[:, None] * found
+        dweight = _matrix(dW1, n, kind.H, kind.K) - _t_dot(share[:, None] * e, key, kind)
+    elif kind.own:
+        dweight = _matrix(dW1, n, kind.H, kind.K)
+    if kind.own:
+        _put(dv, n, T, kind.K, s[:, None] * found)
+        dweight += _t_dot(s[:, None] * e, _tokens(v, c, T, kind.K, kind.BT), kind)
+    else:
+        _put(dv, n, T, kind.V, s[:, None] * e)
+    if kind.l2 or kind.delta or kind.own:
+        _put(dW1, n, kind.H, kind.K, dweight)
+    _put(dk, n, T, kind.K, dkey)
+    return dstep, dg, dbefore
 
 
 @_jit
@@ -392,8 +442,8 @@ def _backward_generate(
     if kind.mlp:
         a = _tokens(hidden, program, T, kind.H, kind.BT)
     if role < 2:
-        skip = tl.zeros([kind.BT, _block(kind.K)], tl.float32)
-        for j in tl.static_range(ROLES + 1):
+        skip = _tokens(dsaid, role * N + i * groups, T, kind.K, kind.BT)
+        for j in tl.static_range(1, ROLES + 1):
             skip += _tokens(dsaid, role * N + i * groups + j, T, kind.K, kind.BT)
         x = _tokens(said, role * M + i, T, kind.K, kind.BT)
         norm = _row(rows, role * M + i, T, T, kind.BT)
@@ -439,7 +489,8 @@ def _to_logit(rows, dgates, i, role, N, M, T, groups, kind: tl.constexpr):
     """The gradient of the logit of η (role 2) or α (3), from those of all memories' η and log α."""
     logit = _row(rows, role * M + i, T, T, kind.BT)
     deta, dlog = tl.zeros_like(logit), tl.zeros_like(logit)
-    for j in tl.static_range(5 if kind.decay else 4):
+    MEMORIES: tl.constexpr = 5 if kind.decay else 4
+    for j in tl.static_range(MEMORIES):
         deta += _row(dgates, i * groups + j, T, T, kind.BT)
         if kind.decay:
             dlog += _row(dgates, N + i * groups + j, T, T, kind.BT)
@@ -459,7 +510,7 @@ def _pulled(W2, n, weight, kind: tl.constexpr):
 
 @_jit
 def _unsolve(
-    x, gates, W, w, inverses, system, dnew, dW, dw, dx_read, e, dx, rows, n, N, T, i, asked,
+    x, gates, W, w, inverses, system, dnew, dW, dw, dx_read, n, T, i, asked,
     OUT: tl.constexpr, IN: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of W_C and w (what the answers asked) to e, that of the right side, and to
@@ -478,42 +529,37 @@ def _unsolve(
     kept = tl.sum(tl.sum(_matrix(W, n, OUT, IN) * dnew, 1), 0)
     last = tl.arange(0, kind.BT) == T - 1
     dg += tl.where(last, tl.exp(total) * kept - tl.sum(dg, 0), 0.0)
-    dwrite = left[:, None] * _dot_t(x, dnew, kind)
+    e = left[:, None] * _dot_t(x, dnew, kind)
     if kind.read == "token":
-        dwrite += _tile(dw, i, asked, T, OUT, kind.BT, _block(OUT))
+        e += _tile(dw, i, asked, T, OUT, kind.BT, _block(OUT))
         dinput += _tile(dx_read, i, asked, T, IN, kind.BT, _block(IN))
     dr = tl.zeros_like(g)
     if kind.delta:
         # (I + L) w = f:  e = df = (I + L)⁻ᵀ dw,  dL = −e wᵀ
-        dwrite = _t_dot(_matrix(inverses, system, kind.BT, kind.BT), dwrite, kind, True)
-    _put(e, n, T, OUT, dwrite)
-    if kind.delta:
+        e = _t_dot(_matrix(inverses, system, kind.BT, kind.BT), e, kind, True)
         r, _ = _steps(tl.sum(x * x, 1), step, kind)
-        write = _tokens(w, n, T, OUT, kind.BT)  # again: registers are few
-        dlower = -_dot_t(dwrite, write, kind) * _ratios(g - log, g, True)
+        write = _tokens(w, n, T, OUT, kind.BT, True)
+        dlower = -_dot_t(e, write, kind) * _ratios(g - log, g, True)
         parts = dlower * _dot_t(x, x, kind)
         dr += tl.sum(parts, 1)
         dg -= tl.sum(r[:, None] * parts, 0)
         dlower *= r[:, None]
         dinput += _dot(dlower + tl.trans(dlower), x, kind)
-    _put(dx, n, T, IN, dinput)
-    _put_row(rows, n, T, dr)
-    _put_row(rows, N + n, T, dg)
+    return e, dinput, dr, dg
 
 
 @_jit
-def _right_side(e, u, found, norm2, r, fade, rows, n, N, T, kind: tl.constexpr):
-    """From e, the gradient of s u − r γ₋ (W_0 x), to those of η, log γ and log γ₋, and the factor
-    of x in its own gradient through ‖x‖²; adds what `rows` has from `_unsolve`.
+def _right_side(along_u, seen, norm2, r, fade, dr, dg, kind: tl.constexpr):
+    """From e · u and e · W_0 x, e the gradient of s u − r γ₋ (W_0 x), to the gradients of η, log γ
+    and log γ₋, and the factor of x in its own gradient through ‖x‖²; adds to dr and dg.
     """
-    dr, dg = _row(rows, n, T, T, kind.BT), _row(rows, N + n, T, T, kind.BT)
     dbefore = tl.zeros_like(dr)
     if kind.delta:
-        dr -= fade * tl.sum(e * found, 1)
+        dr -= fade * seen
         dbefore = r * dr
         dg += dbefore
     inv = 1.0 / tl.maximum(norm2, 1.0)
-    dstep = tl.sum(e * u, 1)
+    dstep = along_u
     if kind.normalize:
         dr += dstep
         dstep = inv * dr

@@ -123,13 +123,13 @@ def _plan(
 
 def _kept_here(kind: Kind, place: Place, save: bool) -> list[int]:
     """Sizes of what is made between the kernels and for the backward pass: k and v, rows of
-    scalars, pre-activations of what said them, of the own values, these less what was there, norms;
-    then as in `triton._kept`.
+    scalars, pre-activations of what said them, of the own values, the norms of W; then as in
+    `triton._kept`.
     """
     heads, rows = place.N // place.groups * place.T, place.N * place.T * int(save)
     return [
         2 * heads * kind.K, 6 * heads, heads * _roles(kind) * kind.H * int(kind.mlp and save),
-        rows * kind.H * int(kind.mlp), rows * kind.V, 2 * place.N * int(kind.shell and save),
+        rows * kind.H * int(kind.mlp), 2 * place.N * int(kind.shell and save),
         *_kept(kind, place, save),
     ]  # fmt: skip
 
@@ -160,7 +160,7 @@ def _run(
     kind, place, held = _plan(form, gain, eta_max, bound, z, q, constants, W1, W2)
     (z, given), (q, asking) = _tokens(z), _tokens(q)
     kept, pieces = _pieces(W1, _kept_here(kind, place, save))
-    said, rows, asked, values, aims, norms, inverses, w1, w2, hidden = pieces
+    said, rows, asked, values, norms, inverses, w1, w2, hidden, before, aims = pieces
     k, v, eta, log_alpha = _said(kind, place, said, rows)
     V1, V2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
     o = _new((*q.shape[:-1], kind.V), q)
@@ -169,11 +169,13 @@ def _run(
         _generate, many, kind, place, W1, W2, z, constants, said, rows, asked, given, held
     )  # fmt: skip
     if kind.delta:
-        _launch(_invert, _systems(kind, place), kind, place, W1, k, eta, log_alpha, inverses)
+        _launch(
+            _invert, _systems(kind, place), kind, place, W1, k, eta, log_alpha, inverses, before
+        )
     _launch(
         _forward, place.N, kind, place,
         W1, W2, q, k, v, eta, log_alpha, inverses, constants, o, V1, V2, w1, w2, hidden,
-        values, aims, norms, asking, held,
+        before, aims, values, norms, asking, held,
     )  # fmt: skip
     return [x for x in (V1, V2, o, kept) if x is not None]
 
@@ -189,17 +191,17 @@ def _run_backward(
     (z, given), (q, asking), (do, answering) = _tokens(z), _tokens(q), _tokens(do)
     dV1, dV2 = (*(x.contiguous() for x in dVs), None)[:2]
     V1, V2 = (*after, None, None)[:2]
-    said, rows, asked, values, aims, norms, inverses, w1, w2, hidden = _split(
+    said, rows, asked, values, norms, inverses, w1, w2, hidden, before, aims = _split(
         kept, _kept_here(kind, place, True)
     )
     k, v, eta, log_alpha = _said(kind, place, said, rows)
     N, T, second = place.N, place.T, int(kind.mlp)
     heads, many = N // place.groups, N // place.groups * _roles(kind)
     H, V, readers = N * T * kind.H, N * T * kind.V, heads * T * int(kind.read == "token")
-    _, (dsaid, dgates, parts, e1, e2, dh, a, sums, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(
+    _, (dsaid, dgates, parts, e1, e2, dh, sums, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(
         W1, [
             2 * V, 2 * N * T, many * T * kind.K,
-            H, V * second, H * second, H * second, 2 * N * T * (1 + second), readers * kind.H,
+            H, V * second, H * second, N * T * (2 + 3 * second), readers * kind.H,
             readers * kind.V * second, readers * kind.K, readers * kind.H * second, readers,
         ]
     )  # fmt: skip
@@ -208,17 +210,18 @@ def _run_backward(
     dk, dv, deta, dlog = dsaid, dsaid[V:], dgates, dgates[N * T :] if kind.decay else None
     _launch(
         _backward_read, heads, kind, place,
-        W1, W2, q, k, log_alpha, w1, w2, hidden, do,
+        W1, W2, q, k, log_alpha, w1, w2, hidden, before, do,
         dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read, asking, answering,
     )  # fmt: skip
     _launch(
         _backward_systems, N * (1 + second), kind, place,
-        W1, W2, k, eta, log_alpha, inverses, w1, w2, dV1, dV2, dw1, dw2, dk_read, dh_read,
-        V1, V2, constants, norms, dconstants, e1, e2, dk, dh, sums, a, dW1, dW2, held,
+        W1, W2, k, v, eta, log_alpha, inverses, w1, w2, before, aims, dV1, dV2, dw1, dw2,
+        dk_read, dh_read, V1, V2, constants, norms, dconstants, e1, e2, dk, dh, sums, dW1, dW2,
+        held,
     )  # fmt: skip
     _launch(
         _backward_factors, N, kind, place,
-        W1, W2, k, v, eta, log_alpha, a, values, aims, e1, e2, dh, sums, dg_read,
+        W1, W2, k, v, eta, log_alpha, before, aims, values, e1, e2, dh, sums, dg_read,
         dW1, dW2, dk, dv, deta, dlog,
     )  # fmt: skip
     _launch(

@@ -158,19 +158,19 @@ def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
 @_jit
 def _dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """a b, in the precision of the system or of all else."""
-    return _product(a, b, kind.system if SYSTEM else kind.dot)
+    return _product(a, b, kind, SYSTEM)
 
 
 @_jit
 def _dot_t(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """a bᵀ."""
-    return _product(a, tl.trans(b), kind.system if SYSTEM else kind.dot)
+    return _product(a, tl.trans(b), kind, SYSTEM)
 
 
 @_jit
 def _t_dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """aᵀ b."""
-    return _product(tl.trans(a), b, kind.system if SYSTEM else kind.dot)
+    return _product(tl.trans(a), b, kind, SYSTEM)
 
 
 @_jit
@@ -184,8 +184,9 @@ def _log_sigmoid(x):
 
 
 @_jit
-def _product(a, b, PRECISION: tl.constexpr):
+def _product(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr):
     """a b, summed in float32."""
+    PRECISION: tl.constexpr = kind.system if SYSTEM else kind.dot
     if PRECISION == "bf16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
         if INTERPRETED:  # it would multiply the bits

@@ -209,13 +209,16 @@ def _kind(
 
 def _kept(kind: Kind, place: Place, save: bool) -> list[int]:
     """Sizes of what the forward pass makes for itself and the backward pass: (I + L)⁻¹ of all
-    systems, w of each matrix, the answers' hidden pre-activations.
+    systems, w of each matrix, the answers' hidden pre-activations, those of the keys, and u of the
+    last matrix where it is not simply v.
     """
     second, hidden = int(kind.mlp), int(kind.mlp and kind.read == "token")
+    aims = int(kind.own or (kind.mlp and kind.l2))
     rows = place.N * place.T * int(save)
     return [
         _systems(kind, place) * kind.BT**2 * int(kind.delta), rows * kind.H,
         rows * kind.V * second, rows // place.groups * kind.H * hidden,
+        place.N * place.T * kind.H * second * int(save or kind.delta), rows * kind.V * aims,
     ]  # fmt: skip
 
 
@@ -230,13 +233,15 @@ def _run(form: str, gain: float, reader: int | None, save: bool, *given: Any) ->
     W1, W2, q, k, v, eta, log_alpha = map(_contiguous, inputs)
     V1, V2 = (None if w is None else _new(w.shape, w) for w in (W1, W2))
     o = None if q is None else _new((*q.shape[:-1], kind.V), q)
-    kept, (inverses, w1, w2, hidden) = _pieces(W1, _kept(kind, place, save))
+    kept, (inverses, w1, w2, hidden, before, aims) = _pieces(W1, _kept(kind, place, save))
     if kind.delta:
-        _launch(_invert, _systems(kind, place), kind, place, W1, k, eta, log_alpha, inverses)
+        _launch(
+            _invert, _systems(kind, place), kind, place, W1, k, eta, log_alpha, inverses, before
+        )
     _launch(
         _forward, place.N, kind, place,
         W1, W2, q, k, v, eta, log_alpha, inverses, None, o, V1, V2, w1, w2, hidden,
-        None, None, None, _dense(place.T, kind.K), None,
+        before, aims, None, None, _dense(place.T, kind.K), None,
     )  # fmt: skip
     return [x for x in (V1, V2, o, kept) if x is not None]
 
@@ -248,32 +253,32 @@ def _run_backward(form: str, gain: float, reader: int | None, *tensors: Any) -> 
     W1, W2, q, k, v, eta, log_alpha = map(_contiguous, inputs)
     *dVs, do = map(_contiguous, grads if q is not None else (*grads, None))
     dV1, dV2 = dVs if kind.mlp else (*dVs, None)
-    inverses, w1, w2, hidden = _split(kept, _kept(kind, place, True))
+    inverses, w1, w2, hidden, before, aims = _split(kept, _kept(kind, place, True))
     N, T, second = place.N, place.T, int(kind.mlp)
     H, V = N * T * kind.H, N * T * kind.V
     asked = N // place.groups * T * (kind.read == "token")
     dW1, dW2, dq = (None if x is None else _new(x.shape, x) for x in (W1, W2, q))
     dk, dv = _new((N, T, kind.K), W1), _new((N, T, kind.V), W1)
     deta, dlog = (None if x is None else _new((N, T), W1) for x in (eta, log_alpha))
-    _, (e1, e2, dh, a, rows, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(W1, [
-        H, V * second, H * second, H * second, 2 * N * T * (1 + second),
+    _, (e1, e2, dh, rows, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(W1, [
+        H, V * second, H * second, N * T * (2 + 3 * second),
         asked * kind.H, asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
     ])  # fmt: skip
     if q is not None:
         _launch(
             _backward_read, N // place.groups, kind, place,
-            W1, W2, q, k, log_alpha, w1, w2, hidden, do,
+            W1, W2, q, k, log_alpha, w1, w2, hidden, before, do,
             dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read,
             _dense(T, kind.K), _dense(T, kind.V),
         )  # fmt: skip
     _launch(
         _backward_systems, N * (1 + second), kind, place,
-        W1, W2, k, eta, log_alpha, inverses, w1, w2, dV1, dV2, dw1, dw2, dk_read, dh_read,
-        None, None, None, None, None, e1, e2, dk, dh, rows, a, dW1, dW2, None,
+        W1, W2, k, v, eta, log_alpha, inverses, w1, w2, before, aims, dV1, dV2, dw1, dw2,
+        dk_read, dh_read, None, None, None, None, None, e1, e2, dk, dh, rows, dW1, dW2, None,
     )  # fmt: skip
     _launch(
         _backward_factors, N, kind, place,
-        W1, W2, k, v, eta, log_alpha, a, None, None, e1, e2, dh, rows, dg_read,
+        W1, W2, k, v, eta, log_alpha, before, aims, None, e1, e2, dh, rows, dg_read,
         dW1, dW2, dk, dv, deta, dlog,
     )  # fmt: skip
     dk_own, deta_own, dlog_own = (_over_shared(x, place) for x in (dk, deta, dlog))
