@@ -173,7 +173,7 @@ def compiled_layer():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from nestlearn.layers import SelfModifyingTitans
-    from nestlearn.scan import door
+    from nestlearn.scan import door, selfmodify
 
     kernels(Case(MLP, ALL))
     if DEVICE == "cpu":
@@ -181,7 +181,15 @@ def compiled_layer():
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(4, 2, 2).to(DEVICE)
+    layer = SelfModifyingTitans(4, 1, 2).to(DEVICE)
+    launched = set()
+    launch = selfmodify._launch
+
+    def noted(kernel, *args):
+        launched.add(kernel.__name__)
+        launch(kernel, *args)
+
+    selfmodify._launch = noted
     xs = [torch.randn(b, t, 4, device=DEVICE, requires_grad=True) for b, t in ((2, 4), (3, 2))]
 
     def both(x):
@@ -190,13 +198,14 @@ def compiled_layer():
 
     expected = [both(x) for x in xs]
     layer.compile(backend=graphs)
+    launched.clear()
     found = [both(x) for x in xs]
     errors = [
         float((a - b).norm() / (b.norm() + 1e-30))
         for x, y in zip(found, expected)
         for a, b in zip(x, y)
     ]
-    return errors, graphs.frame_count
+    return errors, graphs.frame_count, launched
 
 
 def supported(case, options):
@@ -314,8 +323,9 @@ def test_compiled_it_gives_the_same_bits(away):
 
 
 def test_a_compiled_layer_is_one_graph(away):
-    errors, graphs = away(compiled_layer)
+    errors, graphs, launched = away(compiled_layer)
     assert graphs == 1
+    assert {"_generate", "_backward_generate"} <= launched
     assert all(e <= 1e-5 for e in errors), errors
 
 

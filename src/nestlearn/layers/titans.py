@@ -217,6 +217,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         z = x
         if self.conv is not None:
             z, conv = self.conv(x, conv)
+            z = z.contiguous()  # once, where each chunk would copy its part
         heads = "b t (h d) -> b h t d"
         q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))[0]
         log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z))).mT

@@ -130,7 +130,7 @@ def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
     """φ(gain · a) / gain, or its first or second derivative by a."""
     x = kind.gain * a
     if kind.phi == "silu":
-        p = tl.sigmoid(x)
+        p = _sigmoid(x, kind)
         if ORDER == 0:
             y = x * p
         elif ORDER == 1:
@@ -153,6 +153,18 @@ def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
         p = 2 * tl.sigmoid(2 * x) - 1
         y = p if ORDER == 0 else 1 - p * p if ORDER == 1 else -2 * p * (1 - p * p)
     return y / kind.gain if ORDER == 0 else y if ORDER == 1 else y * kind.gain
+
+
+@_jit
+def _sigmoid(x, kind: tl.constexpr):
+    """Between products of bfloat16 by one instruction of the card, 2⁻¹² at most from it."""
+    if kind.dot == "bf16" and not INTERPRETED:
+        tanh: tl.constexpr = "tanh.approx.f32 $0, $1;"
+        half = tl.inline_asm_elementwise(tanh, "=r,r", [0.5 * x], tl.float32, True, 1)
+        p = 0.5 + 0.5 * half
+    else:
+        p = tl.sigmoid(x)
+    return p
 
 
 @_jit
@@ -187,23 +199,23 @@ def _log_sigmoid(x):
 def _product(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr):
     """a b, summed in float32."""
     PRECISION: tl.constexpr = kind.system if SYSTEM else kind.dot
-    if PRECISION == "bf16":
-        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        if INTERPRETED:  # it would multiply the bits
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        product = tl.dot(a, b)
+    if PRECISION == "bf16" and not INTERPRETED:
+        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif PRECISION == "bf16":  # the interpreter would multiply bits
+        product = tl.dot(_rounded(a, 16), _rounded(b, 16))
+    elif PRECISION == "tf32":  # the tensor cores would cut, and cuts add up
+        product = tl.dot(_rounded(a, 13), _rounded(b, 13), input_precision="tf32")
     else:
-        a, b = _rounded(a, PRECISION), _rounded(b, PRECISION)
         product = tl.dot(a, b, input_precision=PRECISION)
     return product
 
 
 @_jit
-def _rounded(x, PRECISION: tl.constexpr):
-    """For tf32 rounded to nearest: the tensor cores would cut, and cuts add up."""
-    if PRECISION == "tf32":
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
+def _rounded(x, BITS: tl.constexpr):
+    """To the nearest float32 whose last bits are zero."""
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    MASK: tl.constexpr = -(1 << BITS)
+    return ((x.to(tl.int32, bitcast=True) + HALF) & MASK).to(tl.float32, bitcast=True)
 
 
 @_jit

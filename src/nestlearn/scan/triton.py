@@ -7,10 +7,11 @@ known from the chunk's first weights,
     (I + L) w = s u − r γ₋ (W_0 x),    L_ts = r_t (γ₋_t / γ_s) (x_t · x_s) for s < t,
     W_t = γ_t W_0 + Σ_{s≤t} (γ_t / γ_s) w_s x_sᵀ,    γ₋_t = γ_{t−1}.
 
-The forward pass saves w, (I + L)⁻¹ and the answers' hidden pre-activations; the backward pass
-computes the rest again. What memories share (keys, gates) gets one partial gradient from each
-memory, summed by torch: no atomics, so two runs give the same bits. Padding needs no care: a token
-of zeros (x = u = η = log α = 0) writes nothing and keeps everything.
+The forward pass saves w, (I + L)⁻¹, u and the hidden pre-activations of keys and answers; the
+backward pass computes the rest again. What memories share (keys, gates) gets one partial gradient
+from each memory, summed by torch: no atomics, so two runs give the same bits. Padding needs no
+care: a token of zeros (x = u = η = log α = 0) writes nothing and keeps everything. The kernels
+stand in `kernels`.
 
 `supported` says what the kernels can run; everything else is `chunk`'s. For torch.compile forward
 and backward are two operators, so that what surrounds them stays in one graph.
