@@ -51,6 +51,7 @@ def _generate(
     """What M_k, M_v, M_η, M_α say of z, one program each: k, v in `said`; `rows` holds the norms
     of k and v before that was 1, the logits of η and α, and η and log α.
     """
+    T = kind.BT if kind.full else T
     ROLES: tl.constexpr = 4 if kind.decay else 3
     program = tl.program_id(0).to(tl.int64)
     i, role = program // ROLES, program % ROLES
@@ -90,6 +91,7 @@ def _invert(
     """(I + L)⁻¹ of the first matrix for each set of keys, then of the second for each memory, with
     what it makes of the keys `before` φ.
     """
+    T = kind.BT if kind.full else T
     system = tl.program_id(0).to(tl.int64)
     n = system - N // shared
     if n < 0:
@@ -101,7 +103,8 @@ def _invert(
         c = n // (shared * inner) * inner + n % inner
         weight1 = _matrix(W1, n, kind.H, kind.K)
         a = _dot_t(_tokens(k, c, T, kind.K, kind.BT), weight1, kind)
-        _put(before, n, T, kind.H, a)
+        if before is not None:
+            _put(before, n, T, kind.H, a)
         h = _phi(a, kind)
         norm2 = tl.sum(h * h, 1)
         overlap = _dot_t(h, h, kind, True)
@@ -118,6 +121,7 @@ def _forward(
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
     """The writes w and W after them, and the answers; of own values all that made them."""
+    T = kind.BT if kind.full else T
     n = tl.program_id(0).to(tl.int64)
     c = n // (shared * inner) * inner + n % inner
     step, log, g = _gates(eta, log_alpha, c, T, kind)
@@ -192,6 +196,7 @@ def _backward_read(
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
     """What the answers ask of W_0, the writes w, the inputs x and log γ; i counts the readers."""
+    T = kind.BT if kind.full else T
     i = tl.program_id(0).to(tl.int64)
     n = i * groups + reader
     c = n // (shared * inner) * inner + n % inner
@@ -241,6 +246,7 @@ def _backward_systems(
     dr and dγ of the first, dη, dγ and dγ₋ of the second, e2 is s e. Adds to dW, what the answers
     asked, what W_C asks of W_0.
     """
+    T = kind.BT if kind.full else T
     second = tl.program_id(0) >= N
     n = (tl.program_id(0) % N).to(tl.int64)
     c = n // (shared * inner) * inner + n % inner
@@ -299,6 +305,7 @@ def _backward_factors(
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
     """Through u and W_0 x, which the chunk's first weights made of keys and values; adds to dW."""
+    T = kind.BT if kind.full else T
     n = tl.program_id(0).to(tl.int64)
     c = n // (shared * inner) * inner + n % inner
     step, log, g = _gates(eta, log_alpha, c, T, kind)
@@ -435,6 +442,7 @@ def _backward_generate(
     """From the gradients of k, v, η, log α, one of each memory that took them, through what said
     them: adds to its dW, gives each role's part of dz.
     """
+    T = kind.BT if kind.full else T
     ROLES: tl.constexpr = 4 if kind.decay else 3
     program = tl.program_id(0).to(tl.int64)
     i, role = program // ROLES, program % ROLES

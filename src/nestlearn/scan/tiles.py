@@ -17,8 +17,9 @@ import triton.language as tl
 class Kind(NamedTuple):
     """What a kernel is compiled for; read may be "none", BT is the tile of tokens.
 
-    own: v is what every memory makes its own values from. shell: W ends within low and high times
-    the norm of its start value. eta_max: the bound of step sizes that the memories generate.
+    full: the chunk fills its tile, so that no token is masked. own: v is what every memory makes
+    its own values from. shell: W ends within low and high times the norm of its start value.
+    eta_max: the bound of step sizes that the memories generate.
     """
 
     K: int
@@ -36,6 +37,7 @@ class Kind(NamedTuple):
     BT: int
     dot: str
     system: str
+    full: bool = False
     own: bool = False
     shell: bool = False
     low: float = 0.0

@@ -204,7 +204,7 @@ def _kind(
     residual, is_l2, delta, normalize = (flag == "1" for flag in flags[:4])
     return Kind(
         K, H, V, phi != "", phi, gain, residual, is_l2, delta, decay, normalize, read,
-        _block(tokens), dot, system, **options,
+        _block(tokens), dot, system, _block(tokens) == tokens, **options,
     )  # fmt: skip
 
 
