@@ -100,8 +100,8 @@ def errors(case):
 
 
 def check(away, case, tolerance=2e-5, groups=1, inverted=1):  # noqa: F811
-    """Errors within the tolerance (all but a bias's gradient, one sum that cancels, within 1e-5), or
-    of the composed step's own size.
+    """Errors within the tolerance, or of the composed step's own size. All but the gradient of a
+    bias, one sum that cancels, are within 1e-5.
     """
     found, composed, launches = away(errors, case)
     allowed = [max(tolerance, 4 * e) for e in composed]
