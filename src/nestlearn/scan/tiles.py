@@ -159,7 +159,7 @@ def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
 
 @_jit
 def _sigmoid(x, kind: tl.constexpr):
-    """Between products of bfloat16 by one instruction of the card, 2⁻¹² at most from it."""
+    """Between products of bfloat16 by one instruction of the card, within 2⁻¹²."""
     if kind.dot == "bf16" and not INTERPRETED:
         tanh: tl.constexpr = "tanh.approx.f32 $0, $1;"
         half = tl.inline_asm_elementwise(tanh, "=r,r", [0.5 * x], tl.float32, True, 1)
