@@ -158,7 +158,7 @@ def operators(case):
     given = [None if x is None else x.to(DEVICE) for x in given]
     if len(W) == 1:
         given.insert(1, None)
-    form = f"{'silu' if len(W) > 1 else ''},{case.read or 'none'},1,1,1,1"
+    form = f"{'silu' if len(W) > 1 else ''},{case.read or 'none'},1,1,1,1,"
     options = (form, 1.7, case.reader)
     *outputs, kept = module._run(*options, True, *given)
     grads = [torch.randn_like(x) for x in outputs]
@@ -173,30 +173,40 @@ def compiled_layer():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from nestlearn.layers import SelfModifyingTitans
-    from nestlearn.scan import door
+    from nestlearn.scan import door, selfmodify
 
     kernels(Case(MLP, ALL))
     if DEVICE == "cpu":
-        door._on_gpu = lambda *_, **__: True
+        door.on_card = lambda x: True
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
     torch.manual_seed(0)
+    composed = SelfModifyingTitans(4, 2, 2, backend="fused").to(DEVICE)
     layer = SelfModifyingTitans(4, 2, 2).to(DEVICE)
+    layer.load_state_dict(composed.state_dict())
+    launched = set()
+    launch = selfmodify._launch
+
+    def noted(kernel, *args):
+        launched.add(kernel.__name__)
+        launch(kernel, *args)
+
+    selfmodify._launch = noted
     xs = [torch.randn(b, t, 4, device=DEVICE, requires_grad=True) for b, t in ((2, 4), (3, 2))]
 
-    def both(x):
+    def both(layer, x):
         y = layer(x)[0]
         return [y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))]
 
-    expected = [both(x) for x in xs]
+    expected = [both(composed, x) for x in xs]
     layer.compile(backend=graphs)
-    found = [both(x) for x in xs]
+    found = [both(layer, x) for x in xs]
     errors = [
         float((a - b).norm() / (b.norm() + 1e-30))
         for x, y in zip(found, expected)
         for a, b in zip(x, y)
     ]
-    return errors, graphs.frame_count
+    return errors, graphs.frame_count, launched
 
 
 def supported(case, options):
@@ -314,8 +324,9 @@ def test_compiled_it_gives_the_same_bits(away):
 
 
 def test_a_compiled_layer_is_one_graph(away):
-    errors, graphs = away(compiled_layer)
+    errors, graphs, launched = away(compiled_layer)
     assert graphs == 1
+    assert {"_generate", "_backward_generate"} <= launched
     assert all(e <= 1e-5 for e in errors), errors
 
 

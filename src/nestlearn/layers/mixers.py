@@ -95,7 +95,7 @@ class Stepping(nn.Module):
             whole = first % chunks[0] == 0 and last - first == chunks[0] and len(set(chunks)) == 1
             if self._compiled is None or not whole:
                 return self._step(state, xs, span, starts)
-            state, xs = tree.tree_map(_any_batch, (state, xs))
+            state, xs = tree.tree_map(with_any_batch, (state, xs))
             return self._compiled(self, state, xs, Span(0, chunks[0]), starts)
 
         return scan(
@@ -111,7 +111,7 @@ def compile_steps(module: nn.Module, **options: Any) -> None:
             Stepping.compile(part, **options)
 
 
-def _any_batch(x: Tensor) -> Tensor:
+def with_any_batch(x: Tensor) -> Tensor:
     """x, dense, so that its strides do not depend on the call's length."""
     x = x.contiguous()
     torch._dynamo.maybe_mark_dynamic(x, 0)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
-from ..scan import FastWeights, Span, Writer
+from ..scan import FastWeights, Span, Writer, door
 from ..scan.fused import answers
+from ..scan.writer import constants
 from .mixers import (
     Readout,
     ShortConvolution,
@@ -27,6 +28,7 @@ from .mixers import (
     logit,
     step_sizes,
     wide,
+    with_any_batch,
 )
 
 PROJECTIONS = ("k", "v", "eta", "alpha", "q")
@@ -38,6 +40,15 @@ class Group(NamedTuple):
     names: tuple[str, ...]
     writer: Writer
     heads: slice
+
+
+class Starts(NamedTuple):
+    """What a group's step needs of the parameters: the start values, stacked, and `constants` for
+    every sample, if the group's heads may run by `Writer.generate`.
+    """
+
+    weights: Weights
+    constants: Tensor | None
 
 
 class TitansState(NamedTuple):
@@ -182,7 +193,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
         inputs, conv = self._again(self._inputs, x, state.conv)
-        starts = tuple(map(self.start_weights, self.groups))
+        starts = tuple(self._starts(group, x) for group in self.groups)
 
         ys, memories = self._scan(
             state.memories, inputs, starts, length=x.shape[1], axis=2,
@@ -191,20 +202,36 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         y = self._again(self.readout, torch.cat(ys, 2).to(x.dtype), x)
         return y, TitansState(state.position + x.shape[1], conv, memories)
 
+    def _starts(self, group: Group, x: Tensor) -> Starts:
+        """For a call with input x."""
+        weights = self.start_weights(group)
+        if self.query is None or group.names != tuple(self.start) or not door.on_card(x):
+            return Starts(weights, None)
+        readouts = (self.eta,) if self.alpha is None else (self.eta, self.alpha)
+        scalars = [p[group.heads] for scalar in readouts for p in scalar.parameters()]
+        some = wide(constants(scalars, weights)).expand(x.shape[0], -1, -1)
+        return Starts(weights, some if self._compiled is None else with_any_batch(some))
+
     def _inputs(self, x: Tensor, conv: Tensor | None):
         """z [B, H, T, d] of unit norm, the static query, the momentum's gate; the convolution."""
         z = x
         if self.conv is not None:
             z, conv = self.conv(x, conv)
+            z = z.contiguous()  # once, where each chunk would copy its part
         heads = "b t (h d) -> b h t d"
         q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))[0]
         log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z))).mT
         z = unit(rearrange(z, heads, h=self.heads))[0]
         return (wide(z), q, log_theta), conv
 
-    def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Weights, ...]):
+    def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Starts, ...]):
         """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
         z, q, log_theta = xs
+        if all(
+            start.constants is not None and group.writer.generates(z, q, fast.now, span)
+            for group, fast, start in zip(self.groups, memories, starts)
+        ):
+            return self._step_in_kernels(memories, z, q, span, starts)
         memory = self.writer.memory
         assert isinstance(memory, Matrix | ResidualMLP)
         written = {name for group in self.groups for name in group.names}
@@ -231,10 +258,32 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             own = itemgetter((slice(None), heads))
             asked = own(q) if "mem" in names else None
             o, fast = writer.write(
-                fast, asked, own(k), own(v), gates.map(own), span, start, reader=-1, own=True
+                fast,
+                asked,
+                own(k),
+                own(v),
+                gates.map(own),
+                span,
+                start.weights,
+                reader=-1,
+                own=True,
             )
             after.append(fast)
             os += [] if o is None else [o]
+        return _joined(os), tuple(after)
+
+    def _step_in_kernels(
+        self, memories: tuple, z: Tensor, q: Tensor, span: Span, starts: tuple[Starts, ...]
+    ):
+        """`_step` where every group is all memories of its heads, on the card."""
+        heads = [group.heads.stop - group.heads.start for group in self.groups]
+        zs, qs = ((x,) if len(heads) == 1 else x.split(heads, 1) for x in (z, q))
+        after, os = [], []
+        for group, fast, start, z, q in zip(self.groups, memories, starts, zs, qs):
+            assert start.constants is not None
+            o, fast = group.writer.generate(fast, z, q, start.constants, self.eta_max, span)
+            after.append(fast)
+            os.append(o)
         return _joined(os), tuple(after)
 
 

@@ -79,6 +79,11 @@ def update(
             from . import triton  # here, so that it is loaded only where it can run
 
             run = triton.update
+    options: dict[str, Any] = {}
+    if run is _fused.update:
+        options["own"] = own
+    elif run is not _chunk.update and run is not _naive.update:
+        options["dot"] = triton.precision()
     with torch.autocast(device_type=k.device.type, enabled=False):
         if own and run is not _fused.update:
             v = memory.read(at, v)
@@ -86,7 +91,7 @@ def update(
             memory, rule, W, S, q, k, v, gates,
             at=at, offset=offset,
             objective=aim, read=read, first_order=first_order,
-            reader=reader, **({"own": own} if run is _fused.update else {}),
+            reader=reader, **options,
         )  # fmt: skip
     return None if o is None else o.to(reply), W, S
 
@@ -101,12 +106,17 @@ def use_triton(on: bool = True) -> None:
     _triton = on
 
 
+def on_card(x: Tensor) -> bool:
+    """Whether tensors where x is go through the Triton kernels."""
+    return _triton and _TRITON_IS_THERE and x.is_cuda
+
+
 def _on_gpu(
     W: Weights, q: Tensor | None, k: Tensor, v: Tensor, gates: Gates, *,
     memory: Any, rule: GradientRule, aim: Objective,
 ) -> bool:  # fmt: skip
     """Whether the Triton kernels run this whole chunk."""
-    if not (_triton and _TRITON_IS_THERE and k.is_cuda):
+    if not on_card(k):
         return False
     from . import triton
 

@@ -15,7 +15,12 @@ import triton.language as tl
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for; read may be "none", BT is the tile of tokens."""
+    """What a kernel is compiled for; read may be "none", BT is the tile of tokens.
+
+    full: the chunk fills its tile, so that no token is masked. own: v is what every memory makes
+    its own values from. shell: W ends within low and high times the norm of its start value.
+    eta_max: the bound of step sizes that the memories generate.
+    """
 
     K: int
     H: int
@@ -32,6 +37,12 @@ class Kind(NamedTuple):
     BT: int
     dot: str
     system: str
+    full: bool = False
+    own: bool = False
+    shell: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    eta_max: float = 1.0
 
 
 class Place(NamedTuple):
@@ -94,6 +105,8 @@ def _gates(eta, log_alpha, c, T, kind: tl.constexpr):
     zeros = tl.zeros([BT], tl.float32)
     log = _row(log_alpha, c, T, T, BT) if kind.decay else zeros
     step = zeros if eta is None else _row(eta, c, T, T, BT)
+    if kind.eta_max > 1 and kind.decay:  # generated without regard to α, by another memory
+        step *= 0.5 + 0.5 * tl.exp(log)
     return step, log, tl.cumsum(log, 0)
 
 
@@ -119,7 +132,7 @@ def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
     """φ(gain · a) / gain, or its first or second derivative by a."""
     x = kind.gain * a
     if kind.phi == "silu":
-        p = tl.sigmoid(x)
+        p = _sigmoid(x, kind)
         if ORDER == 0:
             y = x * p
         elif ORDER == 1:
@@ -145,38 +158,84 @@ def _phi(a, kind: tl.constexpr, ORDER: tl.constexpr = 0):
 
 
 @_jit
+def _sigmoid(x, kind: tl.constexpr):
+    """Between products of bfloat16 by one instruction of the card, within 2⁻¹²."""
+    if kind.dot == "bf16" and not INTERPRETED:
+        tanh: tl.constexpr = "tanh.approx.f32 $0, $1;"
+        half = tl.inline_asm_elementwise(tanh, "=r,r", [0.5 * x], tl.float32, True, 1)
+        p = 0.5 + 0.5 * half
+    else:
+        p = tl.sigmoid(x)
+    return p
+
+
+@_jit
 def _dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """a b, in the precision of the system or of all else."""
-    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
-    return tl.dot(a, b, input_precision=kind.system if SYSTEM else kind.dot)
+    return _product(a, b, kind, SYSTEM)
 
 
 @_jit
 def _dot_t(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """a bᵀ."""
-    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
-    return tl.dot(a, tl.trans(b), input_precision=kind.system if SYSTEM else kind.dot)
+    return _product(a, tl.trans(b), kind, SYSTEM)
 
 
 @_jit
 def _t_dot(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr = False):
     """aᵀ b."""
-    a, b = _rounded(a, kind, SYSTEM), _rounded(b, kind, SYSTEM)
-    return tl.dot(tl.trans(a), b, input_precision=kind.system if SYSTEM else kind.dot)
+    return _product(tl.trans(a), b, kind, SYSTEM)
 
 
 @_jit
-def _rounded(x, kind: tl.constexpr, SYSTEM: tl.constexpr):
-    """For tf32 rounded to nearest: the tensor cores would cut, and cuts add up."""
-    if not SYSTEM and kind.dot == "tf32":
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
+def _log_sigmoid(x):
+    """log σ(x), to the last bits where it is nearly 0: the logarithm of a card is not so exact."""
+    e = tl.exp(-tl.abs(x))
+    t = e / (2 + e)  # log(1 + e) = 2 artanh t, t ≤ 1/3
+    s = t * t
+    series = 1 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s / 13)))))
+    return tl.minimum(x, 0.0) - 2 * t * series
+
+
+@_jit
+def _product(a, b, kind: tl.constexpr, SYSTEM: tl.constexpr):
+    """a b, summed in float32."""
+    PRECISION: tl.constexpr = kind.system if SYSTEM else kind.dot
+    if PRECISION == "bf16" and not INTERPRETED:
+        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif PRECISION == "bf16":  # the interpreter would multiply bits
+        product = tl.dot(_rounded(a, 16), _rounded(b, 16))
+    elif PRECISION == "tf32":  # the tensor cores would cut, and cuts add up
+        product = tl.dot(_rounded(a, 13), _rounded(b, 13), input_precision="tf32")
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
+
+
+@_jit
+def _rounded(x, BITS: tl.constexpr):
+    """To the nearest float32 whose last bits are zero."""
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    MASK: tl.constexpr = -(1 << BITS)
+    return ((x.to(tl.int32, bitcast=True) + HALF) & MASK).to(tl.float32, bitcast=True)
 
 
 @_jit
 def _tokens(p, n, T, WIDTH: tl.constexpr, BT: tl.constexpr, AGAIN: tl.constexpr = False):
     """Part n of [*, T, WIDTH]."""
     return _tile(p, n, T, T, WIDTH, BT, _block(WIDTH), AGAIN)
+
+
+@_jit
+def _among(p, i, at, T, WIDTH: tl.constexpr, BT: tl.constexpr, AGAIN: tl.constexpr = False):
+    """The tokens of sample i // heads and head i % heads, `at` = (heads, the strides of sample,
+    head and token).
+    """
+    r, c = tl.arange(0, BT)[:, None], tl.arange(0, _block(WIDTH))[None, :]
+    where = p + i // at[0] * at[1] + i % at[0] * at[2] + r * at[3] + c
+    cache: tl.constexpr = ".ca" if AGAIN else ""
+    inside = (r < T) & (c < WIDTH)
+    return tl.load(where, mask=inside, other=0.0, cache_modifier=cache).to(tl.float32)
 
 
 @_jit
@@ -222,3 +281,18 @@ def _row(p, n, count, T, BT: tl.constexpr):
 def _put_row(p, n, T, row):
     t = tl.arange(0, row.shape[0])
     tl.store(p + n * T + t, row, mask=t < T)
+
+
+@_jit
+def _vector(p, size: tl.constexpr):
+    c = tl.arange(0, _block(size))
+    return tl.load(p + c, mask=c < size, other=0.0)
+
+
+@_jit
+def _put_vector(p, size, vector):
+    c = tl.arange(0, vector.shape[0])
+    tl.store(p + c, vector, mask=c < size)
+
+
+INTERPRETED = tl.constexpr(not isinstance(_row, triton.JITFunction))

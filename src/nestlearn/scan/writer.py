@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory import Gates, Memory, Rule, Weights, objective
+from ..memory import Gates, GradientRule, Matrix, Memory, ResidualMLP, Rule, Weights, objective
 from ..memory.linalg import frobenius
+from . import door
 from .door import check_read, update
 from .loop import Span
 
@@ -102,6 +103,44 @@ class Writer:
         if getattr(rule, "ahead", None) is not None:
             rule = rule._replace(ahead=now)
         return o, FastWeights(now, now, rule)
+
+    def generates(self, z: Tensor, q: Tensor, W: Weights, span: Span) -> bool:
+        """Whether `generate` can run this span: on the card, from a chunk's start, no momentum."""
+        if self.backend != "auto" or self.half_life is not None or not door.on_card(z):
+            return False
+        from . import triton  # here, so that it is loaded only where it can run
+
+        return z.dtype == torch.float32 and triton.supported(
+            self.memory, self.rule, W, None, q, z, z, Gates(z), at=None, read=self.read,
+            objective=objective(self.objective), offset=span.start % self.chunk,
+            first_order=self.first_order,
+        )  # fmt: skip
+
+    def generate(
+        self, fast: FastWeights, z: Tensor, q: Tensor, constants: Tensor, eta_max: float, span: Span
+    ) -> tuple[Tensor, FastWeights]:
+        """Memories stacked [B, heads, memories, ...] that say k, v, η (and log α) of z [B, heads,
+        T, d] and are written with them, the last of them answering q: see `scan.selfmodify`.
+        """
+        from . import selfmodify
+
+        memory, rule = self.memory, self.rule
+        assert isinstance(memory, Matrix | ResidualMLP)
+        assert isinstance(rule, GradientRule)
+        ends = span.ends(self.chunk)
+        o, now = selfmodify.chunk(
+            memory, rule, fast.now, z, q, constants, objective=objective(self.objective),
+            read=self.read, eta_max=eta_max, bound=self.bound if ends else None,
+        )  # fmt: skip
+        return o, FastWeights(now if ends else fast.start, now, fast.rule)
+
+
+def constants(scalars: list[Tensor], W0: Weights) -> Tensor:
+    """What `Writer.generate` needs beside the memories [heads, ...]: weight and bias of what makes
+    η (and log α) of an answer, and the norms of the start values.
+    """
+    norms = (frobenius(w).flatten(1) for w in W0)
+    return torch.cat([x.unsqueeze(-1) if x.ndim == 1 else x for x in (*scalars, *norms)], 1)
 
 
 def _into_shell(W: Tensor, W0: Tensor, low: float, high: float) -> Tensor:

@@ -1,0 +1,269 @@
+"""selfmodify ≡ the composed step: a layer's outputs, states and every gradient, kernel by kernel.
+
+The truth is `backend="fused"` in float64. As in test_triton.py the kernels run in a process of
+their own, in Triton's interpreter where there is no card.
+"""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from test_triton import DEVICE, away, poisoned  # noqa: F401 - a fixture
+
+from nestlearn.layers import SelfModifyingTitans
+
+FORWARD = ("_generate", "_invert", "_forward")
+BACKWARD = ("_backward_read", "_backward_systems", "_backward_factors", "_backward_generate")
+
+
+class Case(NamedTuple):
+    """A layer, and calls of so many tokens each, one after the other."""
+
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    width: int = 5
+    chunk: int = 4
+    calls: tuple[int, ...] = (6,)
+    heads: int = 1
+    batch: int = 1
+    precision: str | None = None
+    autocast: bool = False
+
+
+def build(case, dtype, device, **options):
+    """The layer, with gates and steps large enough that everything that is written counts."""
+    torch.manual_seed(0)
+    dim = case.heads * case.width
+    layer = SelfModifyingTitans(dim, case.heads, case.chunk, **{**case.options, **options})
+    with torch.no_grad():
+        layer.eta.bias.copy_(torch.linspace(0.5, -0.5, case.heads))
+        if layer.alpha is not None:
+            layer.alpha.bias.copy_(torch.linspace(2.0, 4.0, case.heads))
+    return layer.to(device, dtype)
+
+
+def results(layer, case, dtype, device):
+    """Outputs and the state's tensors, then gradients of x and of every parameter."""
+    g = torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)
+
+    xs = [randn(case.batch, T, case.heads * case.width).requires_grad_() for T in case.calls]
+    ys, state = [], None
+    for x in xs:
+        y, state = layer(x, state)
+        ys.append(y)
+    found = [*ys, *(w for fast in state.memories for w in fast.now)]
+    grads = torch.autograd.grad(
+        found, [*xs, *layer.parameters()], [randn(*x.shape).to(x.dtype) for x in found]
+    )
+    return [*found, *grads]
+
+
+def kernels(case):
+    """The modules as the kernels' tests want them, and where every launch is counted."""
+    from nestlearn.scan import door, selfmodify, triton
+
+    launches = Counter()
+    launch = triton._launch
+
+    def counted(kernel, *args):
+        launches[kernel.__name__] += 1
+        launch(kernel, *args)
+
+    triton._empty, triton.PRECISION = poisoned, case.precision
+    selfmodify._launch = counted
+    door.on_card = lambda x: True
+    return launches
+
+
+def distances(found, truth):
+    """Of each tensor, relative to its norm."""
+    pairs = list(zip((x.detach().double().cpu() for x in found), truth, strict=True))
+    assert all(a.shape == b.shape for a, b in pairs)
+    return [float(((a - b).norm() / (b.norm() + 1e-30)).detach()) for a, b in pairs]
+
+
+def errors(case):
+    """Of the layer by its kernels, of the composed step in float32, and the launches."""
+    truth, composed = (
+        results(build(case, dtype, "cpu", backend="fused"), case, dtype, "cpu")
+        for dtype in (torch.float64, torch.float32)
+    )
+    launches = kernels(case)
+    torch.set_autocast_enabled("cuda", case.autocast)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    found = results(build(case, torch.float32, DEVICE), case, torch.float32, DEVICE)
+    torch.set_autocast_enabled("cuda", False)
+    return distances(found, truth), distances(composed, truth), dict(launches)
+
+
+def check(away, case, tolerance=2e-5, groups=1, inverted=1):  # noqa: F811
+    """Errors within the tolerance, or of the composed step's own size. All but the gradient of a
+    bias, one sum that cancels, are within 1e-5.
+    """
+    found, composed, launches = away(errors, case)
+    allowed = [max(tolerance, 4 * e) for e in composed]
+    assert all(a <= b for a, b in zip(found, allowed)), found  # false for NaN, too
+    chunks = -(-sum(case.calls) // case.chunk)  # begun: what goes on inside one is composed
+    again = 2 if case.options.get("remat") else 1
+    expected = dict.fromkeys(FORWARD, chunks * groups * again)
+    expected |= dict.fromkeys(BACKWARD, chunks * groups)
+    expected["_invert"] = chunks * inverted * again
+    assert launches == {name: n for name, n in expected.items() if n}
+
+
+FORMS = {
+    "plain": {},
+    "matrix": {"depth": 1},
+    "hidden": {"hidden": 7},
+    "l2": {"objective": "l2"},
+    "matrix-l2": {"depth": 1, "objective": "l2"},
+    "boundary": {"read": "boundary"},
+    "matrix-boundary-l2": {"depth": 1, "read": "boundary", "objective": "l2"},
+    "no-decay": {"weight_decay": False},
+    "no-decay-wide-steps": {"weight_decay": False, "eta_max": 2.0},
+    "wide-steps": {"eta_max": 2.0},
+    "matrix-wide-steps": {"depth": 1, "eta_max": 1.5},
+    "free": {"bound": None},
+    "shrunk": {"bound": (0.25, 0.9)},
+    "matrix-grown": {"depth": 1, "bound": (1.1, 2.0)},
+    "grown": {"bound": (1.1, 2.0)},
+    "first-order-cut": {"truncate": 4},
+    "recomputed": {"remat": True},
+}
+
+
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
+def test_the_kernels_equal_the_composed_step(away, options):  # noqa: F811
+    """A whole chunk and the beginning of the next, for which no shell is due."""
+    check(away, Case(options))
+
+
+def test_heads_samples_and_calls_in_a_row(away):  # noqa: F811
+    check(away, Case(heads=2, batch=2, chunk=8, calls=(8,)))
+    check(away, Case({"depth": 1}, heads=2, calls=(5, 3)))
+
+
+def test_groups_of_heads_with_and_without_the_delta_term(away):  # noqa: F811
+    check(away, Case({"dgd": 0.5, "objective": "l2"}, heads=2, calls=(4,)), groups=2)
+    check(away, Case({"dgd": False, "depth": 1}), inverted=0)
+
+
+def test_widths_and_lengths_that_fill_their_tiles_and_others(away):  # noqa: F811
+    check(away, Case({"hidden": 20}, width=42, chunk=33, calls=(33,)))
+    check(away, Case(width=64, chunk=64, calls=(64,)))
+
+
+def test_bfloat16_is_near_enough(away):  # noqa: F811
+    """The gradients of what makes α are sums that cancel: 3e-2; all others stay below 1e-2."""
+    check(away, Case(width=16, chunk=16, calls=(17,), precision="bf16"), tolerance=4e-2)
+    check(away, Case(width=16, chunk=16, calls=(16,), precision="tf32"), tolerance=2e-3)
+
+
+def seen_precisions(case):
+    """Of the kernels' products and systems; what they would compute is left out."""
+    from nestlearn.scan import selfmodify, triton
+
+    found = set()
+    kernels(case)
+    before = selfmodify._launch, triton._launch, triton._empty
+    selfmodify._launch = triton._launch = lambda _, __, kind, *___: found.add(
+        (kind.dot, kind.system)
+    )
+    triton._empty = torch.zeros
+    torch.set_autocast_enabled("cuda", case.autocast)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    y = build(case, torch.float32, DEVICE)(torch.randn(1, 4, case.width, device=DEVICE))[0]
+    torch.set_autocast_enabled("cuda", False)
+    y.sum().backward()  # outside autocast, as a training step does it
+    selfmodify._launch, triton._launch, triton._empty = before
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"half_life": 8}], ids=["generated", "given"])
+def test_autocast_decides_the_precision(away, options):  # noqa: F811
+    assert away(seen_precisions, Case(options, autocast=True)) == {("bf16", "tf32")}
+    forced = Case(options, autocast=True, precision="ieee")
+    assert away(seen_precisions, forced) == {("ieee", "tf32x3")}
+
+
+def bits(case):
+    """Whether a second run, and one without gradients, give the same bits."""
+    kernels(case)
+    one, two = (
+        results(build(case, torch.float32, DEVICE), case, torch.float32, DEVICE) for _ in range(2)
+    )
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(case.batch, case.calls[0], case.width, generator=g, dtype=torch.float64)
+    with torch.no_grad():
+        bare = build(case, torch.float32, DEVICE)(x.to(DEVICE, torch.float32))[0]
+    return all(map(torch.equal, one, two)), torch.equal(one[0], bare)
+
+
+def test_two_runs_give_the_same_bits(away):  # noqa: F811
+    assert away(bits, Case()) == (True, True)
+
+
+def fallen_back(options, double=False, chunks=(3, 5)):
+    """Launches of these kernels by a layer that they cannot run, in calls of such lengths."""
+    case = Case(options)
+    launches = kernels(case)
+    layer = build(case, torch.float64 if double else torch.float32, DEVICE)
+    state = None
+    for T in chunks:
+        x = torch.randn(1, T, layer.dim, dtype=layer.eta.bias.dtype, device=DEVICE)
+        y, state = layer(x, state)
+        assert y.isfinite().all()
+    return dict(launches)
+
+
+OTHERS = {
+    "momentum": {"momentum": True},
+    "adaptive-query": {"adapt": ("k", "v", "eta", "alpha", "q")},
+    "static-value": {"adapt": ("k", "eta", "alpha")},
+    "two-chunk-sizes": {"projection_chunk": 2},
+    "half-life": {"half_life": 8},
+    "three-matrices": {"depth": 3},
+    "backend": {"backend": "chunk"},
+    "too-wide": {"hidden": 65},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_what_the_kernels_cannot_run_is_composed(away, options):  # noqa: F811
+    assert "_generate" not in away(fallen_back, options)
+
+
+def test_only_whole_beginnings_of_chunks_run_in_kernels(away):  # noqa: F811
+    """Three tokens, then the chunk's last and the four of the next: the second span is composed."""
+    assert away(fallen_back, {})["_generate"] == 2
+    assert "_generate" not in away(fallen_back, {}, True)
+
+
+def operators(depth, options):
+    """torch's own checks of a custom operator, of both."""
+    from nestlearn.scan import selfmodify
+
+    case = Case({"depth": depth})
+    kernels(case)
+    g = torch.Generator().manual_seed(0)
+    B, H, M, T, d = 1, 2, 5, 3, 4
+    z, q = (torch.randn(B, H, T, d, generator=g).to(DEVICE) for _ in range(2))
+    W = [torch.randn(B, H, M, d, d, generator=g).to(DEVICE) for _ in range(depth)]
+    constants = torch.randn(B, H, 2 * (d + 1) + depth * M, generator=g).abs().to(DEVICE)
+    given = (z, q, constants, W[0], W[1] if depth == 2 else None)
+    *outputs, kept = selfmodify._run(*options, True, *given)
+    grads = [torch.randn_like(x) for x in outputs]
+    after = outputs[:-1] if options[-1] else []
+    ops, tests = torch.ops.nestlearn, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.selfmodify.default, (*options, True, *given), test_utils=tests)
+    args = (*options, *given, kept, after, grads)
+    torch.library.opcheck(ops.selfmodify_backward.default, args, test_utils=tests)
+
+
+@pytest.mark.parametrize(("depth", "bound"), [(1, [0.25, 1.0]), (2, [])], ids=["bound", "free"])
+def test_the_operators_are_what_they_say(away, depth, bound):  # noqa: F811
+    form = f"{'silu' if depth == 2 else ''},token,{int(depth == 2)},1,1,1,"
+    away(operators, depth, (form, 1.7, 2.0, bound))
