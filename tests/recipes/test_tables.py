@@ -105,6 +105,20 @@ def test_the_table_has_means_half_ranges_the_paper_and_marks():
     assert "| Hope | 1,000 | 0.001 |" in text
 
 
+def test_means_are_of_models_that_have_every_task(tmp_path):
+    def of(model, *values):
+        at = {"benchmark": "mad", "setting": "baseline", "model": model}
+        return [
+            replace(ONE, task=t, value=v, **at) for t, v in zip(table4.TASKS, values, strict=False)
+        ]
+
+    records = of("lstm", 10.0, 20.0, 30.0, 40.0, 50.0) + of("hope", 50.0, 60.0, 70.0, 80.0, 90.0)
+    records += [replace(r, seed=1, value=r.value + 20) for r in records if r.model == "hope"]
+    text = table4.report(records + of("titans", 100.0), tmp_path)
+    assert "Mean over the baselines of all five: Hope 80.0, LSTM 30.0." in text
+    assert "none has run them all" in table4.report(of("titans", 100.0), tmp_path)
+
+
 def test_the_papers_rows_are_those_of_its_tables():
     assert table5.PAPER["DeltaNet"]["parity", "bin1"] == 10.1
     assert table5.PAPER["DeltaNet"]["abab", "bin1"] == 0

@@ -7,6 +7,7 @@ of the baseline setting unless `only` names others.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,24 @@ def _pairs(only: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _means(records: Sequence[Record]) -> str:
+    """Of each model that has all of TASKS, the best first."""
+    found = {}
+    for model in dict.fromkeys(r.model for r in records):
+        own = [r for r in records if r.model == model and r.setting == "baseline"]
+        scores = [[r.value for r in own if r.task == task] for task in TASKS]
+        if all(scores):
+            found[contender(model).title] = statistics.mean(map(statistics.mean, scores))
+    ranked = sorted(found.items(), key=lambda item: -item[1])
+    return ", ".join(f"{title} {mean:.1f}" for title, mean in ranked) or "none has run them all"
+
+
 def report(records: Sequence[Record], out: Path) -> str:
     """Write out/table.md and out/table4.png; the table."""
     every = [(task, setting) for task in NAMES for setting in mad.settings(task)]
     heads = {p: NAMES[p[0]] + ("" if p[1] == "baseline" else f", {p[1]}") for p in every}
     text = suite.table(records, [(head, [pair]) for pair, head in heads.items()], PAPER)
+    text += f"\n\nMean over the baselines of all five: {_means(records)}."
     text += "\n\nThe paper's figures: larger models and budgets, means over all difficulties."
     suite.write_table(out, text)
     values: dict[str, dict[str, list[float]]] = {}
