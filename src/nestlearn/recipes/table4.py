@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from nestlearn.evals import Record, Task, mad
 from nestlearn.recipes import suite
 from nestlearn.recipes.cells import Cell, Tell
-from nestlearn.recipes.contenders import RIVALS, contender, levels
+from nestlearn.recipes.contenders import CONTENDERS, RIVALS, contender, levels
 from nestlearn.recipes.figures import bars
 from nestlearn.train.run import resolve_device
 
@@ -194,7 +195,9 @@ def report(records: Sequence[Record], out: Path) -> str:
     suite.write_table(out, text)
     values: dict[str, dict[str, list[float]]] = {}
     paper: dict[str, dict[str, float]] = {}
-    for record in records:
+    models = list(CONTENDERS)
+    rank = {(model, *pair): i for i, (model, pair) in enumerate(product(models, every))}
+    for record in sorted(records, key=lambda r: rank[r.model, r.task, r.setting]):
         about = contender(record.model)
         pair = (record.task, record.setting)
         column = heads[pair].replace(" ", "\n")
