@@ -36,9 +36,11 @@ def bars(
         means = [statistics.mean(s) for s in seeds]
         spans = [(m - min(s), max(s) - m) for m, s in zip(means, seeds)]
         again, colour = divmod(i, len(COLOURS))  # colours used again are hatched
-        style = {"color": COLOURS[colour], "error_kw": {"lw": 1, "capsize": 1.5}}
-        style |= {"hatch": ("", "////", "....")[again % 3], "edgecolor": "white", "lw": 0}
-        axes.bar(at, means, width * 0.92, yerr=list(zip(*spans)), label=name, **style)
+        axes.bar(
+            at, means, width * 0.92, yerr=list(zip(*spans)), label=name, color=COLOURS[colour],
+            hatch=("", "////", "....")[again % 3], edgecolor="white", lw=0,
+            error_kw={"lw": 1, "capsize": 1.5},
+        )  # fmt: skip
         told = (paper or {}).get(name, {})
         marks = [(x, told[c]) for x, c in zip(at, (c for c in columns if c in row)) if c in told]
         for x, value in marks:
