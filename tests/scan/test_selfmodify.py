@@ -130,7 +130,7 @@ FORMS = {
     "shrunk": {"bound": (0.25, 0.9)},
     "matrix-grown": {"depth": 1, "bound": (1.1, 2.0)},
     "grown": {"bound": (1.1, 2.0)},
-    "first-order-cut": {"truncate": 4},
+    "cut": {"truncate": 4},
     "recomputed": {"remat": True},
 }
 

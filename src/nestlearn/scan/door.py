@@ -69,23 +69,19 @@ def update(
     gates = gates.map(lambda g: g.to(dtype))
     aim = objective_named(objective)
     run: Any = _chunk.update
+    options: dict[str, Any] = {}
     if backend == "naive" or not isinstance(rule, GradientRule):
         run = _naive.update
     elif backend != "chunk" and _fused.supports(
         memory, rule, aim, offset=offset, first_order=first_order
     ):
-        run = _fused.update
+        run, options = _fused.update, {"own": own}
         if backend == "auto" and _on_gpu(W, q, k, v, gates, memory=memory, rule=rule, aim=aim):
             from . import triton  # here, so that it is loaded only where it can run
 
-            run = triton.update
-    options: dict[str, Any] = {}
-    if run is _fused.update:
-        options["own"] = own
-    elif run is not _chunk.update and run is not _naive.update:
-        options["dot"] = triton.precision()
+            run, options = triton.update, {"dot": triton.precision()}
     with torch.autocast(device_type=k.device.type, enabled=False):
-        if own and run is not _fused.update:
+        if own and "own" not in options:
             v = memory.read(at, v)
         o, W, S = run(
             memory, rule, W, S, q, k, v, gates,

@@ -30,8 +30,9 @@ from .tiles import (
     _vector,
 )
 
-# Warps of each kernel, the quicker of 4 and 8 on an H100 with 60 and 480 programs. Four are one
-# warp group: with two, Triton gives each a whole tile of 64 rows instead of a half.
+# Warps of each kernel, 4 or 8: the better over 60 and 480 programs together on an H100, in relative
+# time (docs/math.md). Four are one warp group: with two, Triton gives each a whole tile of 64 rows
+# instead of a half.
 WARPS = {
     "_generate": 4,
     "_invert": 4,
