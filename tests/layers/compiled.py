@@ -1,8 +1,10 @@
-"""compile(): the step of a whole chunk is one graph, and answers as it does eagerly.
+"""compile(): few graphs for every batch and length, which answer as the layer does eagerly.
 
 Run by test_compile.py in a process of its own, where nothing checks the shapes of arguments: those
 checks cannot be compiled.
 """
+
+import copy
 
 import pytest
 import torch
@@ -10,14 +12,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from nestlearn import ContinuumMemory, HopeConfig, HopeLM, Level, SelfModifyingTitans
 from nestlearn.layers import gated_deltanet
-from nestlearn.layers.mixers import Stepping
 
 LAYERS = {
-    "titans": lambda: SelfModifyingTitans(8, 2, 4),
-    "titans-boundary-l2": lambda: SelfModifyingTitans(8, 2, 4, read="boundary", objective="l2"),
-    "cms": lambda: ContinuumMemory(8, [Level(chunk=4, hidden=16), Level(hidden=16)]),
-    "deltanet": lambda: gated_deltanet(8, 2, chunk=4),
-}
+    "titans": (lambda: SelfModifyingTitans(8, 2, 4), 3),
+    "titans-boundary-l2": (
+        lambda: SelfModifyingTitans(8, 2, 4, read="boundary", objective="l2"), 3,
+    ),
+    "cms": (lambda: ContinuumMemory(8, [Level(chunk=4, hidden=16), Level(hidden=16)]), 1),
+    "deltanet": (lambda: gated_deltanet(8, 2, chunk=4), 3),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -25,26 +28,25 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
-def test_one_graph_for_all_chunks_batches_and_lengths(build):
+@pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
+def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
+    """One for the step, two for what is before and after it."""
     torch.manual_seed(0)
     layer = build().double()
+    eager = copy.deepcopy(layer)
     graphs = CompileCounterWithBackend("aot_eager")
+    layer.compile(backend=graphs)
     counts = []
     for batch, T in ((2, 12), (2, 8), (3, 20), (5, 11), (2, 4), (4, 9)):
         x = torch.randn(batch, T, 8, dtype=torch.float64, requires_grad=True)
-        for part in layer.modules():
-            if isinstance(part, Stepping):
-                part._compiled = None
-        expected = layer(x)[0]
+        expected = eager(x)[0]
         (grad,) = torch.autograd.grad(expected.square().sum(), x)
-        layer.compile(backend=graphs)
         y = layer(x)[0]
         (found,) = torch.autograd.grad(y.square().sum(), x)
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-9)
         counts.append(graphs.frame_count)
-    assert counts == [1] * len(counts)
+    assert counts == [number] * len(counts)
 
 
 def test_a_model_compiles_what_runs_chunk_by_chunk():
@@ -57,7 +59,7 @@ def test_a_model_compiles_what_runs_chunk_by_chunk():
         graphs = CompileCounterWithBackend("eager")
         model.compile(backend=graphs)
         torch.testing.assert_close(model(ids)[0], expected)
-        assert graphs.frame_count == 2  # of Titans and of the level; both blocks share them
+        assert graphs.frame_count == 4  # three of Titans, one of the level; both blocks share them
 
 
 def test_inductor_gives_the_same():

@@ -14,7 +14,7 @@ from test_triton import DEVICE, away, poisoned  # noqa: F401 - a fixture
 from nestlearn.layers import SelfModifyingTitans
 
 FORWARD = ("_generate", "_invert", "_forward")
-BACKWARD = ("_backward_read", "_backward_systems", "_backward_factors", "_backward_generate")
+BACKWARD = ("_backward_systems", "_backward_factors", "_backward_generate")
 
 
 class Case(NamedTuple):
@@ -99,9 +99,10 @@ def errors(case):
     return distances(found, truth), distances(composed, truth), dict(launches)
 
 
-def check(away, case, tolerance=2e-5, groups=1, inverted=1):  # noqa: F811
+def check(away, case, tolerance=2e-5, groups=1, inverted=1, runs=None):  # noqa: F811
     """Errors within the tolerance, or of the composed step's own size. All but the gradient of a
-    bias, one sum that cancels, are within 1e-5.
+    bias, one sum that cancels, are within 1e-5. runs: of chunks that were answered together, as
+    many as there are chunks unless said.
     """
     found, composed, launches = away(errors, case)
     allowed = [max(tolerance, 4 * e) for e in composed]
@@ -111,6 +112,8 @@ def check(away, case, tolerance=2e-5, groups=1, inverted=1):  # noqa: F811
     expected = dict.fromkeys(FORWARD, chunks * groups * again)
     expected |= dict.fromkeys(BACKWARD, chunks * groups)
     expected["_invert"] = chunks * inverted * again
+    runs = chunks if runs is None else runs
+    expected |= {"_answer": runs * groups * again, "_backward_read": runs * groups}
     assert launches == {name: n for name, n in expected.items() if n}
 
 
@@ -146,8 +149,22 @@ def test_heads_samples_and_calls_in_a_row(away):  # noqa: F811
     check(away, Case({"depth": 1}, heads=2, calls=(5, 3)))
 
 
+RUNS = {
+    "one": (Case({"depth": 1}, heads=2, batch=2, calls=(8,)), 1),
+    "several": (Case({"depth": 1, "eta_max": 2.0}, calls=(10, 6)), 3),
+    "cut": (Case({"truncate": 8}, calls=(12,)), 2),
+    "recomputed": (Case({"depth": 1, "remat": True}, chunk=1, calls=(9,)), 2),
+    "boundary": (Case({"read": "boundary", "weight_decay": False}, calls=(8,)), 1),
+}
+
+
+@pytest.mark.parametrize(("case", "runs"), RUNS.values(), ids=RUNS)
+def test_whole_chunks_in_a_row_are_answered_together(away, case, runs):  # noqa: F811
+    check(away, case, runs=runs)
+
+
 def test_groups_of_heads_with_and_without_the_delta_term(away):  # noqa: F811
-    check(away, Case({"dgd": 0.5, "objective": "l2"}, heads=2, calls=(4,)), groups=2)
+    check(away, Case({"dgd": 0.5, "objective": "l2"}, heads=2, calls=(8,)), groups=2, runs=1)
     check(away, Case({"dgd": False, "depth": 1}), inverted=0)
 
 
@@ -240,30 +257,3 @@ def test_only_whole_beginnings_of_chunks_run_in_kernels(away):  # noqa: F811
     """Three tokens, then the chunk's last and the four of the next: the second span is composed."""
     assert away(fallen_back, {})["_generate"] == 2
     assert "_generate" not in away(fallen_back, {}, True)
-
-
-def operators(depth, options):
-    """torch's own checks of a custom operator, of both."""
-    from nestlearn.scan import selfmodify
-
-    case = Case({"depth": depth})
-    kernels(case)
-    g = torch.Generator().manual_seed(0)
-    B, H, M, T, d = 1, 2, 5, 3, 4
-    z, q = (torch.randn(B, H, T, d, generator=g).to(DEVICE) for _ in range(2))
-    W = [torch.randn(B, H, M, d, d, generator=g).to(DEVICE) for _ in range(depth)]
-    constants = torch.randn(B, H, 2 * (d + 1) + depth * M, generator=g).abs().to(DEVICE)
-    given = (z, q, constants, W[0], W[1] if depth == 2 else None)
-    *outputs, kept = selfmodify._run(*options, True, *given)
-    grads = [torch.randn_like(x) for x in outputs]
-    after = outputs[:-1] if options[-1] else []
-    ops, tests = torch.ops.nestlearn, ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.selfmodify.default, (*options, True, *given), test_utils=tests)
-    args = (*options, *given, kept, after, grads)
-    torch.library.opcheck(ops.selfmodify_backward.default, args, test_utils=tests)
-
-
-@pytest.mark.parametrize(("depth", "bound"), [(1, [0.25, 1.0]), (2, [])], ids=["bound", "free"])
-def test_the_operators_are_what_they_say(away, depth, bound):  # noqa: F811
-    form = f"{'silu' if depth == 2 else ''},token,{int(depth == 2)},1,1,1,"
-    away(operators, depth, (form, 1.7, 2.0, bound))

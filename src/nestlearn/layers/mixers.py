@@ -7,8 +7,9 @@ with a batch axis, and a stream may be split anywhere between two calls.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,18 +68,25 @@ class Stepping(nn.Module):
     truncate: int | None
     remat: bool
     _compiled: Callable | None = None
+    # methods for all tokens of a call at once, compiled too: of each argument the axes that vary
+    _around: ClassVar[Mapping[str, tuple[tuple[int, ...], ...]]] = {}
 
     def _step(self, state: Any, xs: Any, span: Span, starts: Any) -> tuple[Any, Any]:
         raise NotImplementedError
 
     def compile(self, **options: Any) -> None:
-        """Compile the step of one whole chunk, in place, by `torch.compile(..., **options)`.
+        """Compile, in place, by `torch.compile(..., **options)`: what all tokens of a call pass
+        before and after the memories, and the step of one whole chunk.
 
-        One graph for all chunks, batches and lengths, where `torch.compile(module)` would unroll
-        the loop over chunks. Spans that are not a whole chunk (the end of a call, single tokens)
-        run eagerly, and so do layers in which memories have several chunk sizes.
+        Each is one graph for all chunks, batches and lengths, where `torch.compile(module)` would
+        unroll the loop over chunks. Spans that are not a whole chunk (the end of a call, single
+        tokens) run eagerly, and so do layers in which memories have several chunk sizes and steps
+        that are kernels of our own from end to end.
         """
         self._compiled = torch.compile(type(self)._step, fullgraph=True, **options)
+        for name, axes in self._around.items():  # of the class: equal layers share a graph
+            f = torch.compile(getattr(type(self), name), fullgraph=True, **options)
+            setattr(self, name, partial(_with_any_size, f, axes, self))
 
     def _again(self, f: Callable, *args: Any) -> Any:
         """f(*args), with `remat` computed again in the backward pass."""
@@ -88,19 +96,19 @@ class Stepping(nn.Module):
 
     def _scan(
         self, state: Any, xs: Any, starts: Any, *, length: int, chunks: tuple[int, ...],
-        position: int, axis: int = 1,
+        position: int, axis: int = 1, run: int = 1,
     ) -> tuple[list[Tensor], Any]:  # fmt: skip
         def step(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
             first, last = span
             whole = first % chunks[0] == 0 and last - first == chunks[0] and len(set(chunks)) == 1
-            if self._compiled is None or not whole:
+            if self._compiled is None or run > 1 or not whole:
                 return self._step(state, xs, span, starts)
             state, xs = tree.tree_map(with_any_batch, (state, xs))
             return self._compiled(self, state, xs, Span(0, chunks[0]), starts)
 
         return scan(
             step, tree.tree_map(wide, state), xs, length=length, chunks=chunks,
-            position=position, truncate=self.truncate, remat=self.remat, axis=axis,
+            position=position, truncate=self.truncate, remat=self.remat, axis=axis, run=run,
         )  # fmt: skip
 
 
@@ -111,11 +119,23 @@ def compile_steps(module: nn.Module, **options: Any) -> None:
             Stepping.compile(part, **options)
 
 
+# `_inputs` of x [B, T, dim] and the convolution's state, `_outputs` of o [B, H, T, d] and x
+AROUND = {"_inputs": ((0, 1), (0,)), "_outputs": ((0, 2), (0, 1))}
+
+
 def with_any_batch(x: Tensor) -> Tensor:
     """x, dense, so that its strides do not depend on the call's length."""
     x = x.contiguous()
     torch._dynamo.maybe_mark_dynamic(x, 0)
     return x
+
+
+def _with_any_size(f: Callable, axes: tuple[tuple[int, ...], ...], module: Any, *args: Any) -> Any:
+    """f(module, *args), of whose arguments those axes differ from call to call."""
+    for x, some in zip(args, axes):
+        if x is not None:
+            torch._dynamo.maybe_mark_dynamic(x, some)
+    return f(module, *args)
 
 
 class StreamingLayer(nn.Module):
@@ -319,6 +339,8 @@ class StaticProjections(StreamingLayer, Stepping):
     the memory and the rule. eta_max bounds the step: 2 gives the delta rule negative eigenvalues.
     """
 
+    _around: ClassVar = AROUND
+
     def __init__(
         self, dim: int, heads: int, writer: Writer, *, eta_max: float = 1.0, conv: int = 4,
         truncate: int | None = None, remat: bool = False,
@@ -356,9 +378,19 @@ class StaticProjections(StreamingLayer, Stepping):
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
-        z, conv = x, None
+        pairs, conv = self._inputs(x, state.conv)
+        ys, memory = self._scan(
+            state.memory, pairs, tuple(self.start), length=x.shape[1],
+            chunks=(self.writer.chunk,), position=state.position, axis=2,
+        )  # fmt: skip
+        y = self._outputs(torch.cat(ys, 2), x)
+        return y, MixerState(state.position + x.shape[1], conv, memory)
+
+    def _inputs(self, x: Tensor, conv: Tensor | None):
+        """q, k, v [B, H, T, D / H], gates [B, H, T]; the convolution's state."""
+        z = x
         if self.conv is not None:
-            z, conv = self.conv(x, state.conv)
+            z, conv = self.conv(x, conv)
         q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         q, k = unit(q)[0], unit(k)[0]
         gates = list(rearrange(wide(self.gates(z)), "b t (n h) -> n b h t", h=self.heads))
@@ -366,14 +398,10 @@ class StaticProjections(StreamingLayer, Stepping):
         log_alpha = F.logsigmoid(gates.pop(0)) if self.writer.rule.decay else None
         eta = step_sizes(eta, self.eta_max, log_alpha)
         log_theta = F.logsigmoid(gates.pop(0)) if gates else None
+        return (q, k, v, Gates(eta, log_alpha, log_theta)), conv
 
-        pairs = (q, k, v, Gates(eta, log_alpha, log_theta))
-        ys, memory = self._scan(
-            state.memory, pairs, tuple(self.start), length=x.shape[1],
-            chunks=(self.writer.chunk,), position=state.position, axis=2,
-        )  # fmt: skip
-        y = self.readout(torch.cat(ys, 2), x)
-        return y, MixerState(state.position + x.shape[1], conv, memory)
+    def _outputs(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.readout(o, x)
 
     def _step(self, memory: FastWeights, xs: tuple, span: Span, W0: Weights):
         q, k, v, gates = xs

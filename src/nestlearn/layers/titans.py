@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from operator import itemgetter
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
-from ..scan import FastWeights, Span, Writer, door
+from ..scan import FastWeights, Span, Writer
 from ..scan.fused import answers
+from ..scan.loop import RUN
 from ..scan.writer import constants
 from .mixers import (
+    AROUND,
     Readout,
     ShortConvolution,
     Stepping,
@@ -28,7 +30,6 @@ from .mixers import (
     logit,
     step_sizes,
     wide,
-    with_any_batch,
 )
 
 PROJECTIONS = ("k", "v", "eta", "alpha", "q")
@@ -44,7 +45,7 @@ class Group(NamedTuple):
 
 class Starts(NamedTuple):
     """What a group's step needs of the parameters: the start values, stacked, and `constants` for
-    every sample, if the group's heads may run by `Writer.generate`.
+    every sample, if the layer's chunks run by `Writer.generate`.
     """
 
     weights: Weights
@@ -91,6 +92,8 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
     """
+
+    _around: ClassVar = AROUND
 
     def __init__(
         self,
@@ -193,24 +196,33 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
         inputs, conv = self._again(self._inputs, x, state.conv)
-        starts = tuple(self._starts(group, x) for group in self.groups)
+        z, q, _ = inputs
+        in_kernels = self._in_kernels(z, q, state.memories)
+        starts = tuple(self._starts(group, x.shape[0], in_kernels) for group in self.groups)
 
         ys, memories = self._scan(
             state.memories, inputs, starts, length=x.shape[1], axis=2,
             chunks=tuple(group.writer.chunk for group in self.groups), position=state.position,
+            run=RUN if in_kernels else 1,
         )  # fmt: skip
-        y = self._again(self.readout, torch.cat(ys, 2).to(x.dtype), x)
+        y = self._again(self._outputs, torch.cat(ys, 2), x)
         return y, TitansState(state.position + x.shape[1], conv, memories)
 
-    def _starts(self, group: Group, x: Tensor) -> Starts:
-        """For a call with input x."""
+    def _in_kernels(self, z: Tensor, q: Tensor | None, memories: tuple[FastWeights, ...]) -> bool:
+        """Whether the chunks of a call do: every group is all memories of its heads."""
+        return q is not None and all(
+            group.names == tuple(self.start) and group.writer.generates(z, q, fast.now)
+            for group, fast in zip(self.groups, memories)
+        )
+
+    def _starts(self, group: Group, batch: int, in_kernels: bool) -> Starts:
+        """For one call."""
         weights = self.start_weights(group)
-        if self.query is None or group.names != tuple(self.start) or not door.on_card(x):
+        if not in_kernels:
             return Starts(weights, None)
         readouts = (self.eta,) if self.alpha is None else (self.eta, self.alpha)
         scalars = [p[group.heads] for scalar in readouts for p in scalar.parameters()]
-        some = wide(constants(scalars, weights)).expand(x.shape[0], -1, -1)
-        return Starts(weights, some if self._compiled is None else with_any_batch(some))
+        return Starts(weights, wide(constants(scalars, weights)).expand(batch, -1, -1))
 
     def _inputs(self, x: Tensor, conv: Tensor | None):
         """z [B, H, T, d] of unit norm, the static query, the momentum's gate; the convolution."""
@@ -224,13 +236,13 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         z = unit(rearrange(z, heads, h=self.heads))[0]
         return (wide(z), q, log_theta), conv
 
+    def _outputs(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.readout(o.to(x.dtype), x)
+
     def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Starts, ...]):
         """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
         z, q, log_theta = xs
-        if all(
-            start.constants is not None and group.writer.generates(z, q, fast.now, span)
-            for group, fast, start in zip(self.groups, memories, starts)
-        ):
+        if starts[0].constants is not None and span.start % self.groups[0].writer.chunk == 0:
             return self._step_in_kernels(memories, z, q, span, starts)
         memory = self.writer.memory
         assert isinstance(memory, Matrix | ResidualMLP)
@@ -275,7 +287,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     def _step_in_kernels(
         self, memories: tuple, z: Tensor, q: Tensor, span: Span, starts: tuple[Starts, ...]
     ):
-        """`_step` where every group is all memories of its heads, on the card."""
+        """`_step` for whole chunks or the beginning of one."""
         heads = [group.heads.stop - group.heads.start for group in self.groups]
         zs, qs = ((x,) if len(heads) == 1 else x.split(heads, 1) for x in (z, q))
         after, os = [], []

@@ -19,6 +19,7 @@ from .tiles import (
     _part,
     _phi,
     _put,
+    _put_among,
     _put_row,
     _put_vector,
     _ratios,
@@ -30,18 +31,9 @@ from .tiles import (
     _vector,
 )
 
-# Warps of each kernel, 4 or 8: the better over 60 and 480 programs together on an H100, in relative
-# time (docs/math.md). Four are one warp group: with two, Triton gives each a whole tile of 64 rows
-# instead of a half.
-WARPS = {
-    "_generate": 4,
-    "_invert": 4,
-    "_forward": 4,
-    "_backward_read": 4,
-    "_backward_systems": 8,
-    "_backward_factors": 4,
-    "_backward_generate": 4,
-}
+# One warp group each. With two, Triton 3.6 reads beyond its shared memory where a tile of 64 tokens
+# meets one of 16, and only the systems would gain, by 15 % and in batches of one.
+WARPS = 4
 
 
 @_jit
@@ -56,32 +48,47 @@ def _generate(
     ROLES: tl.constexpr = 4 if kind.decay else 3
     program = tl.program_id(0).to(tl.int64)
     i, role = program // ROLES, program % ROLES
-    n, M = i * groups + role, N // groups
+    n, M = i * groups + role, held[4]
     z_ = _among(z, i, given, T, kind.K, kind.BT)
     a = _dot_t(z_, _matrix(W1, n, kind.H, kind.K), kind)
     if hidden is not None:
         _put(hidden, program, T, kind.H, a)
+    # Functions, since a name has one shape in both branches, and these have their own.
     if role < 2:
-        if kind.mlp:
-            a = _dot_t(_phi(a, kind), _matrix(W2, n, kind.V, kind.H), kind)
-            if kind.residual:
-                a += z_
-        norm = tl.sqrt(tl.sum(a * a, 1) + 1e-12)
-        _put(said, role * M + i, T, kind.K, a / norm[:, None])
+        norm = _say(W2, z_, a, said, n, role * M + i, T, kind)
         _put_row(rows, role * M + i, T, norm)
     else:
         at = _constants(i, held) + (role - 2) * (kind.V + 1)
-        weight = _vector(constants + at, kind.V)
-        if kind.mlp:  # w · (W_2 h) = (W_2ᵀ w) · h: a product less
-            logit = tl.sum(_phi(a, kind) * _pulled(W2, n, weight, kind)[None, :], 1)
-            if kind.residual:
-                logit += tl.sum(z_ * weight[None, :], 1)
-        else:
-            logit = tl.sum(a * weight[None, :], 1)
-        logit += tl.load(constants + at + kind.V)
+        logit = _say_gate(W2, z_, a, constants + at, n, kind)
         _put_row(rows, role * M + i, T, logit)
         gate = tl.where(role == 2, kind.eta_max * tl.sigmoid(logit), _log_sigmoid(logit))
         _put_row(rows, (role + 2) * M + i, T, gate)
+
+
+@_jit
+def _say(W2, z, a, said, n, part, T, kind: tl.constexpr):
+    """Store a memory's answer, of unit norm; gives the norm it had."""
+    y = a
+    if kind.mlp:
+        y = _dot_t(_phi(a, kind), _matrix(W2, n, kind.V, kind.H), kind)
+        if kind.residual:
+            y += z
+    norm = tl.sqrt(tl.sum(y * y, 1) + 1e-12)
+    _put(said, part, T, kind.K, y / norm[:, None])
+    return norm
+
+
+@_jit
+def _say_gate(W2, z, a, constants, n, kind: tl.constexpr):
+    """The logit that w and b make of a memory's answer."""
+    weight = _vector(constants, kind.V)
+    if kind.mlp:  # w · (W_2 h) = (W_2ᵀ w) · h: a product less
+        logit = tl.sum(_phi(a, kind) * _pulled(W2, n, weight, kind)[None, :], 1)
+        if kind.residual:
+            logit += tl.sum(z * weight[None, :], 1)
+    else:
+        logit = tl.sum(a * weight[None, :], 1)
+    return logit + tl.load(constants + kind.V)
 
 
 @_jit
@@ -117,11 +124,11 @@ def _invert(
 
 @_jit
 def _forward(
-    W1, W2, q, k, v, eta, log_alpha, inverses, constants, o, V1, V2, w1, w2, hidden,
-    before, aims, values, norms, asking, held,
+    W1, W2, k, v, eta, log_alpha, inverses, constants, V1, V2, w1, w2, before, aims, values, norms,
+    held,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
-    """The writes w and W after them, and the answers; of own values all that made them."""
+    """The writes w and W after them; of own values all that made them."""
     T = kind.BT if kind.full else T
     n = tl.program_id(0).to(tl.int64)
     c = n // (shared * inner) * inner + n % inner
@@ -175,28 +182,39 @@ def _forward(
     after = _into_shell(after, constants, norms, n, n, N, groups, held, kind)
     _put(V1, n, kind.H, kind.K, after)
 
-    if kind.read != "none":
-        i = n // groups
-        if n % groups == reader:
-            query = _among(q, i, asking, T, kind.K, kind.BT)
-            answer = _read(query, weight, key, write, g, kind)
-            if kind.mlp:
-                if hidden is not None:
-                    _put(hidden, i, T, kind.H, answer)
-                z = _phi(answer, kind)
-                answer = _read(z, _matrix(W2, n, kind.V, kind.H), h, write2, g, kind)
-                if kind.residual:
-                    answer += query
-            _put(o, i, T, kind.V, answer)
+
+@_jit
+def _answer(
+    W1, W2, q, k, log_alpha, w1, w2, before, o, hidden, asking, answering,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """W_t q_t; i counts the readers, of several chunks where W holds the first weights of each."""
+    T = kind.BT if kind.full else T
+    i = tl.program_id(0).to(tl.int64)
+    n = i * groups + reader
+    c = n // (shared * inner) * inner + n % inner
+    _, _, g = _gates(None, log_alpha, c, T, kind)
+    query = _among(q, i, asking, T, kind.K, kind.BT)
+    weight = _matrix(W1, n, kind.H, kind.K)
+    answer = _read(query, weight, k, w1, c, n, g, T, kind.K, kind.H, False, kind)
+    if kind.mlp:
+        if hidden is not None:
+            _put(hidden, i, T, kind.H, answer)
+        z = _phi(answer, kind)
+        weight = _matrix(W2, n, kind.V, kind.H)
+        answer = _read(z, weight, before, w2, n, n, g, T, kind.H, kind.V, True, kind)
+        if kind.residual:
+            answer += _among(q, i, asking, T, kind.K, kind.BT, True)
+    _put_among(o, i, answering, T, kind.V, answer)
 
 
 @_jit
 def _backward_read(
     W1, W2, q, k, log_alpha, w1, w2, hidden, before, do,
-    dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read, asking, answering,
+    dq, dW1_read, dW2_read, dw1, dw2, dk_read, dh_read, dg_read, asking, answering, dasking,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
-    """What the answers ask of W_0, the writes w, the inputs x and log γ; i counts the readers."""
+    """What the answers ask of W_0, the writes w, the inputs x and log γ; i as in `_answer`."""
     T = kind.BT if kind.full else T
     i = tl.program_id(0).to(tl.int64)
     n = i * groups + reader
@@ -212,7 +230,7 @@ def _backward_read(
             a = _dot_t(query, _matrix(W1, n, kind.H, kind.K), kind)
         z = _phi(a, kind)
         dz, dweight = _asked_of_start(asked, z, _matrix(W2, n, kind.V, kind.H), g, kind)
-        _put(dW2, n, kind.V, kind.H, dweight)
+        _put(dW2_read, i, kind.V, kind.H, dweight)
         if kind.read == "token":
             h = _phi(_tokens(before, n, T, kind.H, kind.BT), kind)
             write = _tokens(w2, n, T, kind.V, kind.BT)
@@ -224,7 +242,7 @@ def _backward_read(
     query = _among(q, i, asking, T, kind.K, kind.BT, True)
     weight = _matrix(W1, n, kind.H, kind.K, True)
     dz, dweight = _asked_of_start(asked, query, weight, g, kind)
-    _put(dW1, n, kind.H, kind.K, dweight)
+    _put(dW1_read, i, kind.H, kind.K, dweight)
     if kind.read == "token":
         key = _tokens(k, c, T, kind.K, kind.BT, True)
         write = _tokens(w1, n, T, kind.H, kind.BT)
@@ -234,69 +252,93 @@ def _backward_read(
         _put_row(dg_read, i, T, dg + dg1)
     if kind.residual:
         dz += _among(do, i, answering, T, kind.V, kind.BT, True)
-    _put(dq, i, T, kind.K, dz)
+    _put_among(dq, i, dasking, T, kind.K, dz)
 
 
 @_jit
 def _backward_systems(
     W1, W2, k, v, eta, log_alpha, inverses, w1, w2, before, aims, dV1, dV2, dw1, dw2,
-    dk_read, dh_read, V1, V2, constants, norms, dconstants, e1, e2, dk, dh, rows, dW1, dW2, held,
+    dk_read, dh_read, dW1_read, dW2_read, V1, V2, constants, norms, dconstants,
+    e1, e2, dk, dh, rows, dW1, dW2, held,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
     """`_unsolve` for each matrix of each memory; of a second one its right side, too. `rows` keeps
-    dr and dγ of the first, dη, dγ and dγ₋ of the second, e2 is s e. Adds to dW, what the answers
-    asked, what W_C asks of W_0.
+    dr and dγ of the first, dη, dγ and dγ₋ of the second, e2 is s e. dW is what W_C and the answers
+    ask of W_0.
     """
     T = kind.BT if kind.full else T
-    second = tl.program_id(0) >= N
     n = (tl.program_id(0) % N).to(tl.int64)
     c = n // (shared * inner) * inner + n % inner
     i = n // groups
     asked = tl.where(n % groups == reader, T, 0)  # tokens that asked this memory
     gates = _gates(eta, log_alpha, c, T, kind)
-    if second:
-        if kind.mlp:
-            h = _phi(_tokens(before, n, T, kind.H, kind.BT), kind)
-            dnew = _out_of_shell(
-                dV2, V2, constants, norms, dconstants, N + n, n, N, groups, held,
-                kind.V, kind.H, kind,
-            )  # fmt: skip
-            e, dx, dr, dg = _unsolve(
-                h, gates, W2, w2, inverses, N // shared + n, dnew, dW2, dw2, dh_read,
-                n, T, i, asked, kind.V, kind.H, kind,
-            )  # fmt: skip
-            step, log, g = gates
-            norm2, fade = tl.sum(h * h, 1), tl.exp(g - log)
-            r, s = _steps(norm2, step, kind)
-            _put(e2, n, T, kind.V, s[:, None] * e)
-            u = _tokens(v if aims is None else aims, n, T, kind.V, kind.BT)
-            along_u, seen = tl.sum(e * u, 1), tl.zeros_like(dr)
-            if kind.delta:
-                found = _dot(e, _matrix(W2, n, kind.V, kind.H, True), kind)
-                seen = tl.sum(found * h, 1)
-                dx -= (r * fade)[:, None] * found
-                e *= (r * fade)[:, None]
-                tl.debug_barrier()
-                dweight = _matrix(dW2, n, kind.V, kind.H) - _t_dot(e, h, kind)
-                _put(dW2, n, kind.V, kind.H, dweight)
-            dstep, dg, dbefore, along = _right_side(along_u, seen, norm2, r, fade, dr, dg, kind)
-            _put(dh, n, T, kind.H, dx + along[:, None] * h)
-            _put_row(rows, 2 * N + n, T, dstep)
-            _put_row(rows, 3 * N + n, T, dg)
-            _put_row(rows, 4 * N + n, T, dbefore)
-    else:
-        key = _tokens(k, c, T, kind.K, kind.BT)
-        dnew = _out_of_shell(
-            dV1, V1, constants, norms, dconstants, n, n, N, groups, held, kind.H, kind.K, kind
-        )
-        e, dx, dr, dg = _unsolve(
-            key, gates, W1, w1, inverses, c, dnew, dW1, dw1, dk_read,
-            n, T, i, asked, kind.H, kind.K, kind,
+    # Functions, since a name has one shape in both branches, and these have their own.
+    if tl.program_id(0) < N:
+        _first_system(
+            W1, k, inverses, w1, dV1, dw1, dk_read, dW1_read, V1, constants, norms, dconstants,
+            e1, dk, rows, dW1, held, gates, n, c, i, asked, N, T, groups, kind,
         )  # fmt: skip
-        _put(e1, n, T, kind.H, e)
-        _put(dk, n, T, kind.K, dx)
-        _put_row(rows, n, T, dr)
-        _put_row(rows, N + n, T, dg)
+    elif kind.mlp:
+        _second_system(
+            W2, v, inverses, w2, before, aims, dV2, dw2, dh_read, dW2_read, V2, constants, norms,
+            dconstants, e2, dh, rows, dW2, held, gates, n, i, asked, N, T, N // shared + n, groups,
+            kind,
+        )  # fmt: skip
+
+
+@_jit
+def _first_system(
+    W1, k, inverses, w1, dV1, dw1, dk_read, dW1_read, V1, constants, norms, dconstants,
+    e1, dk, rows, dW1, held, gates, n, c, i, asked, N, T, groups, kind: tl.constexpr,
+):  # fmt: skip
+    key = _tokens(k, c, T, kind.K, kind.BT)
+    dnew = _out_of_shell(
+        dV1, V1, constants, norms, dconstants, n, n, N, groups, held, kind.H, kind.K, kind
+    )
+    e, dx, dr, dg = _unsolve(
+        key, gates, W1, w1, inverses, c, dnew, dW1, dW1_read, dw1, dk_read,
+        n, T, i, asked, kind.H, kind.K, kind,
+    )  # fmt: skip
+    _put(e1, n, T, kind.H, e)
+    _put(dk, n, T, kind.K, dx)
+    _put_row(rows, n, T, dr)
+    _put_row(rows, N + n, T, dg)
+
+
+@_jit
+def _second_system(
+    W2, v, inverses, w2, before, aims, dV2, dw2, dh_read, dW2_read, V2, constants, norms,
+    dconstants, e2, dh, rows, dW2, held, gates, n, i, asked, N, T, system, groups,
+    kind: tl.constexpr,
+):  # fmt: skip
+    """With its right side."""
+    h = _phi(_tokens(before, n, T, kind.H, kind.BT), kind)
+    dnew = _out_of_shell(
+        dV2, V2, constants, norms, dconstants, N + n, n, N, groups, held, kind.V, kind.H, kind
+    )
+    e, dx, dr, dg = _unsolve(
+        h, gates, W2, w2, inverses, system, dnew, dW2, dW2_read, dw2, dh_read,
+        n, T, i, asked, kind.V, kind.H, kind,
+    )  # fmt: skip
+    step, log, g = gates
+    norm2, fade = tl.sum(h * h, 1), tl.exp(g - log)
+    r, s = _steps(norm2, step, kind)
+    _put(e2, n, T, kind.V, s[:, None] * e)
+    u = _tokens(v if aims is None else aims, n, T, kind.V, kind.BT)
+    along_u, seen = tl.sum(e * u, 1), tl.zeros_like(dr)
+    if kind.delta:
+        found = _dot(e, _matrix(W2, n, kind.V, kind.H, True), kind)
+        seen = tl.sum(found * h, 1)
+        dx -= (r * fade)[:, None] * found
+        e *= (r * fade)[:, None]
+        tl.debug_barrier()
+        dweight = _matrix(dW2, n, kind.V, kind.H) - _t_dot(e, h, kind)
+        _put(dW2, n, kind.V, kind.H, dweight)
+    dstep, dg, dbefore, along = _right_side(along_u, seen, norm2, r, fade, dr, dg, kind)
+    _put(dh, n, T, kind.H, dx + along[:, None] * h)
+    _put_row(rows, 2 * N + n, T, dstep)
+    _put_row(rows, 3 * N + n, T, dg)
+    _put_row(rows, 4 * N + n, T, dbefore)
 
 
 @_jit
@@ -437,17 +479,18 @@ def _through_matrix(
 
 @_jit
 def _backward_generate(
-    W1, W2, z, constants, said, rows, hidden, dsaid, dgates, dW1, dW2, dz, dconstants, given, held,
+    W1, W2, z, constants, said, rows, hidden, dsaid, dgates, dW1, dW2, dz, dconstants,
+    given, held, dgiven, apart,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of k, v, η, log α, one of each memory that took them, through what said
-    them: adds to its dW, gives each role's part of dz.
+    them: adds to its dW, gives each role's part of dz, `apart` from each other.
     """
     T = kind.BT if kind.full else T
     ROLES: tl.constexpr = 4 if kind.decay else 3
     program = tl.program_id(0).to(tl.int64)
     i, role = program // ROLES, program % ROLES
-    n, M = i * groups + role, N // groups
+    n, M = i * groups + role, held[4]
     if kind.mlp:
         a = _tokens(hidden, program, T, kind.H, kind.BT)
     if role < 2:
@@ -490,7 +533,7 @@ def _backward_generate(
     down = _dot(down, _matrix(W1, n, kind.H, kind.K), kind)
     if kind.residual:
         down += skip
-    _put(dz, role * M + i, T, kind.K, down)
+    _put_among(dz + role * apart, i, dgiven, T, kind.K, down)
 
 
 @_jit
@@ -519,7 +562,7 @@ def _pulled(W2, n, weight, kind: tl.constexpr):
 
 @_jit
 def _unsolve(
-    x, gates, W, w, inverses, system, dnew, dW, dw, dx_read, n, T, i, asked,
+    x, gates, W, w, inverses, system, dnew, dW, dW_read, dw, dx_read, n, T, i, asked,
     OUT: tl.constexpr, IN: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of W_C and w (what the answers asked) to e, that of the right side, and to
@@ -531,7 +574,7 @@ def _unsolve(
     left = tl.exp(total - g)
     dweight = tl.exp(total) * dnew
     if kind.read != "none":
-        dweight += _part(dW, n, asked > 0, OUT, IN)
+        dweight += _part(dW_read, i, asked > 0, OUT, IN)
     _put(dW, n, OUT, IN, dweight)
     dinput = left[:, None] * _dot(_tokens(w, n, T, OUT, kind.BT), dnew, kind)
     dg = -tl.sum(x * dinput, 1)
@@ -660,7 +703,8 @@ def _out_of_shell(
 @_jit
 def _constants(i, held):
     """Where those of sample i // heads and head i % heads begin, `held` = (heads, the stride of
-    samples, how many they are, the first norm of a start value).
+    samples, how many they are, the first norm of a start value, and for `_generate` how many parts
+    lie between what two roles say).
     """
     return i // held[0] * held[1] + i % held[0] * held[2]
 
@@ -672,12 +716,19 @@ def _start_norm(m, n, N, groups, held):
 
 
 @_jit
-def _read(z, weight, x, write, g, kind: tl.constexpr):
-    """W_t z_t, or W_0 z_t at the boundary."""
+def _read(
+    z, weight, x, w, c, n, g, T,
+    IN: tl.constexpr, OUT: tl.constexpr, HIDDEN: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """W_t z_t, or W_0 z_t at the boundary; of x, part c, φ is the input if HIDDEN."""
     answer = _dot_t(z, weight, kind)
     if kind.read == "token":
+        x = _tokens(x, c, T, IN, kind.BT)
+        if HIDDEN:
+            x = _phi(x, kind)
         seen = _ratios(g, g, False) * _dot_t(z, x, kind)
-        answer = tl.exp(g)[:, None] * answer + _dot(seen, write, kind)
+        answer = tl.exp(g)[:, None] * answer
+        answer += _dot(seen, _tokens(w, n, T, OUT, kind.BT), kind)
     return answer
 
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import state as tree
 
-SEGMENT = 8  # spans computed again together: their memory is about that of so many states
+SEGMENT = 8  # chunks computed again together: their memory is about that of so many states
+RUN = 16  # chunks that one step takes where it can: their answers are one launch
 
 
 class Span(NamedTuple):
@@ -37,6 +38,7 @@ def scan(
     truncate: int | None = None,
     remat: bool = False,
     axis: int = 1,
+    run: int = 1,
 ) -> tuple[list[Any], Any]:
     """Run `f(state, xs_span, span) -> (y, state)` along a stream, one span at a time.
 
@@ -44,18 +46,26 @@ def scan(
     multiple of every size in `chunks`, counted from the stream's first token, which `position`
     tokens of earlier calls came before: so splitting a call changes nothing but its spans.
     `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
-    `remat`: keep only every eighth span's state; the rest is computed again in the backward pass.
-    Returns the list of y.
+    `remat`: keep only every eighth chunk's state; the rest is computed again in the backward pass.
+    `run`: spans of up to so many whole chunks, for an f that takes them. Returns the list of y.
     """
-    cuts = {position, position + length}
-    for size in chunks if truncate is None else (*chunks, truncate):
-        cuts.update(range(position - position % size + size, position + length, size))
-    spans = [Span(*ends) for ends in pairwise(sorted(cuts))]
+    end = position + length
+    cuts = {position, end}
+    if remat:
+        run = min(run, SEGMENT)
+    if len(set(chunks)) > 1 or (truncate is not None and truncate % chunks[0]):
+        run = 1
+    for size in chunks:
+        first, last = -(-position // size) * size, end // size * size
+        cuts.update(range(first, last, run * size), {first, last})
+    if truncate is not None:
+        cuts.update(range(position - position % truncate + truncate, end, truncate))
+    spans = [Span(*ends) for ends in pairwise(sorted(x for x in cuts if position <= x <= end))]
     # Split once: the gradient of a slice would be as long as the whole call, at every span.
     tensors = [x for _, x in tree.leaves(xs) if isinstance(x, torch.Tensor)]
     parts = [x.split([span.stop - span.start for span in spans], axis) for x in tensors]
 
-    def run(state: Any, indices: range) -> tuple[list[Any], Any]:
+    def some(state: Any, indices: range) -> tuple[list[Any], Any]:
         ys = []
         for i in indices:
             start, stop = spans[i]
@@ -68,10 +78,10 @@ def scan(
         return ys, state
 
     if not (remat and torch.is_grad_enabled()):
-        return run(state, range(len(spans)))
-    ys = []
-    for i in range(0, len(spans), SEGMENT):
-        indices = range(i, min(i + SEGMENT, len(spans)))
-        some, state = checkpoint(run, state, indices, use_reentrant=False)
-        ys += some
+        return some(state, range(len(spans)))
+    ys, together = [], SEGMENT // run
+    for i in range(0, len(spans), together):
+        indices = range(i, min(i + together, len(spans)))
+        more, state = checkpoint(some, state, indices, use_reentrant=False)
+        ys += more
     return ys, state

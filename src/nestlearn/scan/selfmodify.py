@@ -1,4 +1,4 @@
-"""A whole chunk of self-modifying memories as seven GPU kernels: generate, write, read, bound.
+"""Chunks of self-modifying memories as eight GPU kernels: generate, write and bound; then answer.
 
 What `layers.titans` composes of torch's operations and `triton.update`, with nothing between the
 kernels. Of a head's memories the first three or four say k, v, η (and log α), the last answers q.
@@ -6,18 +6,21 @@ kernels. Of a head's memories the first three or four say k, v, η (and log α),
     k = unit M_k(z), v = unit M_v(z), η = step_sizes(w_η · M_η(z) + b_η), α = σ(w_α · M_α(z) + b_α)
 
 Then every memory makes its own values of v and is written, and at the end of a chunk brought back
-into its shell. The logit of a gate needs no answer: w · (W_2 h) = (W_2ᵀ w) · h, a product less and,
-in the backward pass, rank-one gradients. The η that is kept is eta_max σ: where α belongs to it,
-(1 + α) / 2 comes in on load, so that M_η and M_α need not wait for one another.
+into its shell: three kernels, chunk by chunk. No chunk waits for an answer, so those of a whole run
+of chunks are one launch; in the backward pass what they ask of the writes is known before the first
+of three kernels for each chunk. The logit of a gate needs no answer either: w · (W_2 h) =
+(W_2ᵀ w) · h, a product less and, in the backward pass, rank-one gradients. The η that is kept is
+eta_max σ: where α belongs to it, (1 + α) / 2 comes in on load, so that M_η and M_α need not wait
+for one another.
 
 `constants` [B, heads, 2 (d + 1) + 2 memories]: w and b of η, of α, and the norms of the start
-values, first matrices first: one tensor, so that a chunk adds its gradient in one step. Parts of it
-that a form lacks (α, a second matrix) are left out.
+values, first matrices first: one tensor, so that their gradients are summed once. Parts of it that
+a form lacks (α, a second matrix) are left out.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from ..memory.memories import Matrix, ResidualMLP, Weights
 from ..memory.objectives import Objective
 from ..memory.rules import GradientRule
 from .kernels import (
+    _answer,
     _backward_factors,
     _backward_generate,
     _backward_read,
@@ -37,8 +41,6 @@ from .kernels import (
 )
 from .tiles import Kind, Place
 from .triton import (
-    _aligned,
-    _call,
     _form,
     _kept,
     _kind,
@@ -51,10 +53,11 @@ from .triton import (
     precision,
 )
 
-Tokens = tuple[int, int, int, int]
+Tokens = tuple[int, int, int, int, int, int]
+Pair = tuple[Any, ...]  # the first matrix of each memory and the second, if there is one
 
 
-def chunk(
+def run(
     memory: Matrix | ResidualMLP,
     rule: GradientRule,
     W: Weights,
@@ -62,202 +65,268 @@ def chunk(
     q: Tensor,
     constants: Tensor,
     *,
+    chunk: int,
     objective: Objective,
     read: str,
     eta_max: float,
     bound: tuple[float, float] | None,
 ) -> tuple[Tensor, Weights]:
-    """(o, W) after a chunk from its start: z, q [B, heads, T, d], W of [B, heads, memories, ...].
+    """(o, W) after whole chunks, or after the beginning of one: z, q [B, heads, T, d], W of
+    [B, heads, memories, ...].
 
-    bound: the shell, if the chunk ends here. For what `triton.supported` refuses not defined.
+    bound: the shell, if the last chunk ends here. For what `triton.supported` refuses not defined.
     """
     form, gain = _form(memory, rule, objective, read, precision())
-    options = (form, gain, float(eta_max), [] if bound is None else [float(x) for x in bound])
     given = (z, q, constants, W[0], W[1] if len(W) > 1 else None)
+    plan = _plan(chunk, form, gain, eta_max, bound, *given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
-        outputs = _SelfModified.apply(*options, *given)
+        *after, o = _SelfModified.apply(plan, *given)
     else:
-        outputs = _call("selfmodify", _run)(*options, False, *given)[:-1]
-    return outputs[-1], tuple(outputs[:-1])
+        *after, o = _run(plan, False, *given)[0]
+    return o, tuple(after)
+
+
+class Plan(NamedTuple):
+    """What to launch for a run of `chunks` equal chunks: `place` is of one. held: how a kernel
+    finds the constants, see `kernels._constants`.
+    """
+
+    kind: Kind
+    chunks: int
+    place: Place
+    held: tuple[int, int, int, int, int]
+
+    @property
+    def heads(self) -> int:
+        """Of all samples; one memory of each answers."""
+        return self.place.N // self.place.groups
+
+    @property
+    def roles(self) -> int:
+        """How many memories of a head say something."""
+        return 4 if self.kind.decay else 3
+
+    @property
+    def every(self) -> Place:
+        """Of all chunks at once."""
+        return self.place._replace(N=self.chunks * self.place.N)
+
+
+def _plan(
+    chunk: int, form: str, gain: float, eta_max: float, bound: tuple[float, float] | None,
+    z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None,
+) -> Plan:  # fmt: skip
+    B, heads, memories = W1.shape[:3]
+    T = min(chunk, z.shape[2])
+    (H, K), V = W1.shape[-2:], (W1 if W2 is None else W2).shape[-2]
+    many = constants.shape[-1]
+    norms = memories * (1 if W2 is None else 2)
+    low, high = bound or (0.0, 0.0)
+    kind = _kind(
+        form, float(gain), K, H, V, many - norms > V + 1, T, *_precisions(form), own=True,
+        shell=bound is not None, low=float(low), high=float(high), eta_max=float(eta_max),
+    )  # fmt: skip
+    place = Place(B * heads * memories, T, memories, 1, memories, memories - 1)
+    chunks = z.shape[2] // T
+    return Plan(
+        kind, chunks, place, (heads, constants.stride(0), many, many - norms, chunks * B * heads)
+    )
 
 
 class _SelfModified(torch.autograd.Function):
-    """(W_1, W_2 if there is one, o) after the chunk."""
+    """(W_1, W_2 if there is one, o) after the run."""
 
     @staticmethod
-    def forward(ctx: Any, form: str, gain: float, eta_max: float, bound: list, *given: Any):
-        *outputs, kept = _call("selfmodify", _run)(form, gain, eta_max, bound, True, *given)
-        ctx.options = form, gain, eta_max, bound
-        V1, V2 = (*outputs[:-1], None)[:2] if bound else (None, None)
-        ctx.save_for_backward(*given, kept, V1, V2)
+    def forward(ctx: Any, plan: Plan, *given: Any):
+        outputs, kept = _run(plan, True, *given)
+        ctx.plan = plan
+        ctx.save_for_backward(*given, kept, *(outputs[:-1] if plan.kind.shell else ()))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        *given, kept, V1, V2 = ctx.saved_tensors
-        after = [x for x in (V1, V2) if x is not None]
-        run = _call("selfmodify_backward", _run_backward)
-        found = iter(run(*ctx.options, *given, kept, after, grads))
-        return None, None, None, None, *(None if x is None else next(found) for x in given)
+        z, q, constants, W1, W2, kept, *after = ctx.saved_tensors
+        return None, *_run_backward(ctx.plan, z, q, constants, W1, W2, kept, after, grads)
 
 
-def _plan(
-    form: str, gain: float, eta_max: float, bound: list[float], z: Tensor, q: Tensor,
-    constants: Tensor, W1: Tensor, W2: Tensor | None,
-) -> tuple[Kind, Place, tuple[int, ...]]:  # fmt: skip
-    """What to launch, and how a kernel finds the constants, see `kernels._constants`."""
-    B, heads, memories = W1.shape[:3]
-    T = z.shape[2]
-    (H, K), V = W1.shape[-2:], (W1 if W2 is None else W2).shape[-2]
-    many = constants.shape[-1]
-    norms = memories * (1 if W2 is None else 2)
-    kind = _kind(
-        form, float(gain), K, H, V, many - norms > V + 1, T, *_precisions(form),
-        own=True, shell=len(bound) > 0, low=bound[0] if bound else 0.0,
-        high=bound[1] if bound else 0.0, eta_max=float(eta_max),
-    )  # fmt: skip
-    place = Place(B * heads * memories, T, memories, 1, memories, memories - 1)
-    return kind, place, (heads, constants.stride(0), many, many - norms)
+class Kept(NamedTuple):
+    """What the kernels of a run leave for each other and for the backward pass, or its sizes.
 
-
-def _kept_here(kind: Kind, place: Place, save: bool) -> list[int]:
-    """Sizes of what is made between the kernels and for the backward pass: k and v, rows of
-    scalars, pre-activations of what said them, of the own values, the norms of W; then as in
+    Of each chunk its first weights (unless there is one chunk), k and v, rows of scalars, the
+    pre-activations of what said them and of the own values, the norms of W; then as in
     `triton._kept`.
     """
-    heads, rows = place.N // place.groups * place.T, place.N * place.T * int(save)
-    return [
-        2 * heads * kind.K, 6 * heads, heads * _roles(kind) * kind.H * int(kind.mlp and save),
-        rows * kind.H * int(kind.mlp), 2 * place.N * int(kind.shell and save),
+
+    W1: Any
+    W2: Any
+    said: Any
+    rows: Any
+    asked: Any
+    values: Any
+    norms: Any
+    inverses: Any
+    w1: Any
+    w2: Any
+    hidden: Any
+    before: Any
+    aims: Any
+
+    def chunk(self, c: int, sizes: Kept) -> Kept:
+        """From chunk c on."""
+        return Kept(*(None if x is None else x[c * n :] for x, n in zip(self, sizes)))
+
+
+def _sizes(plan: Plan, save: bool) -> Kept:
+    """Of one chunk, and of k, v and rows one each."""
+    kind, place = plan.kind, plan.place
+    tokens, rows = plan.heads * place.T, place.N * place.T * int(save)
+    second, several = int(kind.mlp), int(plan.chunks > 1)
+    return Kept(
+        place.N * kind.H * kind.K * several, place.N * kind.V * kind.H * second * several,
+        tokens * kind.K, tokens, plan.roles * tokens * kind.H * int(kind.mlp and save),
+        rows * kind.H * second, (1 + second) * place.N * int(kind.shell and save),
         *_kept(kind, place, save),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
-def _roles(kind: Kind) -> int:
-    return 4 if kind.decay else 3
+def _totals(plan: Plan, sizes: Kept) -> list[int]:
+    """Of the whole run."""
+    return [plan.chunks * n for n in sizes._replace(said=2 * sizes.said, rows=6 * sizes.rows)]
 
 
-def _said(kind: Kind, place: Place, said: Tensor, rows: Tensor) -> tuple[Tensor | None, ...]:
+def _said(plan: Plan, kept: Kept, sizes: Kept) -> tuple[Tensor | None, ...]:
     """k, v, η and log α out of what holds them."""
-    heads = place.N // place.groups * place.T
-    k, v = said[: heads * kind.K], said[heads * kind.K :]
-    return k, v, rows[4 * heads :], rows[5 * heads :] if kind.decay else None
+    rows = plan.chunks * sizes.rows
+    alpha = kept.rows[5 * rows :] if plan.kind.decay else None
+    return kept.said, kept.said[plan.chunks * sizes.said :], kept.rows[4 * rows :], alpha
 
 
-def _tokens(x: Tensor) -> tuple[Tensor, Tokens]:
-    """x [B, heads, T, d] as it lies, and how a kernel finds its tokens, see `tiles._among`."""
+def _weights(plan: Plan, kept: Kept, sizes: Kept, first: Pair, last: Pair) -> list[Pair]:
+    """The weights before, between and after the chunks."""
+    between = (kept.chunk(c, sizes)[:2] for c in range(1, plan.chunks))
+    return [first, *between, last]
+
+
+def _tokens(x: Tensor, T: int) -> tuple[Tensor, Tokens]:
+    """x [B, heads, tokens, d] as it lies, and how a kernel finds the tokens of a head and chunk,
+    see `tiles._among`.
+    """
     x = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
     sample, head, token, _ = x.stride()
-    return x, (x.shape[1], sample, head, token)
+    return x, (x.shape[1], x.shape[0], T * token, sample, head, token)
+
+
+def _by_token(like: Tensor, width: int, *lead: int) -> Tensor:
+    """A buffer [*lead, B, heads, tokens, width] that lies as the layer has its tokens."""
+    B, heads, tokens, _ = like.shape
+    return _new((*lead, B, tokens, heads, width), like).transpose(-3, -2)
 
 
 def _run(
-    form: str, gain: float, eta_max: float, bound: list[float], save: bool, z: Tensor, q: Tensor,
-    constants: Tensor, W1: Tensor, W2: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """The chunk: outputs as in `_SelfModified`, then one buffer with what `_kept_here` lists."""
-    kind, place, held = _plan(form, gain, eta_max, bound, z, q, constants, W1, W2)
-    (z, given), (q, asking) = _tokens(z), _tokens(q)
-    kept, pieces = _pieces(W1, _kept_here(kind, place, save))
-    said, rows, asked, values, norms, inverses, w1, w2, hidden, before, aims = pieces
-    k, v, eta, log_alpha = _said(kind, place, said, rows)
+    plan: Plan, save: bool, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """The run: outputs as in `_SelfModified`, and one buffer of what is `Kept`."""
+    kind, chunks, place, held = plan
+    sizes = _sizes(plan, save)
+    flat, pieces = _pieces(W1, _totals(plan, sizes))
+    kept = Kept(*pieces)
     V1, V2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
-    o = _new((*q.shape[:-1], kind.V), q)
-    many = place.N // place.groups * _roles(kind)
-    _launch(
-        _generate, many, kind, place, W1, W2, z, constants, said, rows, asked, given, held
-    )  # fmt: skip
-    if kind.delta:
+    o = _by_token(q, kind.V)
+    (z, given), (q, asking), (o, answering) = (_tokens(x, place.T) for x in (z, q, o))
+    weights = _weights(plan, kept, sizes, (W1, W2), (V1, V2))
+    for c in range(chunks):
+        here = kept.chunk(c, sizes)
+        k, v, eta, log_alpha = _said(plan, here, sizes)
         _launch(
-            _invert, _systems(kind, place), kind, place, W1, k, eta, log_alpha, inverses, before
-        )
+            _generate, plan.heads * plan.roles, kind, place,
+            *weights[c], z[:, :, c * place.T :], constants, here.said, here.rows, here.asked,
+            given, held,
+        )  # fmt: skip
+        if kind.delta:
+            _launch(
+                _invert, _systems(kind, place), kind, place,
+                weights[c][0], k, eta, log_alpha, here.inverses, here.before,
+            )  # fmt: skip
+        _launch(
+            _forward, place.N, kind, place,
+            *weights[c], k, v, eta, log_alpha, here.inverses, constants, *weights[c + 1],
+            here.w1, here.w2, here.before, here.aims, here.values, here.norms, held,
+        )  # fmt: skip
+    if chunks > 1:  # whose first weights must lie side by side
+        for start, w, n in zip(kept[:2], (W1, W2), sizes[:2]):
+            if w is not None:
+                start[:n].view(w.shape).copy_(w)
+        W1, W2 = kept[:2]
+    k, _, _, log_alpha = _said(plan, kept, sizes)
     _launch(
-        _forward, place.N, kind, place,
-        W1, W2, q, k, v, eta, log_alpha, inverses, constants, o, V1, V2, w1, w2, hidden,
-        before, aims, values, norms, asking, held,
+        _answer, chunks * plan.heads, kind, plan.every,
+        W1, W2, q, k, log_alpha, kept.w1, kept.w2, kept.before, o, kept.hidden, asking, answering,
     )  # fmt: skip
-    return [x for x in (V1, V2, o, kept) if x is not None]
+    return [x for x in (V1, V2, o) if x is not None], flat
 
 
 def _run_backward(
-    form: str, gain: float, eta_max: float, bound: list[float], z: Tensor, q: Tensor,
-    constants: Tensor, W1: Tensor, W2: Tensor | None, kept: Tensor, after: list[Tensor],
-    grads: list[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of z, q, constants, W, from these, kept, W in its shell and the outputs' ones."""
-    kind, place, held = _plan(form, gain, eta_max, bound, z, q, constants, W1, W2)
-    *dVs, do = grads
-    (z, given), (q, asking), (do, answering) = _tokens(z), _tokens(q), _tokens(do)
-    dV1, dV2 = (*(x.contiguous() for x in dVs), None)[:2]
-    V1, V2 = (*after, None, None)[:2]
-    said, rows, asked, values, norms, inverses, w1, w2, hidden, before, aims = _split(
-        kept, _kept_here(kind, place, True)
-    )
-    k, v, eta, log_alpha = _said(kind, place, said, rows)
+    plan: Plan, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None,
+    flat: Tensor, after: list[Tensor], grads: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of z, q, constants and W from these, what was kept, W in its shell at the end and
+    the outputs' gradients.
+    """
+    kind, chunks, place, held = plan
+    sizes = _sizes(plan, True)
+    kept = Kept(*_split(flat, _totals(plan, sizes)))
     N, T, second = place.N, place.T, int(kind.mlp)
-    heads, many = N // place.groups, N // place.groups * _roles(kind)
-    H, V, readers = N * T * kind.H, N * T * kind.V, heads * T * int(kind.read == "token")
-    _, (dsaid, dgates, parts, e1, e2, dh, sums, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(
-        W1, [
-            2 * V, 2 * N * T, many * T * kind.K,
-            H, V * second, H * second, N * T * (2 + 3 * second), readers * kind.H,
-            readers * kind.V * second, readers * kind.K, readers * kind.H * second, readers,
-        ]
-    )  # fmt: skip
-    dW1, dW2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
-    dq, dconstants = _new(q.shape, q), _new(constants.shape, constants)
+    H, V, asked = N * T * kind.H, N * T * kind.V, plan.heads * T * int(kind.read == "token")
+    first, last = plan.heads * kind.H * kind.K, plan.heads * kind.V * kind.H * second
+    of_reads = [
+        first, last, asked * kind.H, asked * kind.V * second, asked * kind.K,
+        asked * kind.H * second, asked,
+    ]  # fmt: skip
+    _, reads = _pieces(W1, [chunks * n for n in of_reads])
+    _, (dsaid, dgates, e1, e2, dh, sums, dconstants, *between) = _pieces(W1, [
+        2 * V, 2 * N * T, H, V * second, H * second, N * T * (2 + 3 * second),
+        chunks * constants.numel(),
+        *([first * place.groups, last * place.groups] * 2 if chunks > 1 else ()),
+    ])  # fmt: skip
     dk, dv, deta, dlog = dsaid, dsaid[V:], dgates, dgates[N * T :] if kind.decay else None
+    dW1, dW2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
+    dq, dz = _by_token(q, kind.K), _by_token(z, kind.K, plan.roles)
+    *dVs, do = grads
+    (z, given), (q, asking), (do, answering) = (_tokens(x, T) for x in (z, q, do))
+    dasking, dgiven = _tokens(dq, T)[1], _tokens(dz[0], T)[1]
+    k, _, _, log_alpha = _said(plan, kept, sizes)
     _launch(
-        _backward_read, heads, kind, place,
-        W1, W2, q, k, log_alpha, w1, w2, hidden, before, do,
-        dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read, asking, answering,
+        _backward_read, chunks * plan.heads, kind, plan.every,
+        *((W1, W2) if chunks == 1 else kept[:2]), q, k, log_alpha, kept.w1, kept.w2, kept.hidden,
+        kept.before, do, dq, *reads, asking, answering, dasking,
     )  # fmt: skip
-    _launch(
-        _backward_systems, N * (1 + second), kind, place,
-        W1, W2, k, v, eta, log_alpha, inverses, w1, w2, before, aims, dV1, dV2, dw1, dw2,
-        dk_read, dh_read, V1, V2, constants, norms, dconstants, e1, e2, dk, dh, sums, dW1, dW2,
-        held,
-    )  # fmt: skip
-    _launch(
-        _backward_factors, N, kind, place,
-        W1, W2, k, v, eta, log_alpha, before, aims, values, e1, e2, dh, sums, dg_read,
-        dW1, dW2, dk, dv, deta, dlog,
-    )  # fmt: skip
-    _launch(
-        _backward_generate, many, kind, place,
-        W1, W2, z, constants, said, rows, asked, dsaid, dgates, dW1, dW2, parts, dconstants,
-        given, held,
-    )  # fmt: skip
-    dz = torch.sum(parts[: many * z[0, 0].numel()].view(_roles(kind), *z.shape), 0)
-    return [x for x in (dz, dq, dconstants, dW1, dW2) if x is not None]
-
-
-def _shapes(
-    form: str, gain: float, eta_max: float, bound: list[float], save: bool, z: Tensor, q: Tensor,
-    constants: Tensor, W1: Tensor, W2: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """What `_run` returns, unwritten: for a compiler."""
-    kind, place, _ = _plan(form, gain, eta_max, bound, z, q, constants, W1, W2)
-    kept = W1.new_empty(sum(map(_aligned, _kept_here(kind, place, save))))
-    weights = (w.new_empty(w.shape) for w in (W1, W2) if w is not None)
-    return [*weights, q.new_empty((*q.shape[:-1], kind.V)), kept]
-
-
-def _shapes_backward(
-    form: str, gain: float, eta_max: float, bound: list[float], *tensors: Any
-) -> list[Tensor]:
-    """What `_run_backward` returns, unwritten: for a compiler."""
-    return [x.new_empty(x.shape) for x in tensors[:-3] if x is not None]
-
-
-_OPTIONS = "str form, float gain, float eta_max, float[] bound"
-_GIVEN = "Tensor z, Tensor q, Tensor constants, Tensor W1, Tensor? W2"
-torch.library.custom_op(
-    "nestlearn::selfmodify", _run, mutates_args=(),
-    schema=f"({_OPTIONS}, bool save, {_GIVEN}) -> Tensor[]",
-).register_fake(_shapes)  # fmt: skip
-torch.library.custom_op(
-    "nestlearn::selfmodify_backward", _run_backward, mutates_args=(),
-    schema=f"({_OPTIONS}, {_GIVEN}, Tensor kept, Tensor[] after, Tensor[] grads) -> Tensor[]",
-).register_fake(_shapes_backward)  # fmt: skip
+    weights = _weights(plan, kept, sizes, (W1, W2), (*after, None, None)[:2])
+    dweights = [(dW1, dW2), *(between[c % 2 * 2 :][:2] for c in range(1, chunks))]
+    dweights.append((*(x.contiguous() for x in dVs), None)[:2])
+    for c in reversed(range(chunks)):
+        here = kept.chunk(c, sizes)
+        k, v, eta, log_alpha = _said(plan, here, sizes)
+        dW1_read, dW2_read, dw1, dw2, dk_read, dh_read, dg_read = (
+            None if x is None else x[c * n :] for x, n in zip(reads, of_reads)
+        )
+        dheld = dconstants[c * constants.numel() :]
+        _launch(
+            _backward_systems, N * (1 + second), kind, place,
+            *weights[c], k, v, eta, log_alpha, here.inverses, here.w1, here.w2, here.before,
+            here.aims, *dweights[c + 1], dw1, dw2, dk_read, dh_read, dW1_read, dW2_read,
+            *weights[c + 1], constants, here.norms, dheld, e1, e2, dk, dh, sums, *dweights[c], held,
+        )  # fmt: skip
+        _launch(
+            _backward_factors, N, kind, place,
+            *weights[c], k, v, eta, log_alpha, here.before, here.aims, here.values, e1, e2, dh,
+            sums, dg_read, *dweights[c], dk, dv, deta, dlog,
+        )  # fmt: skip
+        _launch(
+            _backward_generate, plan.heads * plan.roles, kind, place,
+            *weights[c], z[:, :, c * T :], constants, here.said, here.rows, here.asked,
+            dsaid, dgates, *dweights[c], dz[:, :, :, c * T :], dheld, given, held,
+            dgiven, dz.stride(0),
+        )  # fmt: skip
+    many = dconstants[: chunks * constants.numel()].view(chunks, *constants.shape)
+    return dz.sum(0), dq, many.sum(0), dW1, dW2

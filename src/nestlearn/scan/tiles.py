@@ -228,14 +228,29 @@ def _tokens(p, n, T, WIDTH: tl.constexpr, BT: tl.constexpr, AGAIN: tl.constexpr 
 
 @_jit
 def _among(p, i, at, T, WIDTH: tl.constexpr, BT: tl.constexpr, AGAIN: tl.constexpr = False):
-    """The tokens of sample i // heads and head i % heads, `at` = (heads, the strides of sample,
-    head and token).
+    """The tokens of one head: i counts heads, then samples, then chunks; `at` = (heads, samples,
+    the strides of chunk, sample, head and token).
     """
     r, c = tl.arange(0, BT)[:, None], tl.arange(0, _block(WIDTH))[None, :]
-    where = p + i // at[0] * at[1] + i % at[0] * at[2] + r * at[3] + c
     cache: tl.constexpr = ".ca" if AGAIN else ""
     inside = (r < T) & (c < WIDTH)
+    where = p + _head(i, at) + r * at[5] + c
     return tl.load(where, mask=inside, other=0.0, cache_modifier=cache).to(tl.float32)
+
+
+@_jit
+def _put_among(p, i, at, T, width, tile):
+    """Store what `_among` loads."""
+    r, c = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+    where = p + _head(i, at) + r * at[5] + c
+    tl.store(where, tile.to(p.dtype.element_ty), mask=(r < T) & (c < width))
+
+
+@_jit
+def _head(i, at):
+    """Where the tokens of that head begin, see `_among`."""
+    sample = i // at[0]
+    return sample // at[1] * at[2] + sample % at[1] * at[3] + i % at[0] * at[4]
 
 
 @_jit

@@ -34,6 +34,7 @@ from ..memory.objectives import Objective, dot_product, l2
 from ..memory.rules import Gates, GradientRule, Rule, RuleState
 from .kernels import (
     WARPS,
+    _answer,
     _backward_factors,
     _backward_read,
     _backward_systems,
@@ -209,17 +210,18 @@ def _kind(
 
 
 def _kept(kind: Kind, place: Place, save: bool) -> list[int]:
-    """Sizes of what the forward pass makes for itself and the backward pass: (I + L)⁻¹ of all
+    """Sizes of what the kernels leave for each other and the backward pass: (I + L)⁻¹ of all
     systems, w of each matrix, the answers' hidden pre-activations, those of the keys, and u of the
     last matrix where it is not simply v.
     """
-    second, hidden = int(kind.mlp), int(kind.mlp and kind.read == "token")
-    aims = int(kind.own or (kind.mlp and kind.l2))
-    rows = place.N * place.T * int(save)
+    second, token = int(kind.mlp), int(kind.read == "token")
+    hidden, aims = second * token, int(kind.own or (kind.mlp and kind.l2))
+    tokens = place.N * place.T
+    rows, writes = tokens * int(save), tokens * int(save or token)
     return [
-        _systems(kind, place) * kind.BT**2 * int(kind.delta), rows * kind.H,
-        rows * kind.V * second, rows // place.groups * kind.H * hidden,
-        place.N * place.T * kind.H * second * int(save or kind.delta), rows * kind.V * aims,
+        _systems(kind, place) * kind.BT**2 * int(kind.delta), writes * kind.H,
+        writes * kind.V * second, rows // place.groups * kind.H * hidden,
+        tokens * kind.H * second * int(save or kind.delta or token), rows * kind.V * aims,
     ]  # fmt: skip
 
 
@@ -241,9 +243,15 @@ def _run(form: str, gain: float, reader: int | None, save: bool, *given: Any) ->
         )
     _launch(
         _forward, place.N, kind, place,
-        W1, W2, q, k, v, eta, log_alpha, inverses, None, o, V1, V2, w1, w2, hidden,
-        before, aims, None, None, _dense(place.T, kind.K), None,
+        W1, W2, k, v, eta, log_alpha, inverses, None, V1, V2, w1, w2, before, aims, None, None,
+        None,
     )  # fmt: skip
+    if q is not None:
+        _launch(
+            _answer, place.N // place.groups, kind, place,
+            W1, W2, q, k, log_alpha, w1, w2, before, o, hidden,
+            _dense(place.T, kind.K), _dense(place.T, kind.V),
+        )  # fmt: skip
     return [x for x in (V1, V2, o, kept) if x is not None]
 
 
@@ -257,25 +265,28 @@ def _run_backward(form: str, gain: float, reader: int | None, *tensors: Any) -> 
     inverses, w1, w2, hidden, before, aims = _split(kept, _kept(kind, place, True))
     N, T, second = place.N, place.T, int(kind.mlp)
     H, V = N * T * kind.H, N * T * kind.V
-    asked = N // place.groups * T * (kind.read == "token")
+    readers = N // place.groups * int(kind.read != "none")
+    asked = readers * T * int(kind.read == "token")
     dW1, dW2, dq = (None if x is None else _new(x.shape, x) for x in (W1, W2, q))
     dk, dv = _new((N, T, kind.K), W1), _new((N, T, kind.V), W1)
     deta, dlog = (None if x is None else _new((N, T), W1) for x in (eta, log_alpha))
-    _, (e1, e2, dh, rows, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(W1, [
+    _, (e1, e2, dh, rows, dW1_read, dW2_read, dw1, dw2, dk_read, dh_read, dg_read) = _pieces(W1, [
         H, V * second, H * second, N * T * (2 + 3 * second),
-        asked * kind.H, asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
+        readers * kind.H * kind.K, readers * kind.V * kind.H * second, asked * kind.H,
+        asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
     ])  # fmt: skip
     if q is not None:
         _launch(
             _backward_read, N // place.groups, kind, place,
             W1, W2, q, k, log_alpha, w1, w2, hidden, before, do,
-            dq, dW1, dW2, dw1, dw2, dk_read, dh_read, dg_read,
-            _dense(T, kind.K), _dense(T, kind.V),
+            dq, dW1_read, dW2_read, dw1, dw2, dk_read, dh_read, dg_read,
+            _dense(T, kind.K), _dense(T, kind.V), _dense(T, kind.K),
         )  # fmt: skip
     _launch(
         _backward_systems, N * (1 + second), kind, place,
         W1, W2, k, v, eta, log_alpha, inverses, w1, w2, before, aims, dV1, dV2, dw1, dw2,
-        dk_read, dh_read, None, None, None, None, None, e1, e2, dk, dh, rows, dW1, dW2, None,
+        dk_read, dh_read, dW1_read, dW2_read, None, None, None, None, None,
+        e1, e2, dk, dh, rows, dW1, dW2, None,
     )  # fmt: skip
     _launch(
         _backward_factors, N, kind, place,
@@ -347,14 +358,13 @@ def _over_shared(x: Tensor | None, place: Place) -> Tensor | None:
     return torch.sum(x.view(-1, place.shared, place.inner, x[0].numel()), 1)
 
 
-def _dense(T: int, width: int) -> tuple[int, int, int, int]:
+def _dense(T: int, width: int) -> tuple[int, int, int, int, int, int]:
     """How a kernel finds the tokens of [*, T, width], see `tiles._among`."""
-    return 1, T * width, 0, width
+    return 1, 1, T * width, 0, 0, width
 
 
 def _launch(
     kernel: Any, programs: int, kind: Kind, place: Place, first: Tensor, *others: Any
 ) -> None:
-    warps = WARPS[kernel.__name__]
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        kernel[(programs,)](first, *others, *place, kind=kind, num_warps=warps, num_stages=1)
+        kernel[(programs,)](first, *others, *place, kind=kind, num_warps=WARPS, num_stages=1)

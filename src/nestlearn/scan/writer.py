@@ -104,23 +104,24 @@ class Writer:
             rule = rule._replace(ahead=now)
         return o, FastWeights(now, now, rule)
 
-    def generates(self, z: Tensor, q: Tensor, W: Weights, span: Span) -> bool:
-        """Whether `generate` can run this span: on the card, from a chunk's start, no momentum."""
+    def generates(self, z: Tensor, q: Tensor, W: Weights) -> bool:
+        """Whether `generate` can run whole chunks of these: on the card, no momentum."""
         if self.backend != "auto" or self.half_life is not None or not door.on_card(z):
             return False
         from . import triton  # here, so that it is loaded only where it can run
 
+        few = z[..., : self.chunk, :]
         return z.dtype == torch.float32 and triton.supported(
-            self.memory, self.rule, W, None, q, z, z, Gates(z), at=None, read=self.read,
-            objective=objective(self.objective), offset=span.start % self.chunk,
-            first_order=self.first_order,
+            self.memory, self.rule, W, None, q, few, few, Gates(few), at=None, read=self.read,
+            objective=objective(self.objective), offset=0, first_order=self.first_order,
         )  # fmt: skip
 
     def generate(
         self, fast: FastWeights, z: Tensor, q: Tensor, constants: Tensor, eta_max: float, span: Span
     ) -> tuple[Tensor, FastWeights]:
-        """Memories stacked [B, heads, memories, ...] that say k, v, η (and log α) of z [B, heads,
-        T, d] and are written with them, the last of them answering q: see `scan.selfmodify`.
+        """Whole chunks, or the beginning of one, of memories stacked [B, heads, memories, ...] that
+        say k, v, η (and log α) of z [B, heads, T, d] and are written with them, the last of them
+        answering q: see `scan.selfmodify`.
         """
         from . import selfmodify
 
@@ -128,9 +129,10 @@ class Writer:
         assert isinstance(memory, Matrix | ResidualMLP)
         assert isinstance(rule, GradientRule)
         ends = span.ends(self.chunk)
-        o, now = selfmodify.chunk(
-            memory, rule, fast.now, z, q, constants, objective=objective(self.objective),
-            read=self.read, eta_max=eta_max, bound=self.bound if ends else None,
+        o, now = selfmodify.run(
+            memory, rule, fast.now, z, q, constants, chunk=self.chunk,
+            objective=objective(self.objective), read=self.read, eta_max=eta_max,
+            bound=self.bound if ends else None,
         )  # fmt: skip
         return o, FastWeights(now if ends else fast.start, now, fast.rule)
 
