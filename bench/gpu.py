@@ -104,6 +104,7 @@ LAYERS = {
     "SelfModifyingTitans, torch's products, compiled": Row(TORCH, compiled=True, longest=65536),
     "SelfModifyingTitans, from Python": Row(SelfModifyingTitans, graph=False, longest=16384),
     "gated DeltaNet": Row(gated_deltanet, longest=16384),
+    "gated DeltaNet, compiled": Row(gated_deltanet, compiled=True, longest=16384),
 }
 SLOW = (Level(chunk=128), Level(chunk=512), Level())
 MODELS = {
@@ -189,7 +190,9 @@ def _measure(
     module = row.build(dim, heads).cuda()
     if row.compiled:
         module.compile()
-    short = _step(module, batch, min(length, WARM), dim)
+    # compiled code may be made again for another length, which a capture does not survive
+    whole = row.segment or length if row.compiled else WARM
+    short = _step(module, batch, min(length, whole), dim)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # what is made at the first call is made outside the graph
         for _ in range(2):

@@ -71,6 +71,10 @@ CONTENDERS: dict[str, Contender] = {
     "hope-mlp": Contender("Hope, static MLP", _MLP),
     "hope-eta2": Contender("Hope, steps up to 2", {"eta_max": 2.0}),
     "hope-l2": Contender("Hope, L2", {"objective": "l2"}),
+    "hope-slow": Contender(
+        "Hope, a chain of levels 32 and 64",
+        {"levels": (Level(chunk=32), Level(chunk=64), Level()), "variant": "sequential"},
+    ),
 }
 
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # what Hope is made of, one change each

@@ -37,7 +37,7 @@ SKELETON: dict[str, Any] = {
     "heads": 2,
     "conv": 4,
     "chunk": 32,
-    "levels": levels(32, None),
+    "levels": levels(8, None),
 }
 
 
