@@ -51,6 +51,7 @@ def plain_deltanet(config: HopeConfig, _block: int) -> nn.Module:
 
 _MLP = {"channel": "mlp"}
 _DELTA = {"mixer": "deltanet", **_MLP}
+_SLOW = {"levels": (Level(chunk=32), Level(chunk=64), Level()), "variant": "sequential"}
 
 CONTENDERS: dict[str, Contender] = {
     "hope": Contender("Hope", {}, "Hope"),
@@ -71,9 +72,9 @@ CONTENDERS: dict[str, Contender] = {
     "hope-mlp": Contender("Hope, static MLP", _MLP),
     "hope-eta2": Contender("Hope, steps up to 2", {"eta_max": 2.0}),
     "hope-l2": Contender("Hope, L2", {"objective": "l2"}),
-    "hope-slow": Contender(
-        "Hope, a chain of levels 32 and 64",
-        {"levels": (Level(chunk=32), Level(chunk=64), Level()), "variant": "sequential"},
+    "hope-slow": Contender("Hope, a chain of levels 32 and 64", _SLOW),
+    "hope-attention-slow": Contender(
+        "Hope-Attention, the same chain", {"mixer": "attention", **_SLOW}
     ),
 }
 
