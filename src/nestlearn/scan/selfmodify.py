@@ -77,6 +77,7 @@ def run(
     bound: the shell, if the last chunk ends here. For what `triton.supported` refuses not defined.
     """
     form, gain = _form(memory, rule, objective, read, precision())
+    W = tuple(w.contiguous() for w in W)
     given = (z, q, constants, W[0], W[1] if len(W) > 1 else None)
     plan = _plan(chunk, form, gain, eta_max, bound, *given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
