@@ -322,7 +322,7 @@ def test_a_compiled_model_gives_the_same():
 def test_compile_compiles_the_steps_of_chunks():
     lm = model()
     lm.compile()
-    assert lm.model.blocks[0].mixer._compiled is not None
+    assert "_step" in lm.model.blocks[0].mixer._compiled
 
 
 def test_the_pages_code_runs(tmp_path, monkeypatch):

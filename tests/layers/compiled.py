@@ -49,7 +49,43 @@ def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
     assert counts == [number] * len(counts)
 
 
-def test_a_model_compiles_what_runs_chunk_by_chunk():
+def test_one_sample_one_token_many_samples():
+    """Each with a graph of its own where it has one, and none of them a failure."""
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(8, 2, 4)
+    eager = copy.deepcopy(layer)
+    layer.compile(backend="aot_eager")
+    states = {False: None, True: None}
+    for batch, T, new in (
+        (1, 6, True),
+        (1, 1, False),
+        (1, 1, False),
+        (20, 8, True),
+        (20, 1, False),
+    ):
+        x = torch.randn(batch, T, 8)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                before = None if new else states[grad]
+                y, _ = layer(x, before)
+                expected, states[grad] = eager(x, before)
+            torch.testing.assert_close(y, expected)
+
+
+def test_a_compiled_layer_may_be_compiled_from_outside_and_copied():
+    torch.manual_seed(0)
+    layer, x = SelfModifyingTitans(8, 2, 4), torch.randn(2, 9, 8)
+    expected = layer(x)[0]
+    layer.compile(backend="eager")
+    torch.testing.assert_close(torch.compile(layer, backend="eager")(x)[0], expected)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.eta.bias.add_(1)
+    torch.testing.assert_close(layer(x)[0], expected)
+    assert (other(x)[0] - expected).abs().max() > 1e-3
+
+
+def test_a_model_compiles_the_layers_of_memories():
     torch.manual_seed(0)
     config = HopeConfig(dim=8, layers=2, heads=2, chunk=4, levels=(Level(chunk=4), Level()))
     model = HopeLM(config)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nestlearn.scan import scan
+from nestlearn.scan import loop, scan
 
 
 def test_spans_are_split_once():
@@ -38,6 +38,7 @@ def test_spans_are_split_once():
         (0, 12, {"run": 4, "truncate": 6}, [4, 2, 2, 4]),  # no run over a cut inside a chunk
         (0, 24, {"run": 4, "chunks": (4, 8)}, [4] * 6),
         (0, 80, {"run": 16, "remat": True}, [32, 32, 16]),
+        (0, 40, {"run": 3, "truncate": 20}, [12, 8, 12, 8]),  # runs begin anew at a cut
     ],
 )
 def test_runs_of_whole_chunks(position, length, options, expected):
@@ -54,3 +55,18 @@ def test_runs_of_whole_chunks(position, length, options, expected):
     assert [y.shape[1] for y in ys] == expected == [stop - start for start, stop in spans]
     assert spans[0].start == position
     assert all(a.stop == b.start for a, b in pairwise(spans))
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate": 4}, {"run": 16}, {"run": 16, "truncate": 8}])
+def test_remat_keeps_every_eighth_chunk(monkeypatch, options):
+    """However short the spans are."""
+    kept = []
+
+    def counted(f, state, indices, **_):
+        kept.append(indices)
+        return f(state, indices)
+
+    monkeypatch.setattr(loop, "checkpoint", counted)
+    x = torch.randn(1, 100, 1, requires_grad=True)
+    scan(lambda s, x, _: (x, s), x.sum(), x, length=100, chunks=(4,), remat=True, **options)
+    assert len(kept) == 4  # of 25 chunks

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_triton import DEVICE, away, poisoned  # noqa: F401 - a fixture
 
+from nestlearn import state as tree
 from nestlearn.layers import SelfModifyingTitans
 
 FORWARD = ("_generate", "_invert", "_forward")
@@ -257,3 +258,20 @@ def test_only_whole_beginnings_of_chunks_run_in_kernels(away):  # noqa: F811
     """Three tokens, then the chunk's last and the four of the next: the second span is composed."""
     assert away(fallen_back, {})["_generate"] == 2
     assert "_generate" not in away(fallen_back, {}, True)
+
+
+def other_states(case):
+    """Whether states of the same numbers, bfloat16 or transposed, answer alike; the launches."""
+    launches = kernels(case)
+    layer = build(case, torch.float32, DEVICE)
+    x = torch.randn(case.batch, case.calls[0], layer.dim, device=DEVICE)
+    narrow = tree.tree_map(lambda w: w.bfloat16(), layer.init_state(case.batch))
+    turned = tree.tree_map(lambda w: w.float().mT.contiguous().mT, narrow)
+    ys = [layer(x, state)[0] for state in (narrow, turned)]
+    return torch.equal(*ys), dict(launches)
+
+
+def test_states_of_another_type_or_layout_run_in_kernels(away):  # noqa: F811
+    same, launches = away(other_states, Case({"conv": 0, "depth": 1}, calls=(4,)))
+    assert same
+    assert launches["_generate"] == 2

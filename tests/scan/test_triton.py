@@ -169,7 +169,7 @@ def operators(case):
 
 
 def compiled_layer():
-    """Errors of a compiled layer's outputs and gradients, its graphs, for two batches."""
+    """Errors of a compiled layer's outputs and gradients, its graphs and what it launched."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from nestlearn.layers import SelfModifyingTitans

@@ -107,7 +107,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     every step, so group prompts of like lengths where speed counts.
 
     Gradient checkpointing is `remat`: chunks are computed again in the backward pass. `compile()`
-    compiles the step of one chunk. Loading needs `import nestlearn.hf`, no code from the hub.
+    compiles the memories' layers. Loading needs `import nestlearn.hf`, no code from the hub.
     """
 
     config_class = HopeConfig
@@ -164,7 +164,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         return embeddings
 
     def compile(self, **options: Any) -> None:
-        """Compile the step of one chunk, in place: see `nestlearn.HopeLM.compile`."""
+        """Compile the memories' layers, in place: see `nestlearn.HopeLM.compile`."""
         self.model.compile(**options)
 
     @property

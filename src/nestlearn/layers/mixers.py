@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -67,26 +67,27 @@ class Stepping(nn.Module):
 
     truncate: int | None
     remat: bool
-    _compiled: Callable | None = None
-    # methods for all tokens of a call at once, compiled too: of each argument the axes that vary
+    # methods for all tokens of a call at once: of each argument the axes that vary, the tokens last
     _around: ClassVar[Mapping[str, tuple[tuple[int, ...], ...]]] = {}
+    _compiled: Mapping[str, Callable] = MappingProxyType({})
 
     def _step(self, state: Any, xs: Any, span: Span, starts: Any) -> tuple[Any, Any]:
         raise NotImplementedError
 
     def compile(self, **options: Any) -> None:
-        """Compile, in place, by `torch.compile(..., **options)`: what all tokens of a call pass
-        before and after the memories, and the step of one whole chunk.
+        """Compile, in place, by `torch.compile(..., **options)`: the step of one whole chunk, and
+        what all tokens of a call pass before and after the memories.
 
-        Each is one graph for all chunks, batches and lengths, where `torch.compile(module)` would
-        unroll the loop over chunks. Spans that are not a whole chunk (the end of a call, single
-        tokens) run eagerly, and so do layers in which memories have several chunk sizes and steps
-        that are kernels of our own from end to end.
+        The step is one graph for all chunks, batches and lengths, where `torch.compile(module)`
+        would unroll the loop over chunks; what stands around it is one for batches of one, one for
+        larger ones. Single tokens and what is left of a chunk at the end of a call run eagerly, and
+        so do layers in which memories have several chunk sizes, and steps that are kernels of our
+        own from end to end.
         """
-        self._compiled = torch.compile(type(self)._step, fullgraph=True, **options)
-        for name, axes in self._around.items():  # of the class: equal layers share a graph
-            f = torch.compile(getattr(type(self), name), fullgraph=True, **options)
-            setattr(self, name, partial(_with_any_size, f, axes, self))
+        self._compiled = {  # of the class, so that equal layers share a graph
+            name: torch.compile(getattr(type(self), name), fullgraph=name == "_step", **options)
+            for name in ("_step", *self._around)
+        }
 
     def _again(self, f: Callable, *args: Any) -> Any:
         """f(*args), with `remat` computed again in the backward pass."""
@@ -94,17 +95,28 @@ class Stepping(nn.Module):
             return checkpoint(f, *args, use_reentrant=False)
         return f(*args)
 
+    def _outside(self, name: str, *args: Any) -> Any:
+        """One of the methods `_around` the memories, compiled if the layer is."""
+        axes = self._around[name]
+        if name not in self._compiled or args[0].shape[axes[0][-1]] == 1:
+            return self._again(getattr(self, name), *args)
+        if not torch.compiler.is_compiling():
+            for x, some in zip(args, axes):
+                if x is not None:
+                    torch._dynamo.maybe_mark_dynamic(x, some)
+        return self._again(self._compiled[name], self, *args)
+
     def _scan(
         self, state: Any, xs: Any, starts: Any, *, length: int, chunks: tuple[int, ...],
-        position: int, axis: int = 1, run: int = 1,
+        position: int, axis: int = 1, run: int = 1, in_kernels: bool = False,
     ) -> tuple[list[Tensor], Any]:  # fmt: skip
         def step(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
             first, last = span
             whole = first % chunks[0] == 0 and last - first == chunks[0] and len(set(chunks)) == 1
-            if self._compiled is None or run > 1 or not whole:
+            if "_step" not in self._compiled or in_kernels or not whole:
                 return self._step(state, xs, span, starts)
-            state, xs = tree.tree_map(with_any_batch, (state, xs))
-            return self._compiled(self, state, xs, Span(0, chunks[0]), starts)
+            state, xs = tree.tree_map(_with_any_batch, (state, xs))
+            return self._compiled["_step"](self, state, xs, Span(0, chunks[0]), starts)
 
         return scan(
             step, tree.tree_map(wide, state), xs, length=length, chunks=chunks,
@@ -123,19 +135,11 @@ def compile_steps(module: nn.Module, **options: Any) -> None:
 AROUND = {"_inputs": ((0, 1), (0,)), "_outputs": ((0, 2), (0, 1))}
 
 
-def with_any_batch(x: Tensor) -> Tensor:
+def _with_any_batch(x: Tensor) -> Tensor:
     """x, dense, so that its strides do not depend on the call's length."""
     x = x.contiguous()
     torch._dynamo.maybe_mark_dynamic(x, 0)
     return x
-
-
-def _with_any_size(f: Callable, axes: tuple[tuple[int, ...], ...], module: Any, *args: Any) -> Any:
-    """f(module, *args), of whose arguments those axes differ from call to call."""
-    for x, some in zip(args, axes):
-        if x is not None:
-            torch._dynamo.maybe_mark_dynamic(x, some)
-    return f(module, *args)
 
 
 class StreamingLayer(nn.Module):
@@ -148,7 +152,7 @@ class StreamingLayer(nn.Module):
         raise NotImplementedError
 
     def compile(self, **options: Any) -> None:
-        """Compile, in place, the steps of one chunk: see `Stepping.compile`."""
+        """Compile, in place, the step of one chunk and what is around it: `Stepping.compile`."""
         compile_steps(self, **options)
 
     def begin(self, state: Any, batch: int) -> Any:
@@ -378,12 +382,12 @@ class StaticProjections(StreamingLayer, Stepping):
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
-        pairs, conv = self._inputs(x, state.conv)
+        pairs, conv = self._outside("_inputs", x, state.conv)
         ys, memory = self._scan(
             state.memory, pairs, tuple(self.start), length=x.shape[1],
             chunks=(self.writer.chunk,), position=state.position, axis=2,
         )  # fmt: skip
-        y = self._outputs(torch.cat(ys, 2), x)
+        y = self._outside("_outputs", torch.cat(ys, 2), x)
         return y, MixerState(state.position + x.shape[1], conv, memory)
 
     def _inputs(self, x: Tensor, conv: Tensor | None):

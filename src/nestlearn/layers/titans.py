@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import state as tree
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer
@@ -195,17 +196,18 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         check_input(x, self.dim)
         state = self.begin(state, x.shape[0])
-        inputs, conv = self._again(self._inputs, x, state.conv)
+        inputs, conv = self._outside("_inputs", x, state.conv)
         z, q, _ = inputs
-        in_kernels = self._in_kernels(z, q, state.memories)
+        before = tree.tree_map(wide, state.memories)
+        in_kernels = self._in_kernels(z, q, before)
         starts = tuple(self._starts(group, x.shape[0], in_kernels) for group in self.groups)
 
         ys, memories = self._scan(
-            state.memories, inputs, starts, length=x.shape[1], axis=2,
+            before, inputs, starts, length=x.shape[1], axis=2,
             chunks=tuple(group.writer.chunk for group in self.groups), position=state.position,
-            run=RUN if in_kernels else 1,
+            run=RUN if in_kernels and torch.is_grad_enabled() else 1, in_kernels=in_kernels,
         )  # fmt: skip
-        y = self._again(self._outputs, torch.cat(ys, 2), x)
+        y = self._outside("_outputs", torch.cat(ys, 2), x)
         return y, TitansState(state.position + x.shape[1], conv, memories)
 
     def _in_kernels(self, z: Tensor, q: Tensor | None, memories: tuple[FastWeights, ...]) -> bool:

@@ -210,7 +210,7 @@ class HopeLM(nn.Module):
         return HopeState(tuple(block.init_state(batch) for block in self._chain()))
 
     def compile(self, **options: Any) -> None:
-        """Compile, in place, what runs chunk by chunk: see `nestlearn.layers.mixers.Stepping`."""
+        """Compile the memories' layers, in place: see `nestlearn.layers.mixers.Stepping`."""
         compile_steps(self, **options)
 
     def _chain(self) -> list[HopeBlock]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -46,21 +46,23 @@ def scan(
     multiple of every size in `chunks`, counted from the stream's first token, which `position`
     tokens of earlier calls came before: so splitting a call changes nothing but its spans.
     `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
-    `remat`: keep only every eighth chunk's state; the rest is computed again in the backward pass.
+    `remat`: keep only the state at every eighth chunk; the backward pass computes the rest again.
     `run`: spans of up to so many whole chunks, for an f that takes them. Returns the list of y.
     """
-    end = position + length
-    cuts = {position, end}
-    if remat:
-        run = min(run, SEGMENT)
-    if len(set(chunks)) > 1 or (truncate is not None and truncate % chunks[0]):
+    end, size = position + length, min(chunks)
+    if len(set(chunks)) > 1 or (truncate is not None and truncate % size):
         run = 1
-    for size in chunks:
-        first, last = -(-position // size) * size, end // size * size
-        cuts.update(range(first, last, run * size), {first, last})
+    run = min(run, SEGMENT) if remat else run
+    cuts = {position, end}
+    for own in chunks:
+        first, last = -(-position // own) * own, end // own * own
+        cuts.update(range(first, last, own) if run == 1 else (), {first, last})
     if truncate is not None:
         cuts.update(range(position - position % truncate + truncate, end, truncate))
-    spans = [Span(*ends) for ends in pairwise(sorted(x for x in cuts if position <= x <= end))]
+    cuts = {x for x in cuts if position <= x <= end}
+    if run > 1:
+        cuts.update(*(range(a, b, run * size) for a, b in pairwise(sorted(cuts))))
+    spans = [Span(*ends) for ends in pairwise(sorted(cuts))]
     # Split once: the gradient of a slice would be as long as the whole call, at every span.
     tensors = [x for _, x in tree.leaves(xs) if isinstance(x, torch.Tensor)]
     parts = [x.split([span.stop - span.start for span in spans], axis) for x in tensors]
@@ -79,9 +81,20 @@ def scan(
 
     if not (remat and torch.is_grad_enabled()):
         return some(state, range(len(spans)))
-    ys, together = [], SEGMENT // run
-    for i in range(0, len(spans), together):
-        indices = range(i, min(i + together, len(spans)))
+    ys = []
+    for indices in _segments(spans, size):
         more, state = checkpoint(some, state, indices, use_reentrant=False)
         ys += more
     return ys, state
+
+
+def _segments(spans: list[Span], size: int) -> Iterator[range]:
+    """The spans in groups of at most SEGMENT chunks of `size` tokens, begun ones counted whole."""
+    first, held = 0, 0
+    for i, (start, stop) in enumerate(spans):
+        chunks = -(-(stop - start) // size)
+        if held + chunks > SEGMENT:
+            yield range(first, i)
+            first, held = i, 0
+        held += chunks
+    yield range(first, len(spans))

@@ -218,12 +218,6 @@ def _tokens(x: Tensor, T: int) -> tuple[Tensor, Tokens]:
     return x, (x.shape[1], x.shape[0], T * token, sample, head, token)
 
 
-def _by_token(like: Tensor, width: int, *lead: int) -> Tensor:
-    """A buffer [*lead, B, heads, tokens, width] that lies as the layer has its tokens."""
-    B, heads, tokens, _ = like.shape
-    return _new((*lead, B, tokens, heads, width), like).transpose(-3, -2)
-
-
 def _run(
     plan: Plan, save: bool, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
@@ -233,7 +227,7 @@ def _run(
     flat, pieces = _pieces(W1, _totals(plan, sizes))
     kept = Kept(*pieces)
     V1, V2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
-    o = _by_token(q, kind.V)
+    o = _new((*q.shape[:-1], kind.V), q)
     (z, given), (q, asking), (o, answering) = (_tokens(x, place.T) for x in (z, q, o))
     weights = _weights(plan, kept, sizes, (W1, W2), (V1, V2))
     for c in range(chunks):
@@ -292,7 +286,7 @@ def _run_backward(
     ])  # fmt: skip
     dk, dv, deta, dlog = dsaid, dsaid[V:], dgates, dgates[N * T :] if kind.decay else None
     dW1, dW2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
-    dq, dz = _by_token(q, kind.K), _by_token(z, kind.K, plan.roles)
+    dq, dz = _new(q.shape, q), _new((plan.roles, *z.shape), z)
     *dVs, do = grads
     (z, given), (q, asking), (do, answering) = (_tokens(x, T) for x in (z, q, do))
     dasking, dgiven = _tokens(dq, T)[1], _tokens(dz[0], T)[1]
