@@ -29,7 +29,7 @@ from nestlearn.layers import gated_deltanet
 from nestlearn.recipes.language import with_parameters
 
 VOCABULARY = 256
-WARM = 1024  # one run of 16 chunks
+WARM = 1024  # tokens of the passes before the one that is captured: one run of 16 chunks
 Step = Callable[[], None]
 
 

@@ -67,7 +67,8 @@ class Stepping(nn.Module):
 
     truncate: int | None
     remat: bool
-    # methods for all tokens of a call at once: of each argument the axes that vary, the tokens last
+    # methods for all tokens of a call at once: of each argument the axes that vary in size, of the
+    # first one the tokens' last
     _around: ClassVar[Mapping[str, tuple[tuple[int, ...], ...]]] = {}
     _compiled: Mapping[str, Callable] = MappingProxyType({})
 
