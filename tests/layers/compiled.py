@@ -46,6 +46,23 @@ def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
     assert counts == [number] * len(counts)
 
 
+def test_layers_of_other_widths_have_graphs_of_their_own():
+    """Of one code they would share a graph with symbols for their widths: torch cannot trace it."""
+    counts = []
+    graphs = CompileCounterWithBackend("eager")
+    for dim in (8, 12, 8):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(dim, 2, 4, conv=0)
+        x = torch.randn(2, 8, dim)
+        expected = layer(x)[0]
+        layer.compile(backend=graphs)
+        y = layer(x)[0]
+        torch.testing.assert_close(y, expected)
+        y.square().sum().backward()
+        counts.append(graphs.frame_count)
+    assert counts == [3, 6, 6]
+
+
 def test_one_sample_one_token_many_samples():
     """Each with a graph of its own where it has one, and none of them a failure."""
     torch.manual_seed(0)

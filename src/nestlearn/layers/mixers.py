@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import is_dataclass
+from functools import cache
+from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar, NamedTuple
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +88,14 @@ class Stepping(nn.Module):
         so do layers in which memories have several chunk sizes, and steps that are kernels of our
         own from end to end.
         """
-        self._compiled = {  # of the class, so that equal layers share a graph
-            name: torch.compile(getattr(type(self), name), fullgraph=name == "_step", **options)
+        alike = (
+            tuple((name, p.shape) for name, p in self.named_parameters()),
+            *(repr(part) for part in vars(self).values() if is_dataclass(part)),
+        )
+        self._compiled = {
+            name: torch.compile(
+                _shared_by(alike, getattr(type(self), name)), fullgraph=name == "_step", **options
+            )
             for name in ("_step", *self._around)
         }
 
@@ -123,6 +132,16 @@ class Stepping(nn.Module):
             step, tree.tree_map(wide, state), xs, length=length, chunks=chunks,
             position=position, truncate=self.truncate, remat=self.remat, axis=axis, run=run,
         )  # fmt: skip
+
+
+@cache
+def _shared_by(alike: Any, f: FunctionType) -> FunctionType:
+    """f with code and a name of its own, by which torch.compile keeps graphs: equal layers share
+    them, others do not turn each other's widths and factors into variables.
+    """
+    name = f"{f.__name__}_{crc32(repr(alike).encode()):08x}"
+    code = f.__code__.replace(co_name=name)
+    return FunctionType(code, f.__globals__, name, f.__defaults__, f.__closure__)
 
 
 def compile_steps(module: nn.Module, **options: Any) -> None:
