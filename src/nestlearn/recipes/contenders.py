@@ -52,6 +52,10 @@ def plain_deltanet(config: HopeConfig, _block: int) -> nn.Module:
 _MLP = {"channel": "mlp"}
 _DELTA = {"mixer": "deltanet", **_MLP}
 _SLOW = {"levels": (Level(chunk=32), Level(chunk=64), Level()), "variant": "sequential"}
+_DOT = {
+    "levels": tuple(Level(chunk=chunk, objective="dot") for chunk in (4, 16, None)),
+    "variant": "independent",
+}
 
 CONTENDERS: dict[str, Contender] = {
     "hope": Contender("Hope", {}, "Hope"),
@@ -75,6 +79,10 @@ CONTENDERS: dict[str, Contender] = {
     "hope-slow": Contender("Hope, a chain of levels 32 and 64", _SLOW),
     "hope-attention-slow": Contender(
         "Hope-Attention, the same chain", {"mixer": "attention", **_SLOW}
+    ),
+    "hope-dot": Contender("Hope, levels 4 and 16 by dot product", _DOT),
+    "hope-attention-dot": Contender(
+        "Hope-Attention, the same by dot product", {"mixer": "attention", **_DOT}
     ),
 }
 

@@ -39,7 +39,8 @@ _ROWS = {
 }
 PAPER = {m: {(t, "baseline"): float(v) for t, v in zip(TASKS, row)} for m, row in _ROWS.items()}
 
-MODELS = ("hope", "hope-slow", "hope-mlp", *RIVALS, "hope-attention-slow")
+_VARIANTS = ("hope-dot", "hope-slow", "hope-mlp", "hope-attention-dot", "hope-attention-slow")
+MODELS = ("hope", *RIVALS, *_VARIANTS)
 LRS = (1e-3, 3e-3, 8e-3)
 STEPS, QUICK_STEPS = 2000, 3
 
