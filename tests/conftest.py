@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 torch.set_num_threads(1)  # two workers share two cores; and one thread is reproducible
 _hook = install_import_hook(["nestlearn.memory", "nestlearn.scan"], "beartype.beartype")
@@ -28,6 +28,12 @@ def shared_data(request) -> Path:
     if not (folder / "models" / "stories260K.bin").is_file():
         pytest.skip(f"{folder} holds no models/stories260K.bin: give the folder with --data")
     return folder
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Annotations are not enforced: for long work, of which that takes half the time."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

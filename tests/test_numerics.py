@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans, state
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 N = 100_000
 CONFIG = HopeConfig(
     256, 32, layers=1, heads=2, chunk=64, levels=(Level(chunk=16), Level(chunk=64), Level())

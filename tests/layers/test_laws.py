@@ -199,6 +199,7 @@ def test_the_outer_gradient_reaches_every_parameter(build):
         assert p.grad.abs().sum() > 0, f"{name} has a zero gradient"
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", [n for n in LAYERS if n != "cms-first-order"])  # by definition
 def test_gradients_are_those_of_finite_differences(name):
     """Nothing is detached on the way: every parameter, in a random direction."""

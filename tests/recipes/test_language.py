@@ -58,6 +58,7 @@ def test_both_lengths_are_measured_on_the_same_text(corpus):
     assert losses[16] == pytest.approx(float(short), abs=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_stream_loss_is_that_of_one_call(corpus):
     ids = corpus.train[:2501].long()
     with torch.no_grad():
