@@ -14,9 +14,9 @@ from nestlearn import ContinuumMemory, HopeConfig, HopeLM, Level, SelfModifyingT
 from nestlearn.layers import gated_deltanet
 
 LAYERS = {
-    "titans": (lambda: SelfModifyingTitans(8, 2, 4), 3),
-    "cms": (lambda: ContinuumMemory(8, [Level(chunk=4, hidden=16), Level(hidden=16)]), 1),
-    "deltanet": (lambda: gated_deltanet(8, 2, chunk=4), 3),
+    "titans": (lambda dim: SelfModifyingTitans(dim, 2, 4), 3),
+    "cms": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16), Level(hidden=16)]), 1),
+    "deltanet": (lambda dim: gated_deltanet(dim, 2, chunk=4), 3),
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def fresh():
 def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
     """One for the step, two for what is before and after it."""
     torch.manual_seed(0)
-    layer = build().double()
+    layer = build(8).double()
     eager = copy.deepcopy(layer)
     graphs = CompileCounterWithBackend("aot_eager")
     layer.compile(backend=graphs)
@@ -46,21 +46,20 @@ def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
     assert counts == [number] * len(counts)
 
 
-def test_layers_of_other_widths_have_graphs_of_their_own():
+@pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
+def test_layers_of_other_widths_have_graphs_of_their_own(build, number):
     """Of one code they would share a graph with symbols for their widths: torch cannot trace it."""
-    counts = []
     graphs = CompileCounterWithBackend("eager")
+    counts = []
     for dim in (8, 12, 8):
         torch.manual_seed(0)
-        layer = SelfModifyingTitans(dim, 2, 4, conv=0)
-        x = torch.randn(2, 8, dim)
-        expected = layer(x)[0]
+        layer, x = build(dim), torch.randn(2, 8, dim, requires_grad=True)
+        (expected,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
         layer.compile(backend=graphs)
-        y = layer(x)[0]
-        torch.testing.assert_close(y, expected)
-        y.square().sum().backward()
+        (found,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
+        torch.testing.assert_close(found, expected)
         counts.append(graphs.frame_count)
-    assert counts == [3, 6, 6]
+    assert counts == [number, 2 * number, 2 * number]
 
 
 def test_one_sample_one_token_many_samples():

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
-from functools import cache
+from functools import lru_cache
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 from zlib import crc32
@@ -88,10 +87,10 @@ class Stepping(nn.Module):
         so do layers in which memories have several chunk sizes, and steps that are kernels of our
         own from end to end.
         """
-        alike = (
-            tuple((name, p.shape) for name, p in self.named_parameters()),
-            *(repr(part) for part in vars(self).values() if is_dataclass(part)),
-        )
+        # what an equal layer shares: "training" changes, a "level" has what parameters start from
+        skipped = ("training", "level")
+        said = {k: v for k, v in vars(self).items() if k[0] != "_" and k not in skipped}
+        alike = repr((said, [(name, *p.shape) for name, p in self.named_parameters()]))
         self._compiled = {
             name: torch.compile(
                 _shared_by(alike, getattr(type(self), name)), fullgraph=name == "_step", **options
@@ -134,14 +133,18 @@ class Stepping(nn.Module):
         )  # fmt: skip
 
 
-@cache
-def _shared_by(alike: Any, f: FunctionType) -> FunctionType:
+@lru_cache(64)
+def _shared_by(alike: str, f: Callable) -> Callable:
     """f with code and a name of its own, by which torch.compile keeps graphs: equal layers share
     them, others do not turn each other's widths and factors into variables.
     """
-    name = f"{f.__name__}_{crc32(repr(alike).encode()):08x}"
+    if not isinstance(f, FunctionType):
+        return f
+    name = f"{f.__name__}_{crc32(alike.encode()):08x}"
     code = f.__code__.replace(co_name=name)
-    return FunctionType(code, f.__globals__, name, f.__defaults__, f.__closure__)
+    own = FunctionType(code, f.__globals__, name, f.__defaults__, f.__closure__)
+    own.__kwdefaults__ = f.__kwdefaults__
+    return own
 
 
 def compile_steps(module: nn.Module, **options: Any) -> None:
