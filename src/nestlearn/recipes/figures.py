@@ -1,7 +1,8 @@
-"""Pictures of tables: accuracy of models as bars, or along a dial as lines."""
+"""Pictures of tables: accuracy of models as bars, a grid of colours, or lines along a dial."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,52 @@ def bars(
         loc="outside lower center", ncols=min(4, len(values)), frameon=False, fontsize=9,
         title="dark dash: the paper's figure" if paper else None,
     )  # fmt: skip
+    write_figure(figure, path)
+
+
+def grid(
+    values: Mapping[str, Values],
+    path: str | Path,
+    *,
+    label: str = "Accuracy (%)",
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """A coloured cell for each model and column: the mean of its seeds and half their range.
+
+    For many of both, where bars would be too thin. values: by model's title, then column; paper:
+    likewise, in a row below the model's own. ValueError without any.
+    """
+    if not values:
+        raise ValueError("grid was given no values: run at least one model")
+    columns = list(dict.fromkeys(c for row in values.values() for c in row))
+    rows: list[tuple[str, Values]] = []
+    for name, row in values.items():
+        told = (paper or {}).get(name, {})
+        rows += [(name, row), *([("in the paper", {c: [v] for c, v in told.items()})] * bool(told))]
+    means = [
+        [statistics.mean(row[c]) if c in row else math.nan for c in columns] for _, row in rows
+    ]
+    figure, (axes,) = new_figure("", "")
+    figure.set_size_inches(3.2 + 0.72 * len(columns), 1.4 + 0.34 * len(rows))
+    image = axes.imshow(means, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for i, (_, row) in enumerate(rows):
+        for j, c in enumerate(columns):
+            if c not in row:
+                continue
+            spread = (max(row[c]) - min(row[c])) / 2
+            text = f"{means[i][j]:.1f}".removesuffix(".0") + (
+                f" ±{spread:.0f}" if spread > 1 else ""
+            )
+            colour = "white" if means[i][j] > 60 else "#222222"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(columns)), columns, fontsize=9)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
+    for tick, (name, _) in zip(axes.get_yticklabels(), rows):
+        tick.set_style("italic" if name == "in the paper" else "normal")
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=label, fraction=0.03, pad=0.01)
     write_figure(figure, path)
 
 

@@ -14,7 +14,7 @@ from nestlearn.evals import Record, formal
 from nestlearn.recipes import suite
 from nestlearn.recipes.cells import Cell, Tell
 from nestlearn.recipes.contenders import ABLATIONS, CONTENDERS, RIVALS, contender, levels
-from nestlearn.recipes.figures import bars
+from nestlearn.recipes.figures import grid
 from nestlearn.train.run import resolve_device
 
 NAMES = {
@@ -146,10 +146,10 @@ def report(records: Sequence[Record], out: Path) -> str:
         about = contender(model)
         for pair in PAIRS:
             seeds = [r.value for r in records if r.model == model and (r.task, r.setting) == pair]
-            column = f"{NAMES[pair[0]]}\n{pair[1]}"
+            column = f"{NAMES[pair[0]]}\n{'longer' if pair[1] == BINS[1] else 'trained'}"
             if seeds:
                 values.setdefault(about.title, {})[column] = seeds
             if seeds and about.paper in PAPER:
                 paper.setdefault(about.title, {})[column] = PAPER[about.paper][pair]
-    bars(values, out / "table5.png", paper=paper)
+    grid(values, out / "table5.png", paper=paper)
     return text
