@@ -9,7 +9,7 @@ from torch import nn
 
 from nestlearn import HopeConfig, HopeLM
 from nestlearn.evals import Record, mad, read_records
-from nestlearn.recipes import mqar, reproduce, suite, table4, table5
+from nestlearn.recipes import figures, mqar, reproduce, suite, table4, table5
 
 ONE = Record(
     "formal", "parity", "bin0", "hope", 0, "sequence accuracy (%)", 90.0, 1000, 20, 30, 1.5,
@@ -40,6 +40,18 @@ def test_a_quick_cell_of_each_table(tmp_path, experiment, options, settings):
     assert len(cells) == len(options["models"])
     assert experiment.reproduce(tmp_path, **options, **SMALL) == text
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")} == cells
+
+
+def test_a_grid_says_means_ranges_and_the_papers_figures(monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "write_figure", lambda figure, _: shown.append(figure))
+    values = {"A": {"x": [90.0, 100.0], "y": [0.5]}, "B": {"x": [33.0, 34.0]}}
+    figures.grid(values, "grid.png", paper={"A": {"x": 98.2}})
+    axes = shown[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["95 ±5", "0.5", "98.2", "33.5"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["A", "in the paper", "B"]
+    with pytest.raises(ValueError, match="no values"):
+        figures.grid({}, "grid.png")
 
 
 def test_others_stay_in_the_table(tmp_path):

@@ -62,7 +62,7 @@ def grid(
     label: str = "Accuracy (%)",
     paper: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """A coloured cell for each model and column: the mean of its seeds and half their range.
+    """A coloured cell for each model and column: the mean of its seeds, half their range if over 1.
 
     For many of both, where bars would be too thin. values: by model's title, then column; paper:
     likewise, in a row below the model's own. ValueError without any.
@@ -72,8 +72,9 @@ def grid(
     columns = list(dict.fromkeys(c for row in values.values() for c in row))
     rows: list[tuple[str, Values]] = []
     for name, row in values.items():
-        told = (paper or {}).get(name, {})
-        rows += [(name, row), *([("in the paper", {c: [v] for c, v in told.items()})] * bool(told))]
+        rows.append((name, row))
+        if told := (paper or {}).get(name):
+            rows.append(("in the paper", {c: [value] for c, value in told.items()}))
     means = [
         [statistics.mean(row[c]) if c in row else math.nan for c in columns] for _, row in rows
     ]
@@ -84,10 +85,9 @@ def grid(
         for j, c in enumerate(columns):
             if c not in row:
                 continue
-            spread = (max(row[c]) - min(row[c])) / 2
-            text = f"{means[i][j]:.1f}".removesuffix(".0") + (
-                f" ±{spread:.0f}" if spread > 1 else ""
-            )
+            text = f"{means[i][j]:.1f}".removesuffix(".0")
+            if (spread := (max(row[c]) - min(row[c])) / 2) > 1:
+                text += f" ±{spread:.0f}"
             colour = "white" if means[i][j] > 60 else "#222222"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
