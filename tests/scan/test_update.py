@@ -21,7 +21,7 @@ from nestlearn.memory import (
     momentum,
 )
 from nestlearn.scan import fused
-from nestlearn.scan.writer import _into_shell
+from nestlearn.scan.writer import into_shell
 
 B, H, C = 2, 2, 8
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -354,4 +354,4 @@ def test_the_shell_has_its_gradient_below_inside_and_above():
     W0 = torch.randn(3, 4, 5, generator=g, dtype=torch.float64, requires_grad=True)
     sizes = torch.tensor([0.1, 0.8, 3.0], dtype=torch.float64).view(3, 1, 1)
     W = (torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64) * sizes).requires_grad_()
-    assert torch.autograd.gradcheck(lambda W, W0: _into_shell(W, W0, 0.5, 1.5), (W, W0))
+    assert torch.autograd.gradcheck(lambda W, W0: into_shell(W, W0, 0.5, 1.5), (W, W0))

@@ -5,31 +5,37 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory import Gates, GradientRule, ResidualMLP, Weights, objective
+from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights, objective
 from ..memory.linalg import unit
-from ..scan import FastWeights, Span, Writer
+from ..scan import FastWeights, Span, Writer, spans
 from .mixers import Stepping, StreamingLayer, check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
+LEARNS = ("out", "all")
+BOUND_EVERY = 256  # tokens: the bound of a level acts at the first chunk's end after so many
+STRETCH = 2048  # tokens computed again together
 
 
 @dataclass(frozen=True)
 class Level:
     """One MLP of the chain and how often it learns.
 
-    chunk: tokens between two updates (eq. 71); None: it never updates, a plain MLP. lr: step size
-    at the start of training, then learned. hidden: width (default: 4 dim, shared among the levels).
+    chunk: tokens between two updates (eq. 71); None: it never updates, a plain MLP. learns: "out",
+    the second matrix of the MLP alone, whose features the first one makes: then whole spans of
+    chunks are products; or "all", both (eq. 71 to the letter), one chunk after another. lr: step
+    size at the start of training, then learned. hidden: width (default: 4 dim, shared among the levels).
     rule: "gd", "dgd" (delta gradient descent) or "momentum" (gd with a learned momentum).
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
     towards what the level has learned whenever the next slower level's context ends. bound: the
-    shell, in units of the start's norm, in which each matrix stays. half_life: tokens in which
+    shell, in units of the start's norm, to which each matrix that learns is brought back: after
+    every chunk, or with "out" after the first that ends 256 tokens or more on. half_life: tokens in which
     what was learned fades by half towards the start (None: never). scale: a factor of the output, a
     third as large as the stream it is added to at the start of training, then learned (None: 1).
     """
@@ -43,6 +49,7 @@ class Level:
     bound: tuple[float, float] | None = (0.25, 2.0)
     half_life: int | None = None
     scale: float | None = 0.3
+    learns: str = "out"
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -56,6 +63,8 @@ class Level:
             raise ValueError(f"half_life={self.half_life}: give 1 token or more, or None")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale}: give a finite factor, or None")
+        if self.learns not in LEARNS:
+            raise ValueError(f"learns={self.learns!r}: use one of {LEARNS}")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
         if self.rule not in ("gd", "dgd", "momentum"):
@@ -65,7 +74,8 @@ class Level:
 
 
 class LevelState(NamedTuple):
-    """last [B, 1, D]: the previous token's input. fast: the level's weights. start: in a nested
+    """last: the key of the next write, [B, 1, D] the previous token's input, or [B, 1, hidden] its
+    features if only the second matrix learns. fast: the weights that learn. start: in a nested
     system, the value from which the level starts again (else None).
     """
 
@@ -85,9 +95,12 @@ class LevelMLP(Stepping):
     """One level: s √D · W_2 σ(W_1 z), z the normalised input; its weights learn from the stream.
 
     Inside a chunk the weights stand still; its end writes the pairs (z_{t−1}, P z_t) of the chunk,
-    the level's own associative objective: to tell, from what it read, what comes next.
+    the level's own associative objective: to tell, from what it read, what comes next. Where only
+    W_2 learns the pairs are (σ(W_1 z_{t−1}), P z_t).
     x [B, T, D] -> [B, T, D], without the skip.
     """
+
+    _around: ClassVar = {"_features": ((0, 1),)}
 
     def __init__(
         self, dim: int, level: Level, hidden: int, *, parent: int | None = None,
@@ -106,10 +119,12 @@ class LevelMLP(Stepping):
             return
         with_momentum = level.rule == "momentum"
         rule = GradientRule(delta=level.rule == "dgd", momentum=with_momentum, normalize=True)
+        self.linear = level.learns == "out"
         self.writer = Writer(
-            self.memory, rule, level.chunk, objective=level.objective, read="boundary",
-            bound=level.bound, half_life=level.half_life,
-            first_order=meta_gradient == "first-order",
+            Matrix(hidden, dim) if self.linear else self.memory, rule, level.chunk,
+            objective=level.objective, read="boundary", bound=level.bound,
+            half_life=level.half_life, first_order=meta_gradient == "first-order",
+            bound_every=-(-BOUND_EVERY // level.chunk) * level.chunk if self.linear else None,
         )  # fmt: skip
         self.value = nn.Linear(dim, dim, bias=False)
         self.lr = nn.Parameter(torch.tensor(float(level.lr)))
@@ -117,52 +132,88 @@ class LevelMLP(Stepping):
         self.theta = nn.Parameter(torch.zeros(())) if with_momentum else None
         self.meta_lr = None if parent is None else nn.Parameter(torch.tensor(float(level.meta_lr)))
 
+    @property
+    def learning(self) -> Weights:
+        """Start values of the matrices that learn."""
+        return tuple(self.start)[1:] if self.linear else tuple(self.start)
+
     def init_state(self, batch: int) -> LevelState | None:
         """The state before the first token; None for a level that never updates."""
         if self.level.chunk is None:
             return None
-        fast = self.writer.begin(tuple(self.start), batch)
-        last = fast.now[0].new_zeros(batch, 1, self.dim)
+        fast = self.writer.begin(self.learning, batch)
+        last = fast.now[0].new_zeros(batch, 1, self.memory.hidden if self.linear else self.dim)
         return LevelState(last, fast, None if self.parent is None else fast.start)
 
     def forward(
         self, x: Tensor, state: LevelState | None, position: int
     ) -> tuple[Tensor, LevelState | None]:
-        z = unit(self.norm(x))[0]
-        W0 = tuple(self.start)
         if self.level.chunk is None:
-            return self._scaled(self.memory.read(tuple(w.to(z.dtype) for w in W0), z)), None
+            z, W = unit(self.norm(x))[0], tuple(self.start)
+            return self._scaled(self.memory.read(tuple(w.to(z.dtype) for w in W), z)), None
         assert state is not None
-        past = torch.cat([state.last.to(z.dtype), z[:, :-1]], 1)
+        k, *pairs = self._outside("_features", x)
+        chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
+        if self.linear:
+            size = STRETCH if self.remat else 1 << 40
+            ys, state = self._scan(
+                state, (k, *pairs), self.learning, length=x.shape[1], chunks=chunks,
+                position=position, run=max(1, size // self.level.chunk), in_kernels=True,
+                remat=False,
+            )  # fmt: skip
+            return self._scaled(torch.cat(ys, 1) if len(ys) > 1 else ys[0]), state
+        past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
+        ys, (fast, start) = self._scan(
+            (state.fast, state.start), (k, past, *pairs), self.learning, length=x.shape[1],
+            chunks=chunks, position=position,
+        )  # fmt: skip
+        last = k[:, -1:].to(state.last.dtype).contiguous()
+        return self._scaled(torch.cat(ys, 1)), LevelState(last, fast, start)
+
+    def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:
+        """What is known of all tokens at once: the keys one token later, values and gates."""
+        z = unit(self.norm(x))[0]
+        k = z
+        if self.linear:
+            gain = self.memory.gain
+            k = F.silu(gain * (z @ self.start[0].to(z.dtype).mT)) / gain
         gate = 2 * torch.sigmoid(wide(z @ self.gate.to(z.dtype)) * math.sqrt(self.dim))
         eta = (self.lr * gate).clamp(0.0, 1.0)
         log_theta = None
         if self.theta is not None:
             log_theta = F.logsigmoid(self.theta).expand_as(eta)
-
-        chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
-        pairs = (z, past, self.value(z), Gates(eta, None, log_theta))
-        ys, (fast, start) = self._scan(
-            (state.fast, state.start), pairs, W0, length=x.shape[1], chunks=chunks,
-            position=position,
-        )  # fmt: skip
-        last = z[:, -1:].to(state.last.dtype).contiguous()
-        return self._scaled(torch.cat(ys, 1)), LevelState(last, fast, start)
+        return k, self.value(z), Gates(eta, None, log_theta)
 
     def _scaled(self, y: Tensor) -> Tensor:
         y = math.sqrt(self.dim) * y
         return y if self.scale is None else self.scale.to(y.dtype) * y
 
-    def _step(self, carried: tuple, xs: tuple, span: Span, W0: Weights):
+    def _step(self, carried: Any, xs: tuple, span: Span, W0: Weights):
+        if self.linear:
+            return self._again(self._stretch, carried, xs, span, W0)
         fast, start = carried
         z, past, v, gates = xs
         o, fast = self.writer.write(fast, z, past, v, gates, span, W0)
-        if start is not None and self.parent is not None and span.ends(self.parent):
-            assert self.meta_lr is not None
-            share = self.meta_lr.clamp(0.0, 1.0)
-            start = tuple(w.lerp(now, share) for w, now in zip(start, fast.now))
-            fast = FastWeights(start, start, self.writer.rule.init(start))
+        fast, start = self._restarted(fast, start, span)
         return o, (fast, start)
+
+    def _stretch(self, state: LevelState, xs: tuple, span: Span, W0: Weights):
+        """Any number of whole chunks, or a part of one."""
+        h, v, gates = xs
+        y, fast = spans.write(self.writer, state.fast, state.last, h, v, gates, span, W0[0])
+        fast, start = self._restarted(fast, state.start, span)
+        return y, LevelState(h[:, -1:].to(state.last.dtype).contiguous(), fast, start)
+
+    def _restarted(self, fast: FastWeights, start: Weights | None, span: Span):
+        """In a nested system, where the next slower level's context ends, the level starts again
+        from a start value that has moved towards what it has learned.
+        """
+        if start is None or self.parent is None or not span.ends(self.parent):
+            return fast, start
+        assert self.meta_lr is not None
+        share = self.meta_lr.clamp(0.0, 1.0)
+        start = tuple(w.lerp(now, share) for w, now in zip(start, fast.now))
+        return FastWeights(start, start, self.writer.rule.init(start)), start
 
 
 class ContinuumMemory(StreamingLayer):

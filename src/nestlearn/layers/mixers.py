@@ -118,6 +118,7 @@ class Stepping(nn.Module):
     def _scan(
         self, state: Any, xs: Any, starts: Any, *, length: int, chunks: tuple[int, ...],
         position: int, axis: int = 1, run: int = 1, in_kernels: bool = False,
+        remat: bool | None = None,
     ) -> tuple[list[Tensor], Any]:  # fmt: skip
         def step(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
             first, last = span
@@ -129,7 +130,8 @@ class Stepping(nn.Module):
 
         return scan(
             step, tree.tree_map(wide, state), xs, length=length, chunks=chunks,
-            position=position, truncate=self.truncate, remat=self.remat, axis=axis, run=run,
+            position=position, truncate=self.truncate, axis=axis, run=run,
+            remat=self.remat if remat is None else remat,
         )  # fmt: skip
 
 

@@ -114,7 +114,8 @@ class HopeConfig:
             raise ValueError(f"unknown fields {sorted(unknown)} in the model's configuration")
         data = dict(data)
         if "levels" in data:
-            data["levels"] = tuple(Level(**_tuples(level)) for level in data["levels"])
+            # before there was a choice, both matrices of a level learned
+            data["levels"] = tuple(Level(**{"learns": "all", **_tuples(x)}) for x in data["levels"])
         return cls(**_tuples(data))
 
 

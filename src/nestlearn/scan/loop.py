@@ -47,16 +47,16 @@ def scan(
     tokens of earlier calls came before: so splitting a call changes nothing but its spans.
     `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
     `remat`: keep only the state at every eighth chunk; the backward pass computes the rest again.
-    `run`: spans of up to so many whole chunks, for an f that takes them. Returns the list of y.
+    `run`: spans of up to so many whole chunks of the smallest size, for an f that takes them. Returns the list of y.
     """
     end, size = position + length, min(chunks)
-    if len(set(chunks)) > 1 or (truncate is not None and truncate % size):
+    if truncate is not None and truncate % size:
         run = 1
     run = min(run, SEGMENT) if remat else run
     cuts = {position, end}
     for own in chunks:
         first, last = -(-position // own) * own, end // own * own
-        cuts.update(range(first, last, own) if run == 1 else (), {first, last})
+        cuts.update(range(first, last, own) if run == 1 or own > size else (), {first, last})
     if truncate is not None:
         cuts.update(range(position - position % truncate + truncate, end, truncate))
     cuts = {x for x in cuts if position <= x <= end}

@@ -36,6 +36,7 @@ class Writer:
     shell in which each matrix stays: after a chunk it is scaled so that its Frobenius norm is
     between low and high times that of its start value (projected gradient descent; None: free,
     and then nothing stops a memory that writes what it reads from growing without end).
+    bound_every: tokens after which it acts, a multiple of the chunk (None: every chunk).
     half_life: tokens in which what was learned fades by half *towards the start value*, once per
     chunk, W ← W_0 + 2^(−chunk/half_life) (W − W_0) (None: it does not): a retention (eq. 59) for
     streams much longer than those trained on.
@@ -51,6 +52,7 @@ class Writer:
     half_life: int | None = None
     first_order: bool = False
     backend: str = "auto"
+    bound_every: int | None = None
 
     def __post_init__(self) -> None:
         period = getattr(self.rule, "period", 1)
@@ -60,10 +62,19 @@ class Writer:
             )
         if self.half_life is not None and self.half_life < 1:
             raise ValueError(f"half_life={self.half_life}: give 1 token or more, or None")
+        if self.bounded < 1 or self.bounded % self.chunk:
+            raise ValueError(
+                f"bound_every={self.bound_every}: give a positive multiple of chunk={self.chunk}"
+            )
         check_read(self.read)
         objective(self.objective)  # refuses an unknown name
         if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
             raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
+
+    @property
+    def bounded(self) -> int:
+        """Tokens after which the bound acts."""
+        return self.chunk if self.bound_every is None else self.bound_every
 
     def begin(self, W0: Weights, batch: int) -> FastWeights:
         """The state before the first token, from start values [...] shared by all samples."""
@@ -98,8 +109,8 @@ class Writer:
         if self.half_life is not None:
             faded = 1 - 2 ** (-self.chunk / self.half_life)
             now = tuple(w.lerp(w0.to(w.dtype).expand_as(w), faded) for w, w0 in zip(now, W0))
-        if self.bound is not None:
-            now = tuple(_into_shell(w, w0, *self.bound) for w, w0 in zip(now, W0))
+        if self.bound is not None and span.ends(self.bounded):
+            now = tuple(into_shell(w, w0, *self.bound) for w, w0 in zip(now, W0))
         if getattr(rule, "ahead", None) is not None:
             rule = rule._replace(ahead=now)
         return o, FastWeights(now, now, rule)
@@ -145,7 +156,8 @@ def constants(scalars: list[Tensor], W0: Weights) -> Tensor:
     return torch.cat([x.unsqueeze(-1) if x.ndim == 1 else x for x in (*scalars, *norms)], 1)
 
 
-def _into_shell(W: Tensor, W0: Tensor, low: float, high: float) -> Tensor:
+def into_shell(W: Tensor, W0: Tensor, low: float, high: float) -> Tensor:
+    """W scaled so that its Frobenius norm is between low and high times that of W0."""
     start = frobenius(W0).to(W.dtype)
     return _Rescaled.apply(W, low * start, high * start)
 

@@ -1,0 +1,178 @@
+"""Many chunks at once ≡ one after another ≡ token by token, in float64; outputs, state, gradients."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nestlearn.memory import Gates, GradientRule, Matrix, delta, every
+from nestlearn.scan import Span, Writer, spans, update
+
+B, K, V = 2, 5, 3
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+RULES = {"gd": (False, False), "dgd": (True, False), "momentum": (False, True)}
+
+
+def writer(chunk, rule="dgd", objective="l2", **options):
+    replaces, momentum = RULES[rule]
+    rule = GradientRule(replaces, momentum=momentum, normalize=True)
+    options = {"bound": (0.25, 1.05), "bound_every": chunk * -(-64 // chunk), **options}
+    return Writer(Matrix(K, V), rule, chunk, objective=objective, read="boundary", **options)
+
+
+def stream(T, momentum, seed=0, size=1.5):
+    """Features (some longer than 1), values, gates; every tensor asks for its gradient."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    W0, last, h, v = randn(V, K), randn(B, 1, K), size * randn(B, T, K) / K**0.5, randn(B, T, V)
+    eta = 0.3 * torch.rand(B, T, generator=g, dtype=torch.float64)
+    theta = torch.full((B, T), 0.4, dtype=torch.float64).log() if momentum else None
+    leaves = [W0, last, h, v, eta, *([] if theta is None else [theta])]
+    for x in leaves:
+        x.requires_grad_()
+    return W0, last, h, v, Gates(eta, None, theta), leaves
+
+
+def run(writer, data, cuts):
+    """The stream in calls that end at `cuts` and where chunks begin and end, as layers make them."""
+    W0, last, h, v, gates, leaves = data
+    T, C, position = h.shape[1], writer.chunk, cuts[0]
+    fast, ys = writer.begin((W0,), B), []
+    ends = {position, position + T, *cuts}
+    if writer.backend == "naive":
+        ends |= set(range(-(-position // C) * C, position + T, C))
+    for x in list(ends):
+        ends |= {x // C * C, -(-x // C) * C}
+    for a, b in itertools.pairwise(sorted(x for x in ends if position <= x <= position + T)):
+        part = slice(a - position, b - position)
+        y, fast = spans.write(
+            writer, fast, last, h[:, part], v[:, part],
+            gates.map(lambda g, part=part: g[:, part]), Span(a, b), W0,
+        )  # fmt: skip
+        last = h[:, part][:, -1:]
+        ys.append(y)
+    y = torch.cat(ys, 1)
+    state = [*fast.now, *fast.start, *(fast.rule.momentum or ())]
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=g) for x in [y, *state]]
+    total = sum((w * x).sum() for w, x in zip(weights, [y, *state]))
+    return [y, *state], torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def equal(one, two):
+    for a, b in zip(itertools.chain(*one), itertools.chain(*two), strict=True):
+        if a is None or b is None:
+            assert a is b
+            continue
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("objective", ["l2", "dot"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("half_life", [None, 20])
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+def test_spans_equal_the_definition(chunk, half_life, rule, objective):
+    """Lengths around chunks and spans, from the stream's start."""
+    w = writer(chunk, rule, objective, half_life=half_life)
+    size = spans.span_size(w, spans.ON_CPU)
+    for T in sorted({1, max(1, chunk - 1), chunk, chunk + 1, size - 1, size + 1, 3 * size + 5}):
+        if T > 0:
+            data = stream(T, rule == "momentum", seed=T)
+            equal(run(w, data, [0]), run(replace(w, backend="naive"), data, [0]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cuts", [[0, 3], [0, 37, 70], [0, 64, 65], [0, 1, 2, 3, 150]])
+def test_a_stream_may_be_cut_anywhere(cuts, rule):
+    """Inside of a chunk, inside of a span, at their ends."""
+    w = writer(8, rule)
+    data = stream(197, rule == "momentum")
+    equal(run(w, data, cuts), run(replace(w, backend="naive"), data, [0]))
+
+
+@pytest.mark.parametrize(("chunk", "most"), [(512, 1), (3, 64), (48, 64), (1, 7), (16, 256)])
+def test_the_span_changes_nothing(monkeypatch, chunk, most):
+    w = writer(chunk, bound_every=chunk * -(-200 // chunk))
+    data = stream(600, False)
+    expected = run(replace(w, backend="naive"), data, [0])
+    monkeypatch.setattr(spans, "ON_CPU", most)
+    equal(run(w, data, [0]), expected)
+
+
+@pytest.mark.parametrize("bound", [None, (0.25, 1.05), (1.2, 3.0)])
+def test_the_bound_acts_from_both_sides(bound):
+    w = writer(4, bound=bound, bound_every=16)
+    data = stream(70, False)
+    both = run(w, data, [0]), run(replace(w, backend="naive"), data, [0])
+    equal(*both)
+    free = run(replace(w, bound=None), data, [0])
+    assert (bound is None) == torch.equal(both[0][0][0], free[0][0])
+
+
+def test_first_order_goes_chunk_by_chunk():
+    w = writer(4, first_order=True)
+    data = stream(30, False)
+    equal(run(w, data, [0]), run(replace(w, backend="naive"), data, [0]))
+    full = run(replace(w, first_order=False), data, [0])
+    assert (run(w, data, [0])[1][0] - full[1][0]).abs().max() > 1e-3
+
+
+def test_by_dot_product_it_is_every():
+    """W with writes that show every C tokens (`every`), a chunk as long as the span."""
+    w = writer(4, objective="dot", bound=None)
+    W0, last, h, v, gates, _ = data = stream(24, False)
+    k = torch.cat([last, h[:, :-1]], 1)
+    W = (W0.expand(B, V, K),)
+    rule = every(4, delta())
+    # `update` reads after a token's write, a level before it: the answers are one token apart
+    o, W, _ = update(Matrix(K, V), rule, W, rule.init(W), k, k, v, gates, backend="naive")
+    (y, now, *_), _ = run(w, data, [0])
+    torch.testing.assert_close(W[0], now, **TOLERANCE)
+    for t in range(24):
+        if (t + 1) % 4:
+            torch.testing.assert_close(
+                o[:, t], (run(w, stream_at(data, t, k), [0])[0][0])[:, t], **TOLERANCE
+            )
+
+
+def stream_at(data, t, k):
+    """The same stream, where token t asks with its key."""
+    W0, last, h, v, gates, leaves = data
+    asked = torch.cat([h[:, :t], k[:, t : t + 1], h[:, t + 1 :]], 1)
+    return W0, last, asked, v, gates, leaves
+
+
+def test_half_precision_products_stay_near(monkeypatch):
+    """bfloat16 products with float32 sums, as on a card: the inverse, states and steps stay wide."""
+    data = stream(192, False)
+    expected, slopes = run(writer(16), data, [0])
+    wide = torch.bmm, torch.baddbmm
+
+    def bmm(a, b, out_dtype=None):
+        return wide[0](a, b) if out_dtype is None else wide[0](a.to(out_dtype), b.to(out_dtype))
+
+    def baddbmm(x, a, b, out_dtype=None):
+        if out_dtype is None:
+            return wide[1](x, a, b)
+        return wide[1](x.to(out_dtype), a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "bmm", bmm)  # the CPU has no products with another output type
+    monkeypatch.setattr(torch, "baddbmm", baddbmm)
+    monkeypatch.setattr(spans, "_products", lambda h: torch.bfloat16)
+    *inputs, gates, _ = data
+    inputs = [x.detach().float().requires_grad_() for x in (*inputs, gates.eta)]
+    low, rough = run(writer(16), (*inputs[:4], Gates(inputs[4]), inputs), [0])
+    for x, y in itertools.chain(zip(low, expected), zip(rough, slopes)):
+        assert (x.double() - y).norm() < 0.02 * y.norm()
+
+
+def test_inverse_by_halves(monkeypatch):
+    system = torch.rand(3, 128, 128, dtype=torch.float64).tril(-1) * 0.1
+    one = torch.eye(128, dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(spans._inverse(system) @ (one + system), one.expand(3, -1, -1))
