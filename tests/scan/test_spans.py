@@ -151,15 +151,13 @@ def test_half_precision_products_stay_near(monkeypatch):
     """bfloat16 products with float32 sums, as on a card: the inverse, states and steps stay wide."""
     data = stream(192, False)
     expected, slopes = run(writer(16), data, [0])
-    wide = torch.bmm, torch.baddbmm
+    plain = torch.bmm, torch.baddbmm
 
-    def bmm(a, b, out_dtype=None):
-        return wide[0](a, b) if out_dtype is None else wide[0](a.to(out_dtype), b.to(out_dtype))
+    def bmm(a, b, out_dtype=None, out=None):
+        return plain[0](a.to(out_dtype or a.dtype), b.to(out_dtype or a.dtype), out=out)
 
-    def baddbmm(x, a, b, out_dtype=None):
-        if out_dtype is None:
-            return wide[1](x, a, b)
-        return wide[1](x.to(out_dtype), a.to(out_dtype), b.to(out_dtype))
+    def baddbmm(x, a, b, out_dtype, out):
+        return plain[1](x, a.to(out_dtype), b.to(out_dtype), out=out)
 
     monkeypatch.setattr(torch, "bmm", bmm)  # the CPU has no products with another output type
     monkeypatch.setattr(torch, "baddbmm", baddbmm)

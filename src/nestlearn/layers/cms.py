@@ -97,10 +97,10 @@ class LevelMLP(Stepping):
     Inside a chunk the weights stand still; its end writes the pairs (z_{t−1}, P z_t) of the chunk,
     the level's own associative objective: to tell, from what it read, what comes next. Where only
     W_2 learns the pairs are (σ(W_1 z_{t−1}), P z_t).
-    x [B, T, D] -> [B, T, D], without the skip.
+    x [B, T, D] -> [B, T, D], before scale and skip, which `_joined` adds.
     """
 
-    _around: ClassVar = {"_features": ((0, 1),)}
+    _around: ClassVar = {"_features": ((0, 1),), "_static": ((0, 1),), "_joined": ((0, 1), (0, 1))}
 
     def __init__(
         self, dim: int, level: Level, hidden: int, *, parent: int | None = None,
@@ -149,8 +149,7 @@ class LevelMLP(Stepping):
         self, x: Tensor, state: LevelState | None, position: int
     ) -> tuple[Tensor, LevelState | None]:
         if self.level.chunk is None:
-            z, W = unit(self.norm(x))[0], tuple(self.start)
-            return self._scaled(self.memory.read(tuple(w.to(z.dtype) for w in W), z)), None
+            return self._outside("_static", x), None
         assert state is not None
         k, *pairs = self._outside("_features", x)
         chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
@@ -161,14 +160,14 @@ class LevelMLP(Stepping):
                 position=position, run=max(1, size // self.level.chunk), in_kernels=True,
                 remat=False,
             )  # fmt: skip
-            return self._scaled(torch.cat(ys, 1) if len(ys) > 1 else ys[0]), state
+            return torch.cat(ys, 1) if len(ys) > 1 else ys[0], state
         past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
         ys, (fast, start) = self._scan(
             (state.fast, state.start), (k, past, *pairs), self.learning, length=x.shape[1],
             chunks=chunks, position=position,
         )  # fmt: skip
         last = k[:, -1:].to(state.last.dtype).contiguous()
-        return self._scaled(torch.cat(ys, 1)), LevelState(last, fast, start)
+        return torch.cat(ys, 1), LevelState(last, fast, start)
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:
         """What is known of all tokens at once: the keys one token later, values and gates."""
@@ -184,9 +183,16 @@ class LevelMLP(Stepping):
             log_theta = F.logsigmoid(self.theta).expand_as(eta)
         return k, self.value(z), Gates(eta, None, log_theta)
 
-    def _scaled(self, y: Tensor) -> Tensor:
-        y = math.sqrt(self.dim) * y
-        return y if self.scale is None else self.scale.to(y.dtype) * y
+    def _static(self, x: Tensor) -> Tensor:
+        """The answer of a level that never updates."""
+        z = unit(self.norm(x))[0]
+        return self.memory.read(tuple(w.to(z.dtype) for w in self.start), z)
+
+    def _joined(self, x: Tensor, o: Tensor, mix: Tensor | None) -> Tensor:
+        """x and what the level adds to it."""
+        o = math.sqrt(self.dim) * o
+        o = o if self.scale is None else self.scale.to(o.dtype) * o
+        return x + (o if mix is None else mix * o).to(x.dtype)
 
     def _step(self, carried: Any, xs: tuple, span: Span, W0: Weights):
         if self.linear:
@@ -200,7 +206,10 @@ class LevelMLP(Stepping):
     def _stretch(self, state: LevelState, xs: tuple, span: Span, W0: Weights):
         """Any number of whole chunks, or a part of one."""
         h, v, gates = xs
-        y, fast = spans.write(self.writer, state.fast, state.last, h, v, gates, span, W0[0])
+        y, fast = spans.write(
+            self.writer, state.fast, state.last, h, v, gates, span, W0[0],
+            compiled=bool(self._compiled),
+        )  # fmt: skip
         fast, start = self._restarted(fast, state.start, span)
         return y, LevelState(h[:, -1:].to(state.last.dtype).contiguous(), fast, start)
 
@@ -275,7 +284,7 @@ class ContinuumMemory(StreamingLayer):
         y, states = x, []
         for i, mlp in enumerate(self._chain()):
             o, after = mlp(y if self.mix is None else x, state.levels[i], state.position)
-            y = y + (o if self.mix is None else self.mix[i] * o).to(x.dtype)
+            y = mlp._outside("_joined", y, o, None if self.mix is None else self.mix[i])
             states.append(after)
         return y, ContinuumState(state.position + x.shape[1], tuple(states))
 

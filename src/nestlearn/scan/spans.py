@@ -18,11 +18,14 @@ a few products and one triangular system, whose inverse needs no state. The defi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -45,12 +48,14 @@ def write(
     gates: Gates,
     span: Span,
     W0: Tensor,
+    compiled: bool = False,
 ) -> tuple[Tensor, FastWeights]:
     """What `writer` says chunk by chunk, for the tokens of a span: (y [B, T, V], state).
 
     The memory is a `Matrix`, read at "boundary"; the span is whole chunks, or lies inside of one.
     last [B, 1, K] is the feature before the first token, h [B, T, K] are the features, v [B, T, V]
-    the values, gates [B, T], W0 [V, K] the start value.
+    the values, gates [B, T], W0 [V, K] the start value. compiled: what stands between the
+    products goes through torch.compile.
     """
     rule = writer.rule
     assert isinstance(rule, GradientRule)
@@ -64,7 +69,7 @@ def write(
         part = slice(a - span.start, b - span.start)
         inputs = (last, h[:, part], v[:, part], gates.map(lambda g, part=part: g[:, part]))
         if plain:
-            form = _Form(writer, rule, size, a, dtype)
+            form = _Form(writer, rule, size, a, dtype, compiled)
             y, W = _Spans.apply(form, W, W0, *inputs[:3], inputs[3].eta)
         else:
             y, W, S = _general(writer, W, S, W0, *inputs)
@@ -180,31 +185,45 @@ def _general(
 
 
 class _Form(NamedTuple):
-    """size: tokens of a span. start: position of the first token. dtype: of the products."""
+    """size: tokens of a span. start: position of the first token. dtype: of the products.
+
+    compiled: what stands between the products goes through torch.compile.
+    """
 
     writer: Writer
     rule: GradientRule
     size: int
     start: int
     dtype: torch.dtype
+    compiled: bool
 
     def bounded(self, i: int) -> bool:
         """Whether the bound acts after span i."""
         stop = self.start + (i + 1) * self.size
         return self.writer.bound is not None and stop % self.writer.bounded == 0
 
-    def masks(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """[i < c] and l [i < c] + d [i < t], of the products' sums."""
-        token = torch.arange(self.size, device=device)
+    def masks(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[i < c] and l [i < c] + d [i < t], of the products' sums, and l + d."""
+        token = torch.arange(self.size, device=like.device)
         chunk = token // self.writer.chunk
-        earlier = (chunk.unsqueeze(-1) > chunk).float()
-        strict = (token.unsqueeze(-1) > token).float()
-        return earlier, self.l2 * earlier + float(self.rule.delta) * strict
+        earlier = (chunk.unsqueeze(-1) > chunk).to(like)
+        strict = (token.unsqueeze(-1) > token).to(like)
+        l2, replaces = float(self.writer.objective == "l2"), float(self.rule.delta)
+        return earlier, l2 * earlier + replaces * strict, like.new_full((), l2 + replaces)
 
-    @property
-    def l2(self) -> float:
-        """1 where the error subtracts what the memory says."""
-        return float(self.writer.objective == "l2")
+    def __call__(self, f: Callable, *args: Any) -> Any:
+        """f(*args), f without products."""
+        if not self.compiled:
+            return f(*args)
+        for x in args:
+            if isinstance(x, Tensor) and x.ndim > 2:
+                torch._dynamo.maybe_mark_dynamic(x, (0, 1))
+        return _compiled(f)(*args)
+
+
+@lru_cache
+def _compiled(f: Callable) -> Callable:
+    return torch.compile(f)
 
 
 class _Spans(torch.autograd.Function):
@@ -212,119 +231,133 @@ class _Spans(torch.autograd.Function):
 
     n spans of N tokens, T = n N. What needs no state is done for all spans at once: the Gram matrix
     of the features (keys are the features one token earlier: rows −1 .. N−1 hold both) and the
-    inverse. The loop has four products a span forward and three backward. In the backward pass the
-    errors of what a feature answers and of what it finds as a key share one product.
+    inverse. The loop has three products a span in each direction. In the backward pass the errors
+    of what a feature answers and of what it finds as a key share one product.
     """
 
     @staticmethod
     def forward(ctx: Any, form: _Form, W, W0, last, h, v, eta):
-        B, T, _ = h.shape
-        N, n, low = form.size, T // form.size, form.dtype
+        N, n, low = form.size, h.shape[1] // form.size, form.dtype
         wide = torch.promote_types(low, torch.float32)
-        both = form.l2 + float(form.rule.delta)
-        rows = _rows(last, h, N, low)
-        values, eta = _spanned(v, N, low), _spanned(eta.unsqueeze(-1), N, wide)
+        earlier, factor, both = form.masks(h.new_empty(0, dtype=wide))
+        rows, values, eta = form(_laid, last, h, v, eta, earlier, low)
         gram = _product(rows, rows.mT, wide)
-        earlier, factor = form.masks(h.device)
-        keys = gram[..., :N, :N]
-        length = keys.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clamp(min=1.0)
-        s = eta / length
+        system, read, s, aims, steps = form(_systems, gram, values, eta, earlier, factor, both, low)
         with _tf32(low):
-            inverse = _inverse(s * keys * factor)
-        read = (gram[..., 1 : N + 1, :N] * earlier).to(low)
-
-        aims, states = s * values, W.new_empty(n, *W.shape, dtype=low)
-        found = W.new_empty(n, B, rows.shape[2], W.shape[1], dtype=wide)
-        w, steps, shells = torch.empty_like(values), both * s, []
+            inverse = _inverse(system)
+        states, found = (rows.new_empty(n, *W.shape), gram.new_empty(*rows.shape[:3], W.shape[1]))
+        w, shells, W = torch.empty_like(values), [], W.clone()
         for i in range(n):
             states[i].copy_(W)
-            found[i] = _product(rows[i], states[i].mT, wide)
+            _product(rows[i], states[i].mT, wide, out=found[i])
             with _tf32(low):
                 w[i] = inverse[i] @ torch.addcmul(aims[i], steps[i], found[i, :, :N], value=-1)
-            W = _added(W, w[i].mT, rows[i, :, :N])
+            _add(W, w[i].mT, rows[i, :, :N])
             if form.bounded(i):
                 assert form.writer.bound is not None
-                norm, start = frobenius(W), frobenius(W0).to(wide)
-                size = norm.clamp(min=form.writer.bound[0] * start, max=form.writer.bound[1] * start)
-                W = W * (size / norm.clamp(min=1e-12))
-                shells.append((norm, size))
-        y = _added(found[:, :, 1 : N + 1], read, w)
-        errors = (values - both * found[:, :, :N]).to(low)
-        ctx.form, ctx.kinds = form, (last.dtype, h.dtype, v.dtype, W0.dtype)
-        ctx.shells = len(shells)
+                shells.append(form(_into_shell, W, W0, *form.writer.bound))
+        errors = form(_errors, values, found, both)
+        _add(found[:, :, 1 : N + 1], read, w)
+        ctx.form, ctx.kinds = form, (last.dtype, h.dtype, v.dtype)
         ctx.save_for_backward(
-            W0, rows, gram, eta, length, inverse, read, w, errors, states, W,
+            W0, rows, gram, eta, s, inverse, read, w, errors, states, W,
             *(x for shell in shells for x in shell),
         )  # fmt: skip
-        return y.transpose(0, 1).reshape(B, T, -1).to(h.dtype), W
+        return form(_streamed, found[:, :, 1 : N + 1], h.dtype), W
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy, dW):
         form, N, low = ctx.form, ctx.form.size, ctx.form.dtype
-        W0, rows, gram, eta, length, inverse, read, w, errors, states, W, *flat = ctx.saved_tensors
-        wide, n, both = gram.dtype, len(rows), form.l2 + float(form.rule.delta)
+        W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *flat = ctx.saved_tensors
+        wide, n = gram.dtype, len(rows)
         shells = list(zip(flat[::2], flat[1::2]))
-        dW0 = torch.zeros_like(W0) if shells else None
-        earlier, factor = form.masks(dy.device)
-        s = eta / length
-        dy = _spanned(dy, N, low)
-        dread = _product(dy, w.mT, wide) * earlier
+        dW0, dW = torch.zeros_like(W0) if shells else None, dW.clone()
+        earlier, factor, both = form.masks(gram.new_empty(0))
+        dy, back = form(_laid_errors, dy, earlier, rows, low)
+        dread = _product(dy, w.mT, wide)
         dw = _product(read.mT, dy, wide)
-        back = dy.new_zeros(*rows.shape[:3], dy.shape[-1])  # errors at the rows, answers and keys
-        back[:, :, 1 : N + 1] = dy
         dstates, g, steps = torch.empty_like(states), torch.empty_like(w), both * s
         for i in reversed(range(n)):
             if form.bounded(i):
                 after = W if i == n - 1 else states[i + 1]
-                dW, dstart = _shell_backward(form.writer.bound, after, dW, *shells.pop(), W0)
-                dW0 += dstart
+                dW0 += form(_shell_backward, after, dW, *shells.pop(), W0, *form.writer.bound)
             dstates[i].copy_(dW)
+            _add(dw[i], rows[i, :, :N], dstates[i].mT)
             with _tf32(low):
-                pull = inverse[i].mT @ _added(dw[i], rows[i, :, :N], dstates[i].mT)
+                pull = inverse[i].mT @ dw[i]
             g[i] = pull
-            back[i, :, :N] -= steps[i] * pull
-            dW = _added(dW, back[i].mT, rows[i])
+            back[i, :, :N].addcmul_(steps[i], pull, value=-1)
+            _add(dW, back[i].mT, rows[i])
         drows = _product(back, states, low)
-        drows[:, :, :N] += _product(w, dstates, low)
-        dsystem = -_product(g, w.mT, wide) * factor
-        ds = (dsystem * gram[..., :N, :N]).sum(-1, keepdim=True)
-        ds += (g * errors).sum(-1, keepdim=True, dtype=wide)
-        dgram = torch.zeros_like(gram)
-        dgram[..., :N, :N] = s * dsystem
-        long = torch.where(gram[..., :N, :N].diagonal(dim1=-2, dim2=-1).unsqueeze(-1) > 1, 1.0, 0.0)
-        dgram[..., :N, :N].diagonal(dim1=-2, dim2=-1).sub_((ds * s / length * long).squeeze(-1))
-        dgram[..., 1 : N + 1, :N] += dread
-        drows += _product((dgram + dgram.mT).to(low), rows, low)
-        dlast, dh = _features(drows, N)
-        kinds = ctx.kinds
-        return (
-            None, dW, dW0, dlast.to(kinds[0]), dh.to(kinds[1]),
-            _streamed(s * g).to(kinds[2]), _streamed(ds / length).squeeze(-1),
-        )  # fmt: skip
+        _add(drows[:, :, :N], w, dstates)
+        overlap = _product(g, w.mT, wide)
+        dgram, dv, deta = form(
+            _systems_backward, overlap, dread, gram, g, errors, s, eta, earlier, factor, ctx.kinds[2]
+        )
+        _add(drows, dgram, rows)
+        dlast, dh = form(_features, drows, earlier, *ctx.kinds[:2])
+        return None, dW, dW0, dlast, dh, dv, deta
 
 
-def _rows(last: Tensor, h: Tensor, N: int, dtype: torch.dtype) -> Tensor:
-    """Features −1 .. N−1 of each span, [n, B, N + 1, K]; filled up with zeros so that the places of
-    bfloat16 matrices are multiples of 16 bytes.
+def _laid(last, h, v, eta, earlier, low):
+    """Features −1 .. N−1 of each span, [n, B, N + 1, K]; values [n, B, N, V]; η [n, B, N, 1].
+
+    The rows are filled up with zeros so that those of bfloat16 matrices begin at 16 bytes.
     """
-    (B, T, K), n = h.shape, h.shape[1] // N
-    fill = 8 if dtype != torch.promote_types(dtype, torch.float32) else 1
-    rows = h.new_empty(n, B, N + fill, K, dtype=dtype)
-    rows[0, :, 0] = last[:, 0]
-    rows[1:, :, 0] = h[:, N - 1 : T - 1 : N].transpose(0, 1)
-    rows[:, :, 1 : N + 1] = h.reshape(B, n, N, K).transpose(0, 1)
-    rows[:, :, N + 1 :] = 0
-    return rows
+    (B, T, K), N = h.shape, earlier.shape[0]
+    fill = 0 if low == earlier.dtype else 7
+    first = torch.cat([last.to(h.dtype), h[:, N - 1 : T - 1 : N]], 1).mT.unsqueeze(-1)
+    spans = h.reshape(B, T // N, N, K).transpose(0, 1)
+    parts = [first.permute(2, 0, 3, 1), spans, h.new_zeros(T // N, B, fill, K)]
+    rows = torch.cat(parts, 2).to(low)
+    return rows, _spanned(v, N, low), _spanned(eta.unsqueeze(-1), N, earlier.dtype)
 
 
-def _features(drows: Tensor, N: int) -> tuple[Tensor, Tensor]:
-    """The gradients of `last` and `h` from those of `_rows`."""
-    dh = drows[:, :, 1 : N + 1].transpose(0, 1)
-    n, B = drows.shape[:2]
-    dh = dh.reshape(B, n * N, -1)
-    dh[:, N - 1 : n * N - 1 : N] += drows[1:, :, 0].transpose(0, 1)
-    return drows[0, :, :1], dh
+def _systems(gram, values, eta, earlier, factor, both, low):
+    """The system, what is read of each write, s, and what s times v and what is found get."""
+    N = earlier.shape[0]
+    keys = gram[..., :N, :N]
+    s = eta / keys.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clamp(min=1.0)
+    read = (gram[..., 1 : N + 1, :N] * earlier).to(low)
+    return s * keys * factor, read, s, s * values, both * s
+
+
+def _errors(values, found, both):
+    return (values - both * found[:, :, : values.shape[2]]).to(values.dtype)
+
+
+def _laid_errors(dy, earlier, rows, low):
+    """dy [n, B, N, V], and at the rows of the features that answered."""
+    N = earlier.shape[0]
+    dy = _spanned(dy, N, low)
+    zeros = dy.new_zeros(*dy.shape[:2], 1, dy.shape[3])
+    fill = zeros.expand(-1, -1, rows.shape[2] - N - 1, -1)
+    return dy, torch.cat([zeros, dy, fill], 2)
+
+
+def _systems_backward(overlap, dread, gram, g, errors, s, eta, earlier, factor, kind):
+    """The gradients of the Gram matrix, plus its transpose, of v and of η."""
+    N, rest = earlier.shape[0], gram.shape[-1] - earlier.shape[0]
+    keys, dsystem = gram[..., :N, :N], -overlap * factor
+    ds = (dsystem * keys).sum(-1, keepdim=True)
+    ds = ds + (g.to(ds.dtype) * errors).sum(-1, keepdim=True)
+    size = keys.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    length = size.clamp(min=1.0)
+    dlength = torch.where(size > 1, -ds * s / length, 0.0)
+    one = torch.eye(N, dtype=gram.dtype, device=gram.device)
+    dkeys = F.pad(s * dsystem + dlength * one, (0, rest, 0, rest))
+    dgram = dkeys + F.pad(dread * earlier, (0, rest, 1, rest - 1))
+    dgram = (dgram + dgram.mT).to(g.dtype)
+    return dgram, _streamed(s * g, kind), _streamed(ds / length, eta.dtype).squeeze(-1)
+
+
+def _features(drows, earlier, *kinds):
+    """The gradients of `last` and `h` from those of the rows."""
+    N, n = earlier.shape[0], drows.shape[0]
+    more = F.pad(drows[1:, :, :1], (0, 0, 0, 0, 0, 0, 0, 1))  # of the next span's first key
+    body = drows[:, :, 1 : N + 1] + F.pad(more, (0, 0, N - 1, 0))
+    return drows[0, :, :1].to(kinds[0]), _streamed(body, kinds[1])
 
 
 def _spanned(x: Tensor, N: int, dtype: torch.dtype) -> Tensor:
@@ -333,27 +366,28 @@ def _spanned(x: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     return x.reshape(B, T // N, N, d).transpose(0, 1).to(dtype).contiguous()
 
 
-def _streamed(x: Tensor) -> Tensor:
+def _streamed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, B, N, d] as [B, n N, d]."""
     n, B, N, d = x.shape
-    return x.transpose(0, 1).reshape(B, n * N, d)
+    return x.to(dtype).transpose(0, 1).reshape(B, n * N, d)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a b over all leading axes; bfloat16 factors are summed, and given, in `dtype`."""
     lead = a.shape[:-2]
     a, b = a.flatten(0, -3), b.flatten(0, -3)
-    y = torch.bmm(a, b) if a.dtype == dtype else torch.bmm(a, b, out_dtype=dtype)
-    return y.unflatten(0, lead)
+    into = None if out is None else out.flatten(0, -3)
+    mixed = {} if a.dtype == dtype else {"out_dtype": dtype}
+    return torch.bmm(a, b, **mixed, out=into).unflatten(0, lead)
 
 
-def _added(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a b in x's type."""
-    lead = x.shape[:-2]
+def _add(x: Tensor, a: Tensor, b: Tensor) -> None:
+    """x += a b, in x's type."""
     x, a, b = x.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3)
     if a.dtype == x.dtype:
-        return torch.baddbmm(x, a, b).unflatten(0, lead)
-    return torch.baddbmm(x, a, b, out_dtype=x.dtype).unflatten(0, lead)
+        x.baddbmm_(a, b)
+    else:
+        torch.baddbmm(x, a, b, out_dtype=x.dtype, out=x)
 
 
 def _inverse(system: Tensor) -> Tensor:
@@ -384,14 +418,21 @@ def _tf32(dtype: torch.dtype):
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _shell_backward(bound, after, dW, norm, size, W0):
-    """Through y = W size / norm, size the norm clamped to the start's: (dW, dW_0)."""
+def _into_shell(W, W0, low, high):
+    """`into_shell` in place; the norm and what it is brought to."""
+    norm, start = frobenius(W), frobenius(W0).to(W.dtype)
+    size = norm.clamp(min=low * start, max=high * start)
+    W.mul_(size / norm.clamp(min=1e-12))
+    return norm, size
+
+
+def _shell_backward(after, dW, norm, size, W0, low, high):
+    """Through `_into_shell`: dW in place, dW_0."""
     start = frobenius(W0).to(norm.dtype)
-    low, high = bound[0] * start, bound[1] * start
+    under, over = norm < low * start, norm > high * start
     along = (after * dW).sum((-2, -1), keepdim=True) / size.clamp(min=1e-12)
-    outside = (norm < low) | (norm > high)
     scale = size / norm.clamp(min=1e-12)
-    dW = dW * scale - torch.where(outside, scale * along / size.clamp(min=1e-12), 0.0) * after
-    pull = torch.where(norm < low, bound[0] * along, 0.0)
-    pull = (pull + torch.where(norm > high, bound[1] * along, 0.0)).sum(0)
-    return dW, (pull * W0 / start.clamp(min=1e-12)).to(W0.dtype)
+    pull = torch.where(under | over, scale * along / size.clamp(min=1e-12), 0.0)
+    dW.copy_(dW * scale - pull * after)
+    pull = torch.where(under, low * along, torch.where(over, high * along, 0.0)).sum(0)
+    return (pull * W0 / start.clamp(min=1e-12)).to(W0.dtype)
