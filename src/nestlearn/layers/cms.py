@@ -19,7 +19,7 @@ from .mixers import Stepping, StreamingLayer, check_input, check_truncate, wide
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
 LEARNS = ("out", "all")
-BOUND_EVERY = 256  # tokens: the bound of a level acts at the first chunk's end after so many
+BOUND_EVERY = 512  # tokens: the bound of a level acts at the first chunk's end after so many
 STRETCH = 2048  # tokens computed again together
 
 
@@ -35,7 +35,7 @@ class Level:
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
     towards what the level has learned whenever the next slower level's context ends. bound: the
     shell, in units of the start's norm, to which each matrix that learns is brought back: after
-    every chunk, or with "out" after the first that ends 256 tokens or more on. half_life: tokens in which
+    every chunk, or with "out" after the first that ends 512 tokens or more on. half_life: tokens in which
     what was learned fades by half towards the start (None: never). scale: a factor of the output, a
     third as large as the stream it is added to at the start of training, then learned (None: 1).
     """
