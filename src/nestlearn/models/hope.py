@@ -59,7 +59,7 @@ class HopeConfig:
     chunk: int = 64
     projection_chunk: int | None = None
     hidden: int | None = None
-    depth: int = 2
+    depth: int = 1
     dgd: float = True
     weight_decay: bool = True
     objective: str = "dot"
@@ -71,8 +71,8 @@ class HopeConfig:
     adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
     conv: int = 4
     rotary: bool = True
-    levels: tuple[Level, ...] = (Level(chunk=16), Level(chunk=64), Level())
-    variant: str = "sequential"
+    levels: tuple[Level, ...] = (Level(chunk=4), Level(chunk=16), Level())
+    variant: str = "independent"
     meta_gradient: str = "full"
     mlp_hidden: int | None = None
     truncate: int | None = None
