@@ -46,7 +46,7 @@ def test_help_names_every_option(call):
     assert code == 0
     for option in ("data", "out", "resume", "size", "mixer", "channel", "steps", "batch", "length"):
         assert f"--{option} " in out
-    for option in ("lr", "seed", "dtype", "device", "tokenizer"):
+    for option in ("lr", "seed", "dtype", "device", "tokenizer", "stream"):
         assert f"--{option} " in out
     assert "kill -9" in out
     code, out, _ = call("generate", "--help")
@@ -58,7 +58,7 @@ def test_help_names_every_option(call):
 def test_defaults_are_those_of_the_library():
     given = inspect.signature(cli.train).parameters
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in given]
-    assert len(fields) == 7
+    assert len(fields) == 8
     for field in fields:
         assert given[field.name].default == field.default, field.name
 

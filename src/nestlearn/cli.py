@@ -168,6 +168,16 @@ def train(
     length: Annotated[
         int, typer.Option(help="Tokens per window.", rich_help_panel="Training")
     ] = 256,
+    stream: Annotated[
+        int,
+        typer.Option(
+            help=(
+                "Windows that one stream of text goes on for, with its memory carried from step "
+                "to step; 1: every window starts anew. For texts much longer than a window."
+            ),
+            rich_help_panel="Training",
+        ),
+    ] = 1,
     lr: Annotated[
         float, typer.Option(help="The peak learning rate.", rich_help_panel="Training")
     ] = 3e-3,
@@ -195,6 +205,7 @@ def train(
         steps=steps,
         batch=batch,
         length=length,
+        stream=stream,
         lr=lr,
         warmup=min(TrainConfig.warmup, max(steps, 0) // 10),
         seed=seed,

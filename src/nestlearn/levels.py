@@ -192,21 +192,22 @@ def _titans(module: SelfModifyingTitans) -> Iterator[Component]:
 
 
 def _continuum(module: ContinuumMemory) -> Iterator[Component]:
-    writing = 0
+    kept = 0
     for i, mlp in enumerate(module.mlps, 1):
         if not isinstance(mlp, LevelMLP) or mlp.level.chunk is None:
             continue  # never written: it belongs to pre-training
-        writing += 1
-        size, name = _numel(mlp.start), f"CMS MLP {i}"
-        yield from _memory(name, mlp.writer, size, ("z₋₁", "P z"))
+        size, name = sum(w.numel() for w in mlp.learning), f"CMS MLP {i}"
+        key = "φ(W₁ z₋₁)" if mlp.linear else "z₋₁"
+        yield from _memory(name, mlp.writer, size, (key, "P z"))
+        kept += mlp.memory.hidden if mlp.linear else module.dim
         if mlp.parent is not None:
             yield Component(
                 f"start of {name}", "start", mlp.parent, None, 0, size, 0,
                 "‖W₀ − W‖²", f"{mlp.parent} tokens",
                 "W₀ ← W₀ + λ (W − W₀), then W ← W₀",
             )  # fmt: skip
-    if writing:
-        yield _buffer("CMS previous inputs", module.dim * writing, 1)
+    if kept:
+        yield _buffer("CMS previous inputs", kept, 1)
 
 
 def _memory(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nestlearn import ContinuumMemory, Level
-from nestlearn.layers.cms import LevelMLP
+from nestlearn.layers.cms import LEARNS, LevelMLP
 
 D, B, T = 8, 2, 13
 TOLERANCE = {"rtol": 0, "atol": 1e-10}
@@ -57,11 +57,12 @@ def test_a_scale_is_a_learned_factor_of_the_output_alone(chunk):
     assert all(float(w.grad.abs().max()) > 0 for w in scaled.mlps[0].start)
 
 
+@pytest.mark.parametrize("learns", LEARNS)
 @pytest.mark.parametrize("rule", ["gd", "dgd", "momentum"])
-def test_a_level_by_hand(rule):
+def test_a_level_by_hand(rule, learns):
     """Eq. 71 with autograd: weights move only every C tokens, by the sum of the chunk's errors."""
     C, lr = 4, 0.2
-    layer = build([Level(chunk=C, lr=lr, rule=rule, bound=None)])
+    layer = build([Level(chunk=C, lr=lr, rule=rule, bound=None, learns=learns)])
     mlp = layer.mlps[0]
     with torch.no_grad():
         mlp.gate.normal_()
@@ -89,6 +90,8 @@ def test_a_level_by_hand(rule):
                 loss = 0.5 * (start[1] @ h - v[b, t].detach()).square().sum()
                 grads = torch.autograd.grad(loss, start)
                 for i, (grad, into) in enumerate(zip(grads, (k, h.detach()))):
+                    if i == 0 and learns == "out":
+                        continue
                     step = eta[b, t].detach() / into.square().sum().clamp(min=1)
                     force = -step * grad
                     if rule == "momentum":
@@ -108,12 +111,13 @@ def test_the_three_variants_differ_and_share_their_start():
     assert (nested[:, -1] - independent[:, -1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("learns", LEARNS)
 @pytest.mark.parametrize("meta_lr", [0.0, 0.25, 1.0])
-def test_nested_starts_again_when_the_slower_context_ends(meta_lr):
+def test_nested_starts_again_when_the_slower_context_ends(meta_lr, learns):
     """Eq. 72: θ_fast ← Φ with Φ ← Φ + meta_lr (θ_fast − Φ), at the end of the slower chunk."""
-    levels = [Level(chunk=2, meta_lr=meta_lr), Level(chunk=6)]
+    levels = [Level(chunk=2, meta_lr=meta_lr, learns=learns), Level(chunk=6, learns=learns)]
     nested, sequential = build(levels, "nested"), build(levels)
-    start = [w.detach() for w in nested.mlps[0].start]
+    start = [w.detach() for w in nested.mlps[0].learning]
     _, before = sequential(x()[:, :6])  # what the fast level has learned in the first context
     _, after = nested(x()[:, :6])
     for w0, learned, now in zip(start, before.levels[0].fast.now, after.levels[0].fast.now):
@@ -148,19 +152,21 @@ def test_only_levels_that_are_due_move():
             assert moved == ((t + 1) % chunk == 0), (chunk, t)
 
 
-def test_meta_gradients_differ_and_truncation_cuts():
+@pytest.mark.parametrize("learns", LEARNS)
+def test_meta_gradients_differ_and_truncation_cuts(learns):
     """The start value's gradient: full ≠ first-order ≠ truncated, with the same forward pass."""
     gradients = {}
+    level = Level(chunk=2, learns=learns)
     for name, options in {
         "full": {},
         "first-order": {"meta_gradient": "first-order"},
         "truncated": {"truncate": 4},
         "remat": {"remat": True},
     }.items():
-        layer = build([Level(chunk=2)], **options)
+        layer = build([level], **options)
         y, _ = layer(x())
         (y * torch.arange(T, dtype=y.dtype).view(1, T, 1)).sum().backward()
-        gradients[name] = (y.detach(), layer.mlps[0].start[0].grad)
+        gradients[name] = (y.detach(), layer.mlps[0].start[-1].grad)
     full = gradients["full"]
     for name, (y, grad) in gradients.items():
         torch.testing.assert_close(y, full[0], **TOLERANCE)
@@ -168,9 +174,19 @@ def test_meta_gradients_differ_and_truncation_cuts():
             torch.testing.assert_close(grad, full[1], **TOLERANCE)
         elif name != "full":
             assert (grad - full[1]).abs().max() > 1e-3
-    layer = build([Level(chunk=2)], truncate=4)
+    layer = build([level], truncate=4)
     layer(x())[0][:, 4:].sum().backward()  # nothing before token 4 reaches what follows it
-    assert layer.mlps[0].start[0].grad is None or layer.mlps[0].start[0].grad.abs().sum() == 0
+    grad = layer.mlps[0].start[-1].grad
+    assert grad is None or grad.abs().sum() == 0
+
+
+def test_what_learns_is_said():
+    """ "out": the second matrix alone is in the state, and no write moves what makes its keys."""
+    for learns, matrices in (("out", 1), ("all", 2)):
+        layer = build([Level(chunk=2, learns=learns)])
+        state = layer(x())[1].levels[0]
+        assert len(state.fast.now) == matrices
+        assert state.last.shape[-1] == (32 if learns == "out" else D)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +200,7 @@ def test_meta_gradients_differ_and_truncation_cuts():
         (lambda: Level(lr=1.5), r"lr=1\.5"),
         (lambda: Level(scale=float("nan")), "scale=nan"),
         (lambda: Level(rule="adam"), "'adam'"),
+        (lambda: Level(learns="in"), "learns='in'"),
         (lambda: Level(meta_lr=-1.0), r"meta_lr=-1\.0"),
         (lambda: build([Level(chunk=2, bound=(2.0, 1.0))]), r"bound=\(2\.0, 1\.0\)"),
         (lambda: build([Level(chunk=2, objective="l1")])(x()), "'l1'"),

@@ -19,6 +19,7 @@ from nestlearn.layers import (
 
 D, H, B, T = 16, 2, 3, 21
 FAST = [Level(chunk=2), Level(chunk=6), Level()]
+ALL = [replace(level, learns="all") for level in FAST]
 
 
 def titans(**options):
@@ -56,6 +57,13 @@ LAYERS = {
     "titans-naive": lambda: titans(backend="naive"),
     "titans-remat": lambda: titans(remat=True),
     "cms-sequential": cms,
+    "cms-all": lambda: cms(levels=ALL),
+    "cms-all-nested": lambda: cms("nested", ALL),
+    "cms-all-momentum": lambda: cms(levels=[replace(ALL[0], rule="momentum", lr=0.05)]),
+    "cms-truncated": lambda: cms(truncate=4),
+    "cms-half-life-momentum": lambda: cms(
+        levels=[Level(chunk=2, half_life=5, rule="momentum", lr=0.05)]
+    ),
     "cms-nested": lambda: cms("nested"),
     "cms-nested-momentum": lambda: cms(
         "nested", [Level(chunk=2, rule="momentum", lr=0.05), Level(chunk=6)]

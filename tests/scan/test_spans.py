@@ -1,4 +1,4 @@
-"""Many chunks at once ≡ one after another ≡ token by token, in float64; outputs, state, gradients."""
+"""Many chunks at once ≡ one after another ≡ token by token: outputs, state, gradients, float64."""
 
 import itertools
 from dataclasses import replace
@@ -131,7 +131,7 @@ def test_by_dot_product_it_is_every():
     rule = every(4, delta())
     # `update` reads after a token's write, a level before it: the answers are one token apart
     o, W, _ = update(Matrix(K, V), rule, W, rule.init(W), k, k, v, gates, backend="naive")
-    (y, now, *_), _ = run(w, data, [0])
+    (_, now, *_), _ = run(w, data, [0])
     torch.testing.assert_close(W[0], now, **TOLERANCE)
     for t in range(24):
         if (t + 1) % 4:
@@ -148,7 +148,7 @@ def stream_at(data, t, k):
 
 
 def test_half_precision_products_stay_near(monkeypatch):
-    """bfloat16 products with float32 sums, as on a card: the inverse, states and steps stay wide."""
+    """bfloat16 products with float32 sums, as on a card: inverse, states and steps stay wide."""
     data = stream(192, False)
     expected, slopes = run(writer(16), data, [0])
     plain = torch.bmm, torch.baddbmm

@@ -62,6 +62,10 @@ class StackConfig:
             raise ValueError("Level(hidden=...): the width is the pretrained MLPs'; leave it out")
         if any(level.scale != Level().scale for level in self.levels):
             raise ValueError("Level(scale=...): a delta has no output of its own; leave it out")
+        if any(level.learns != Level().learns for level in self.levels):
+            raise ValueError(
+                "Level(learns=...): of a pretrained MLP all matrices learn; leave it out"
+            )
         if self.objective == "local" and len({level.objective for level in self.levels}) > 1:
             raise ValueError("levels with different objectives: the local one is shared by all")
         if self.rank is not None and self.rank < 1:

@@ -30,14 +30,15 @@ class Level:
     chunk: tokens between two updates (eq. 71); None: it never updates, a plain MLP. learns: "out",
     the second matrix of the MLP alone, whose features the first one makes: then whole spans of
     chunks are products; or "all", both (eq. 71 to the letter), one chunk after another. lr: step
-    size at the start of training, then learned. hidden: width (default: 4 dim, shared among the levels).
-    rule: "gd", "dgd" (delta gradient descent) or "momentum" (gd with a learned momentum).
+    size at the start of training, then learned. hidden: width (default: 4 dim, shared among the
+    levels). rule: "gd", "dgd" (delta gradient descent) or "momentum" (gd with a learned momentum).
     objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
     towards what the level has learned whenever the next slower level's context ends. bound: the
     shell, in units of the start's norm, to which each matrix that learns is brought back: after
-    every chunk, or with "out" after the first that ends 512 tokens or more on. half_life: tokens in which
-    what was learned fades by half towards the start (None: never). scale: a factor of the output, a
-    third as large as the stream it is added to at the start of training, then learned (None: 1).
+    every chunk, or with "out" after the first that ends 512 tokens or more on. half_life: tokens in
+    which what was learned fades by half towards the start (None: never). scale: a factor of the
+    output, a third as large as the stream it is added to at the start of training, then learned
+    (None: 1).
     """
 
     chunk: int | None = None

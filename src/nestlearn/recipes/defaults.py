@@ -7,10 +7,8 @@ The score of a candidate is the mean over tasks of its rank.
 
 from __future__ import annotations
 
-import lzma
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from nestlearn.layers import Level
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.recipes import suite, table4
 from nestlearn.recipes.cells import Cell, Tell, run_cells
-from nestlearn.train import Corpus, TrainConfig, evaluate, train
+from nestlearn.recipes.equal_time import books
+from nestlearn.train import TrainConfig, evaluate, train
 from nestlearn.train.run import resolve_device
 
 SEED = 777  # of the data: no table is drawn with it
@@ -64,19 +63,6 @@ def entry(kind: str, task: str, candidate: str, lr: float, steps: int, device: s
     }  # fmt: skip
 
 
-@lru_cache(1)
-def books(folder: Path) -> Corpus:
-    """Training and validation text of `folder` (train-0.txt.xz, valid.txt.xz), bytes as tokens."""
-    parts = [lzma.decompress((folder / name).read_bytes()) for name in _BOOKS]
-    ids = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
-    return Corpus(
-        *ids, vocab_size=256, name="Gutenberg", train_bytes=len(parts[0]), val_bytes=len(parts[1])
-    )
-
-
-_BOOKS = ("train-0.txt.xz", "valid.txt.xz")
-
-
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train and measure one cell; "value": the higher the better."""
     changes = {**cell["changes"], "depth": 1}
@@ -106,7 +92,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def _language(cell: Cell, changes: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-    corpus = books(Path(cell["books"]))
+    corpus, _ = books(Path(cell["books"]))
     quick = cell["steps"] <= QUICK_STEPS
     sizes = {"dim": 32, "layers": 1, "heads": 2} if quick else {"dim": 256, "layers": 6, "heads": 4}
     steps = cell["steps"] if quick else cell["steps"] // 8

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import lzma
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Hope, static MLP": {"channel": "mlp"},
     "Static projections with levels": {"adapt": ()},
     "Hope, streams of 8 windows": {},
+    "Hope, streams of 32 windows": {},
+    "DeltaNet with levels, streams of 8 windows": {"mixer": "deltanet"},
 }
 MODELS = tuple(FAMILIES)[:5]
 SIZES = {"6M": (256, 6, 4), "25M": (512, 8, 8)}
@@ -50,12 +52,13 @@ def books(folder: Path) -> tuple[Corpus, Tensor]:
     """Bytes of the training and validation books, and of the test books."""
     parts = [bytearray(lzma.decompress((folder / name).read_bytes())) for name in BOOKS]
     ids = [torch.frombuffer(part, dtype=torch.uint8) for part in parts]
-    sizes = {"train_bytes": len(parts[0]), "val_bytes": len(parts[1])}
-    return Corpus(ids[0], ids[1], vocab_size=256, name="Gutenberg", **sizes), ids[2]
+    train, val = len(parts[0]), len(parts[1])
+    corpus = Corpus(ids[0], ids[1], 256, name="Gutenberg", train_bytes=train, val_bytes=val)
+    return corpus, ids[2]
 
 
-def entry(
-    model: str, size: str, lr: float, seed: int, data: Path, device: str, quick: bool = False
+def _entry(
+    size: str, data: Path, device: str, quick: bool, model: str, lr: float, seed: int
 ) -> Cell:
     """One training."""
     steps = (3 if quick else STEPS) * (2 if "twice" in model else 1)
@@ -64,6 +67,12 @@ def entry(
         "steps": steps, "batch": 2 if quick else BATCH, "length": 128 if quick else LENGTH,
         "books": str(data), "device": device,
     }  # fmt: skip
+
+
+def _windows(model: str) -> int:
+    """How many windows a stream of text goes on for."""
+    words = model.split()
+    return int(words[words.index("of") + 1]) if "of" in words else 1
 
 
 def config_of(model: str, size: str) -> HopeConfig:
@@ -84,8 +93,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     settings = TrainConfig(
         steps=steps, batch=cell["batch"], length=T, lr=cell["lr"], warmup=max(1, steps // 6),
         eval_every=steps, seed=cell["seed"], device=cell["device"],
-        dtype="bfloat16" if on_card else "float32",
-        **({"stream": 8} if "streams" in cell["model"] else {}),
+        dtype="bfloat16" if on_card else "float32", stream=_windows(cell["model"]),
     )  # fmt: skip
     torch.manual_seed(cell["seed"])
     config = config_of(cell["model"], cell["task"])
@@ -159,7 +167,9 @@ def stream(model: HopeLM, ids: Tensor, length: int, dtype: str) -> dict[str, Any
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                     logits, _ = model(part[:whole].view(-1, length))
                 y = part[1 : whole + 1]
-                anew.append(F.cross_entropy(logits.flatten(0, 1).float(), y, reduction="none").cpu())
+                anew.append(
+                    F.cross_entropy(logits.flatten(0, 1).float(), y, reduction="none").cpu()
+                )
         tenths = [
             [round(float(t.mean()), 4) for t in torch.cat(rows).chunk(10)] for rows in (one, anew)
         ]
@@ -192,9 +202,7 @@ def reproduce(
     sizes = suite.chosen(only or (("6M",) if quick else ()), tuple(SIZES), "size")
     records: list[dict[str, Any]] = []
     for size in sizes:
-        make: Callable[[str, float, int], Cell] = lambda model, lr, seed, size=size: entry(
-            model, size, lr, seed, Path(data[0]), device, quick
-        )
+        make = partial(_entry, size, Path(data[0]), device, quick)
         rates = LRS[1:2] if quick else LRS
         search = [make(model, lr, 0) for model in names for lr in rates]
         found = run_cells(

@@ -17,6 +17,10 @@ EXPERIMENTS = {  # name: (module, what it shows)
     "table4": ("nestlearn.recipes.table4", "MAD: compression, recall, copying, memorization"),
     "table5": ("nestlearn.recipes.table5", "formal languages, within and beyond trained lengths"),
     "mqar": ("nestlearn.recipes.mqar", "associative recall by number of pairs and size of state"),
+    "defaults": ("nestlearn.recipes.defaults", "how the default levels were chosen"),
+    "equal-time": (
+        "nestlearn.recipes.equal_time", "losses on books along tokens and along seconds",
+    ),
     "fig4": ("nestlearn.recipes.fig4", "momentum and delta momentum in the landscape of eq. 53"),
     "orthogonal-tasks": (
         "nestlearn.recipes.orthogonal_tasks", "what momentum forgets and M3's slow memory keeps",

@@ -47,7 +47,8 @@ def scan(
     tokens of earlier calls came before: so splitting a call changes nothing but its spans.
     `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
     `remat`: keep only the state at every eighth chunk; the backward pass computes the rest again.
-    `run`: spans of up to so many whole chunks of the smallest size, for an f that takes them. Returns the list of y.
+    `run`: spans of up to so many whole chunks of the smallest size, for an f that takes them.
+    Returns the list of y.
     """
     end, size = position + length, min(chunks)
     if truncate is not None and truncate % size:

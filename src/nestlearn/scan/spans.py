@@ -67,12 +67,12 @@ def write(
     dtype = _products(h)
     for a, b, size in _runs(writer, span, h.is_cuda, joined=plain):
         part = slice(a - span.start, b - span.start)
-        inputs = (last, h[:, part], v[:, part], gates.map(lambda g, part=part: g[:, part]))
+        inputs, some = (last, h[:, part], v[:, part]), _cut(gates, part)
         if plain:
             form = _Form(writer, rule, size, a, dtype, compiled)
-            y, W = _Spans.apply(form, W, W0, *inputs[:3], inputs[3].eta)
+            y, W = _Spans.apply(form, W, W0, *inputs, some.eta)
         else:
-            y, W, S = _general(writer, W, S, W0, *inputs)
+            y, W, S = _general(writer, W, S, W0, *inputs, some)
             if writer.bound is not None and b % writer.bounded == 0:
                 W = into_shell(W, W0, *writer.bound)
         ys.append(y)
@@ -88,10 +88,14 @@ def _chunks(writer, fast, last, h, v, gates, span, W0):
         part = slice(a - span.start, b - span.start)
         y, fast = writer.write(
             fast, h[:, part], keys[:, part], v[:, part],
-            gates.map(lambda g, part=part: g[:, part]), Span(a, b), (W0,),
+            _cut(gates, part), Span(a, b), (W0,),
         )  # fmt: skip
         ys.append(y)
     return torch.cat(ys, 1) if len(ys) > 1 else ys[0], fast
+
+
+def _cut(gates: Gates, part: slice) -> Gates:
+    return gates.map(lambda g: g[:, part])
 
 
 def _runs(writer: Writer, span: Span, on_card: bool, joined: bool) -> list[tuple[int, int, int]]:
@@ -147,7 +151,7 @@ def _general(
     if rule.momentum:
         assert gates.log_theta is not None
         theta, held = decay_products(gates.log_theta.to(wide).cumsum(-1))
-        carry = (visible @ theta.unsqueeze(-1))  # [B, T + 1, 1]
+        carry = visible @ theta.unsqueeze(-1)  # [B, T + 1, 1]
         visible = visible @ held
 
     def found(x: Tensor, rows: slice) -> Tensor:
@@ -293,7 +297,17 @@ class _Spans(torch.autograd.Function):
         _add(drows[:, :, :N], w, dstates)
         overlap = _product(g, w.mT, wide)
         dgram, dv, deta = form(
-            _systems_backward, overlap, dread, gram, g, errors, s, eta, earlier, factor, ctx.kinds[2]
+            _systems_backward,
+            overlap,
+            dread,
+            gram,
+            g,
+            errors,
+            s,
+            eta,
+            earlier,
+            factor,
+            ctx.kinds[2],
         )
         _add(drows, dgram, rows)
         dlast, dh = form(_features, drows, earlier, *ctx.kinds[:2])
@@ -354,7 +368,7 @@ def _systems_backward(overlap, dread, gram, g, errors, s, eta, earlier, factor, 
 
 def _features(drows, earlier, *kinds):
     """The gradients of `last` and `h` from those of the rows."""
-    N, n = earlier.shape[0], drows.shape[0]
+    N = earlier.shape[0]
     more = F.pad(drows[1:, :, :1], (0, 0, 0, 0, 0, 0, 0, 1))  # of the next span's first key
     body = drows[:, :, 1 : N + 1] + F.pad(more, (0, 0, N - 1, 0))
     return drows[0, :, :1].to(kinds[0]), _streamed(body, kinds[1])

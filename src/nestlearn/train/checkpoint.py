@@ -2,7 +2,8 @@
 
     out/config.json                   what was run: TrainConfig, corpus, model, versions
     out/log.jsonl                     one JSON record per step
-    out/checkpoints/step-000200/      model.safetensors, optimizer.safetensors, meta.json
+    out/checkpoints/step-000200/      model.safetensors, optimizer.safetensors, meta.json, and
+                                      carried.safetensors of a run with stream > 1
 
 A checkpoint is written beside its place, synced to disk, then renamed: a kill at any moment
 leaves the old one or the new one, whole. `meta.json` holds a sha256 of every file and of itself.
@@ -26,6 +27,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from nestlearn import __version__
+from nestlearn import state as tree
 from nestlearn.disk import atomic_write, disk_errors, sync
 
 KEEP = 2
@@ -35,8 +37,10 @@ MAY_CHANGE = frozenset(
     {"steps", "warmup", "eval_every", "eval_windows", "checkpoint_every", "device"}
 )
 _MAY_MOVE = frozenset({"name", "files", "skipped_files"})  # the corpus' sha256 is what counts
+_ADDED = {"stream": 1}  # settings that older runs lack, with the value that they ran with
 _RUN_FILES = ("config.json", "log.jsonl", "checkpoints", "model")
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+_CARRIED_FILE = "carried.safetensors"
 _STALE = re.compile(r"\.(config\.json|log\.jsonl|loss\.png|model|step-\d+)\.[0-9a-f]{8}\.tmp")
 _log = logging.getLogger("nestlearn")
 
@@ -48,9 +52,17 @@ Identity = dict[str, Any]  # {"train": TrainConfig, "corpus": description, "mode
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: Identity,
+    carried: Any = None,
 ) -> Path:
-    """Write `folder/step-<step>` whole or not at all and return its path; OSErrors name it."""
+    """Write `folder/step-<step>` whole or not at all and return its path; OSErrors name it.
+
+    carried: a state tree that is part of it (None: there is none).
+    """
     tensors = {
         "model.safetensors": {name: _copy(t) for name, t in model.state_dict().items()},
         "optimizer.safetensors": _optimizer_tensors(model, optimizer),
@@ -62,7 +74,10 @@ def save_checkpoint(
         for name, content in tensors.items():
             raw = to_safetensors(content)
             (temp / name).write_bytes(raw)
-            files[name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+            files[name] = _fingerprint(raw)
+        if carried is not None:
+            tree.save(carried, temp / _CARRIED_FILE)
+            files[_CARRIED_FILE] = _fingerprint((temp / _CARRIED_FILE).read_bytes())
         meta = {"step": step, **identity, "versions": versions(), "files": files}
         (temp / "meta.json").write_text(json.dumps({**meta, "sha256": _digest(meta)}, indent=2))
 
@@ -81,7 +96,8 @@ def verify_checkpoint(path: Path) -> Record:
         raise ValueError(f"{path}: meta.json is missing or unreadable ({error!r})") from error
     if digest != _digest(meta):
         raise ValueError(f"{path}: meta.json has changed since it was written")
-    for name in _TENSOR_FILES:
+    carried = (_CARRIED_FILE,) if _CARRIED_FILE in meta["files"] else ()
+    for name in (*_TENSOR_FILES, *carried):
         expected = meta["files"][name]
         file = path / name
         if not file.is_file():
@@ -95,8 +111,13 @@ def verify_checkpoint(path: Path) -> Record:
     return meta
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load a verified checkpoint into the model and the optimizer; ValueError if they differ."""
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Any = None
+) -> None:
+    """Load a verified checkpoint into the model and the optimizer; ValueError if they differ.
+
+    carried: the state tree whose tensors take the saved values, in place; None leaves them unread.
+    """
     saved = load_file(path / "model.safetensors")
     current = model.state_dict()
     for name in sorted(saved.keys() | current.keys()):
@@ -120,6 +141,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+    if carried is not None:
+        _load_carried(path / _CARRIED_FILE, carried)
+
+
+def _load_carried(path: Path, carried: Any) -> None:
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: the checkpoint was written without carried memory; start the run "
+            "again in another folder"
+        )
+    saved = tree.load(path, like=carried)
+    sizes = tree.batch_size(saved), tree.batch_size(carried)
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{path} holds {sizes[0]} rows, the run has batch={sizes[1]}")
+    tree.tree_map(lambda mine, theirs: mine.copy_(theirs), carried, saved)
 
 
 def versions() -> dict[str, str]:
@@ -135,6 +171,10 @@ def versions() -> dict[str, str]:
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     # Tied weights share storage, which safetensors refuses.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _fingerprint(raw: bytes) -> Record:
+    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def _digest(meta: Record) -> str:
@@ -184,10 +224,11 @@ class RunFolder:
         self._write_config()
 
     def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Any = None
     ) -> tuple[int, list[Record]]:
         """Load the newest whole checkpoint; return its step and the log up to it.
 
+        carried: a state tree that is loaded in place with it (None: the run carries none).
         A damaged checkpoint is reported, moved aside as `damaged-...` and the one before is used;
         a run that was stopped before its first checkpoint begins again at step 0. ValueError
         where nothing is usable, or where the run was started with another configuration.
@@ -202,7 +243,7 @@ class RunFolder:
                     f"{path} stands at step {step}, past steps={self.identity['train']['steps']}; "
                     "raise steps to go on"
                 )
-            load_checkpoint(path, model, optimizer)
+            load_checkpoint(path, model, optimizer, carried)
             self.saved_step = step
         for folder in damaged:
             aside = folder.with_name(f"damaged-{folder.name}")
@@ -217,13 +258,15 @@ class RunFolder:
         with disk_errors(self.out / "log.jsonl"), (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Any = None
+    ) -> Path:
         """Write the checkpoint of this step, unless it is there, and keep the newest two."""
         path = self.checkpoints / f"step-{step:06d}"
         if self.saved_step != step:
             with disk_errors(self.out / "log.jsonl"):  # the log reaches the disk first
                 sync(self.out / "log.jsonl")
-            path = save_checkpoint(self.checkpoints, step, model, optimizer, self.identity)
+            path = save_checkpoint(self.checkpoints, step, model, optimizer, self.identity, carried)
             self.saved_step = step
             for old in self._present()[KEEP:]:
                 shutil.rmtree(old)
@@ -302,6 +345,8 @@ def _check_identity(out: Path, started: Identity, now: Identity) -> None:
     differences = []
     for part in ("train", "corpus", "model"):
         old, new = started.get(part) or {}, now.get(part) or {}
+        if part == "train":
+            old, new = _ADDED | old, _ADDED | new
         free = {"train": MAY_CHANGE, "corpus": _MAY_MOVE, "model": frozenset[str]()}[part]
         differences += [
             f"{part}.{key} was {old.get(key)!r}, now {new.get(key)!r}"

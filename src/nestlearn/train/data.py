@@ -159,12 +159,24 @@ class Corpus:
                     "raise vocab_size"
                 )
 
-    def batch(self, step: int, batch: int, length: int, seed: int) -> torch.Tensor:
+    def batch(self, step: int, batch: int, length: int, seed: int, stream: int = 1) -> torch.Tensor:
         """Return int64 windows [batch, length + 1] at offsets drawn by (seed, step) alone.
 
-        Inputs are `[:, :-1]`, targets `[:, 1:]`. ValueError where train is shorter than a window.
+        Inputs are `[:, :-1]`, targets `[:, 1:]`. stream: windows that a row reads one after
+        another, each from where the one before it ended, until it starts anew elsewhere (see
+        `restarts`); the window of a row is then a function of (seed, row, step). ValueError where
+        train is shorter than a window, or than one stream of windows.
         """
-        starts = _starts("train", self.train, length)
+        starts = _starts("train", self.train, length, stream)
+        if stream > 1:
+            offsets = []
+            for row in range(batch):
+                number, place = divmod(step + _stagger(row, batch, stream), stream)
+                key = keyed_seed(seed, row, number, 2)  # a fourth part: no key of a step
+                generator = torch.Generator().manual_seed(key)
+                start = int(torch.randint(starts, (), generator=generator))
+                offsets.append(start + place * length)
+            return _windows(self.train, torch.tensor(offsets), length)
         generator = torch.Generator().manual_seed(keyed_seed(seed, step))
         return _windows(self.train, torch.randint(starts, (batch,), generator=generator), length)
 
@@ -205,11 +217,33 @@ class Corpus:
         }
 
 
-def _starts(split: str, tokens: torch.Tensor, length: int) -> int:
-    """How many windows of length + 1 tokens there are."""
+def restarts(step: int, batch: int, stream: int) -> torch.Tensor:
+    """Return which rows of `Corpus.batch` start a new stream at this step, bool [batch].
+
+    At step 0 all do, then about batch / stream rows at every step.
+    """
+    anew = [(step + _stagger(row, batch, stream)) % stream == 0 for row in range(batch)]
+    return torch.tensor(anew) if step else torch.ones(batch, dtype=torch.bool)
+
+
+def _stagger(row: int, batch: int, stream: int) -> int:
+    """How many windows a row is ahead, so that the rows do not all start anew together."""
+    return row * stream // batch
+
+
+def _starts(split: str, tokens: torch.Tensor, length: int, stream: int = 1) -> int:
+    """How many windows of length + 1 tokens there are, or streams of so many windows."""
     if length < 1:
         raise ValueError(f"length={length}: a window has at least 1 token")
-    starts = tokens.numel() - length
+    if stream < 1:
+        raise ValueError(f"stream={stream}: a stream has at least 1 window")
+    starts = tokens.numel() - stream * length
+    if starts < 1 and stream > 1:
+        raise ValueError(
+            f"the {split} text has {tokens.numel()} tokens, shorter than one stream of "
+            f"stream * length + 1 = {stream} * {length} + 1 = {stream * length + 1}; give more "
+            "text, or a smaller stream or length"
+        )
     if starts < 1:
         raise ValueError(
             f"the {split} text has {tokens.numel()} tokens, shorter than one window of "

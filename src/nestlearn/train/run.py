@@ -1,8 +1,9 @@
 """The training loop, read top to bottom.
 
-Step n is a function of the weights, the optimizer's state and (seed, n) alone: the batch and
-every random draw are keyed by them. A resumed run therefore repeats, bit for bit, what an
-uninterrupted one does on the same machine and number of threads.
+Step n is a function of the weights, the optimizer's state, the memory carried from the step before
+(with stream > 1) and (seed, n) alone: the batch and every random draw are keyed by them. A resumed
+run therefore repeats, bit for bit, what an uninterrupted one does on the same machine and number of
+threads.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ from rich.progress import (
 )
 from torch import nn
 
+from nestlearn import state as tree
 from nestlearn.disk import atomic_write
+from nestlearn.scan import Writer
 from nestlearn.train.checkpoint import Record, RunFolder
-from nestlearn.train.data import Corpus, keyed_seed
+from nestlearn.train.data import Corpus, keyed_seed, restarts
 from nestlearn.train.plots import loss_curves
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_COUNTS = ("steps", "batch", "length", "eval_every", "eval_windows", "checkpoint_every")
+_COUNTS = ("steps", "batch", "length", "stream", "eval_every", "eval_windows", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class TrainConfig:
     gradient norm. eval_every, checkpoint_every: in steps; the last step always does both.
     dtype: "float32", or "bfloat16" (autocast; weights stay float32). device: "auto" is CUDA
     where there is one, else the CPU. cuda_graph: on CUDA, capture a step's forward and backward.
+    stream: windows that a row of the batch reads one after another with the model's memory carried
+    from step to step, before it starts anew elsewhere (1: every window starts anew). So a model
+    learns to go on in streams much longer than its windows. The gradient stays within a step: what
+    was carried is data, and start values learn as if the memory were theirs plus a constant. Rows
+    start anew at different steps; validation reads every window from the start.
     """
 
     steps: int = 500
@@ -68,6 +76,7 @@ class TrainConfig:
     dtype: str = "float32"
     device: str = "auto"
     cuda_graph: bool = True
+    stream: int = 1
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -111,7 +120,12 @@ def train(
     loss (nats per token), bits_per_byte, lr, grad_norm, tokens_per_second, and where evaluated
     val_loss and val_bits_per_byte.
 
-    ValueError where out already holds a run, cannot be resumed, or the text is too short;
+    With config.stream > 1 the model also has `init_state(batch)`, a state tree, and takes it as
+    `state`; checkpoints hold what is carried.
+
+    ValueError where out already holds a run, cannot be resumed, or the text is too short, or with
+    stream > 1 where the model's state grows with the stream (attention) or length is not a multiple
+    of the tokens between its memories' updates and bounds;
     FloatingPointError at a loss that is not finite; KeyboardInterrupt, after a checkpoint, naming
     how to go on; OSError when the disk refuses. Checkpoints written so far are always kept.
     """
@@ -119,10 +133,12 @@ def train(
     model.to(device)
     run = optimizer(model, config) if optimizer else adamw(model, config, device)
     windows = corpus.val_windows(config.eval_windows, config.length)
-    corpus.batch(0, config.batch, config.length, config.seed)  # a short text fails before any file
-    folder, step, log = _open(model, run, corpus, config, out, resume)
+    _batch(corpus, config, 0)  # a short text fails before any file
+    memory = _Carried(model, config) if config.stream > 1 else None
+    carried = memory.state if memory else None
+    folder, step, log = _open(model, run, corpus, config, out, resume, carried)
     model.train()
-    gradients = _Gradients(model, config)
+    gradients = _Gradients(model, config, memory)
     with _fork_rng(device), _Interrupt() as interrupt, _Display(config, step, progress) as display:
         try:
             while step < config.steps:
@@ -134,7 +150,7 @@ def train(
                 if folder:
                     folder.append(record)
                     if step % config.checkpoint_every == 0 or step == config.steps:
-                        folder.save(step, model, run)
+                        folder.save(step, model, run, carried)
                 display.show(record)
                 if on_step:
                     on_step(record)
@@ -142,7 +158,7 @@ def train(
         except KeyboardInterrupt:
             if folder is None or interrupt.forced:  # forced: this step may be half made
                 raise
-            path = folder.save(step, model, run)
+            path = folder.save(step, model, run, carried)
             raise KeyboardInterrupt(
                 f"stopped after step {step} of {config.steps}, saved as {path}; go on with "
                 "resume=True (the same command with --resume)"
@@ -160,6 +176,7 @@ def _open(
     config: TrainConfig,
     out: Path | str | None,
     resume: bool,
+    carried: Any,
 ) -> tuple[RunFolder | None, int, list[Record]]:
     """The run's folder, the steps already made and their log."""
     if out is None:
@@ -174,7 +191,7 @@ def _open(
     }
     folder = RunFolder(Path(out), identity)
     if resume:
-        return folder, *folder.resume(model, optimizer)
+        return folder, *folder.resume(model, optimizer, carried)
     folder.start()
     return folder, 0, []
 
@@ -184,6 +201,10 @@ def _other_than_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     if isinstance(optimizer, torch.optim.AdamW):
         return {}
     return {"optimizer": f"{type(optimizer).__name__}({optimizer.defaults})"}
+
+
+def _batch(corpus: Corpus, config: TrainConfig, step: int) -> torch.Tensor:
+    return corpus.batch(step, config.batch, config.length, config.seed, config.stream)
 
 
 def _update(
@@ -198,11 +219,11 @@ def _update(
     began = time.perf_counter()
     torch.manual_seed(keyed_seed(config.seed, step, 1))  # dropout and the like: no stored state
     device = next(model.parameters()).device
-    ids = corpus.batch(step, config.batch, config.length, config.seed).to(device)
+    ids = _batch(corpus, config, step).to(device)
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = gradients(ids)
+    loss = gradients(ids, restarts(step, config.batch, config.stream))
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     value = float(loss.detach())
     if not (math.isfinite(value) and math.isfinite(norm)):
@@ -223,21 +244,106 @@ def _update(
     }
 
 
+class _Carried:
+    """What every row's memory holds from step to step, and what a step makes of it.
+
+    state: tensors [batch, ...], always the same ones, written in place: a CUDA graph and a
+    checkpoint that is loaded find them there. They are data, no part of a graph of gradients.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig) -> None:
+        _check_carries(model, config)
+        self.model = model
+        with torch.no_grad():  # clones: two leaves of a first state may be one tensor
+            self.state = tree.tree_map(torch.clone, model.init_state(config.batch))
+        device = next(model.parameters()).device
+        self._anew = torch.ones(config.batch, dtype=torch.bool, device=device)
+
+    def starts(self, anew: torch.Tensor) -> None:
+        """Say which rows start anew at the next step, bool [batch]."""
+        self._anew.copy_(anew)
+
+    def given(self) -> Any:
+        """Return the state that the step begins with, differentiable in the start values."""
+        return tree.tree_map(self._given, self.model.init_state(len(self._anew)), self.state)
+
+    def _given(self, fresh: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+        anew = self._anew.view(-1, *[1] * (fresh.ndim - 1))
+        with torch.no_grad():  # a choice, no factor: a row that starts anew takes nothing over
+            value = torch.where(anew, fresh, carried)
+        if not fresh.is_floating_point():
+            return value
+        return value + (fresh - fresh.detach())  # a zero with the gradient of the start value
+
+    def take(self, state: Any) -> None:
+        """Carry the state that the step ended with."""
+        with torch.no_grad():
+            tree.tree_map(lambda mine, new: mine.copy_(new), self.state, state)
+
+
+def _check_carries(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse, by ValueError, a model whose memory cannot be carried, and a length that cuts it."""
+    given = f"stream={config.stream}"
+    if not hasattr(model, "init_state"):
+        raise ValueError(f"{given}: {type(model).__name__} has no init_state(batch); use stream=1")
+    before, after = _shapes_around_a_token(model)
+    for path, shape in before.items():
+        if after.get(path) != shape:
+            raise ValueError(
+                f"{given}: the model's state grows with the stream (state.{path} has shape {shape} "
+                f"before a token and {after.get(path)} after it), as attention's cache does, and "
+                "is not carried from step to step; use stream=1, or a mixer with a memory of fixed "
+                "size"
+            )
+    # A step begins at position 0 again, so it has to end where every chunk and bound does.
+    period = math.lcm(*_periods(model))
+    if config.length % period:
+        raise ValueError(
+            f"length={config.length}: with {given} give a multiple of {period}, so that every "
+            "window ends where the chunks and bounds of the model's memories do"
+        )
+
+
+def _shapes_around_a_token(model: Any) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of the state's tensors before and after one token."""
+    device = next(model.parameters()).device
+    with _evaluating(model), torch.no_grad():
+        before = model.init_state(1)
+        _, after = model(torch.zeros(1, 1, dtype=torch.int64, device=device), state=before)
+    return [
+        {path: tuple(x.shape) for path, x in tree.leaves(state) if isinstance(x, torch.Tensor)}
+        for state in (before, after)
+    ]
+
+
+def _periods(model: nn.Module) -> list[int]:
+    """After how many tokens each memory of the model is at a chunk's end, and at its bound."""
+    writers = []
+    for module in model.modules():
+        groups = getattr(module, "groups", ())  # a number in a convolution of torch
+        parts = (module, *groups) if isinstance(groups, tuple) else (module,)
+        writers += [getattr(part, "writer", None) for part in parts]
+    return [w.chunk if w.bound is None else w.bounded for w in writers if isinstance(w, Writer)]
+
+
 class _Gradients:
-    """The loss of a batch, with its gradients in `.grad`.
+    """The loss of a batch, with its gradients in `.grad`; and what is carried, carried on.
 
     On CUDA forward and backward are captured once and replayed as one graph: a memory's chunk is
     some hundred small kernels, which take longer to launch from Python than to run.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.model, self.dtype = model, config.dtype
+    def __init__(self, model: nn.Module, config: TrainConfig, carried: _Carried | None) -> None:
+        self.model, self.dtype, self.carried = model, config.dtype, carried
         self.captures = config.cuda_graph and next(model.parameters()).is_cuda
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
+        """ids [B, T + 1]. anew: the rows that start anew, bool [B]."""
+        if self.carried:
+            self.carried.starts(anew)
         if not self.captures:
-            return self._run(ids)
+            return self._step(ids)
         if self._graph is None:
             self._capture(ids)
         assert self._graph is not None
@@ -245,12 +351,20 @@ class _Gradients:
         self._graph.replay()
         return self._loss
 
-    def _run(self, ids: torch.Tensor) -> torch.Tensor:
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        loss, state = self._run(ids)
+        if self.carried:
+            self.carried.take(state)
+        return loss
+
+    def _run(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         for parameter in self.model.parameters():
             parameter.grad = None
-        loss = _nats(self.model, ids, self.dtype).mean()
+        given = self.carried.given() if self.carried else None
+        losses, state = _nats(self.model, ids, self.dtype, given)
+        loss = losses.mean()
         loss.backward()
-        return loss.detach()
+        return loss.detach(), state
 
     def _capture(self, ids: torch.Tensor) -> None:
         self._ids = ids.clone()
@@ -258,19 +372,21 @@ class _Gradients:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what is made at the first call is made outside the graph
             for _ in range(2):
-                self._run(self._ids)
+                self._run(self._ids)  # carries nothing on: the step is still to come
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._loss = self._run(self._ids)
+            self._loss = self._step(self._ids)
 
 
-def _nats(model: nn.Module, windows: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Cross entropy at every position of windows [B, T + 1], in nats, float32 [B, T]."""
+def _nats(
+    model: nn.Module, windows: torch.Tensor, dtype: str, state: Any = None
+) -> tuple[torch.Tensor, Any]:
+    """Cross entropy at every position of windows [B, T + 1], in nats, float32 [B, T]; the state."""
     with torch.autocast(windows.device.type, _DTYPES[dtype], enabled=dtype != "float32"):
-        logits, _ = model(windows[:, :-1], state=None)
+        logits, state = model(windows[:, :-1], state=state)
     flat = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
-    return flat.view(windows.shape[0], -1)
+    return flat.view(windows.shape[0], -1), state
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -326,17 +442,25 @@ def evaluate(
         raise ValueError(f"windows has shape {tuple(windows.shape)}; pass [N >= 1, T + 1 >= 2]")
     _require(dtype in _DTYPES, "dtype", dtype, f"one of {', '.join(_DTYPES)}")
     device = next(model.parameters()).device
+    with _evaluating(model):
+        total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
+        for part in windows.split(batch):
+            losses, _ = _nats(model, part.to(device), dtype)
+            total += losses.double().sum(0).cpu()
+    by_position = total / windows.shape[0]
+    return float(by_position.mean()), by_position.float()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
-        for part in windows.split(batch):
-            total += _nats(model, part.to(device), dtype).double().sum(0).cpu()
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    by_position = total / windows.shape[0]
-    return float(by_position.mean()), by_position.float()
 
 
 def _validate(
