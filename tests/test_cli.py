@@ -204,7 +204,10 @@ def test_an_interrupt_exits_with_130(call, hope, monkeypatch, tmp_path, text):
 
 @pytest.fixture
 def model(hope):
-    return hope.HopeLM(hope.HopeConfig(dim=16, layers=2, heads=2))
+    from nestlearn import Level
+
+    levels = (Level(chunk=16), Level(chunk=64), Level())
+    return hope.HopeLM(hope.HopeConfig(dim=16, layers=2, heads=2, levels=levels))
 
 
 def periods(shown):
@@ -280,7 +283,7 @@ def test_quickstart_trains_shows_and_reads_back(
     assert (out / "comparison.png").stat().st_size > 10_000
     assert f"nestlearn levels {out}/hope-seed0" in shown
     assert call("generate", out / "hope-seed0", "--prompt", "line", "--tokens", 1)[0] == 0
-    assert periods(call("levels", out / "hope-seed0", "--json")) == [1, 16, 64, 512, 512]
+    assert periods(call("levels", out / "hope-seed0", "--json")) == [1, 4, 16, 64, 512, 512]
 
     def fail(*args, **kwargs):
         raise AssertionError("what is done was trained again")

@@ -38,7 +38,7 @@ def stream(T, momentum, seed=0, size=1.5):
 
 
 def run(writer, data, cuts):
-    """The stream in calls that end at `cuts` and where chunks begin and end, as layers make them."""
+    """The stream in calls that end at `cuts` and at ends of chunks, as layers make them."""
     W0, last, h, v, gates, leaves = data
     T, C, position = h.shape[1], writer.chunk, cuts[0]
     fast, ys = writer.begin((W0,), B), []
@@ -167,6 +167,19 @@ def test_half_precision_products_stay_near(monkeypatch):
     low, rough = run(writer(16), (*inputs[:4], Gates(inputs[4]), inputs), [0])
     for x, y in itertools.chain(zip(low, expected), zip(rough, slopes)):
         assert (x.double() - y).norm() < 0.02 * y.norm()
+
+
+def test_autocast_does_not_reach_the_systems():
+    """On a CPU all is float32, whatever autocast says of products around."""
+    w, data = writer(16), stream(80, False)
+    *inputs, gates, _ = data
+    inputs = [x.detach().float().requires_grad_() for x in (*inputs, gates.eta)]
+    data = (*inputs[:4], Gates(inputs[4]), inputs)
+    expected = run(w, data, [0])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(w, data, [0])
+    for a, b in itertools.chain(zip(found[0], expected[0]), zip(found[1], expected[1])):
+        assert torch.equal(a, b)
 
 
 def test_inverse_by_halves(monkeypatch):

@@ -260,7 +260,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def figure(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Validation loss against tokens and seconds, at both lengths, a row of panels for each size."""
+    """Validation loss against tokens and seconds, at both lengths; a row for each size."""
     import matplotlib
 
     matplotlib.use("Agg")

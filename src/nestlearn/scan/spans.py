@@ -68,13 +68,14 @@ def write(
     for a, b, size in _runs(writer, span, h.is_cuda, joined=plain):
         part = slice(a - span.start, b - span.start)
         inputs, some = (last, h[:, part], v[:, part]), _cut(gates, part)
-        if plain:
-            form = _Form(writer, rule, size, a, dtype, compiled)
-            y, W = _Spans.apply(form, W, W0, *inputs, some.eta)
-        else:
-            y, W, S = _general(writer, W, S, W0, *inputs, some)
-            if writer.bound is not None and b % writer.bounded == 0:
-                W = into_shell(W, W0, *writer.bound)
+        with torch.autocast(h.device.type, enabled=False):  # systems and states stay wide
+            if plain:
+                form = _Form(writer, rule, size, a, dtype, compiled)
+                y, W = _Spans.apply(form, W, W0, *inputs, some.eta)
+            else:
+                y, W, S = _general(writer, W, S, W0, *inputs, some)
+                if writer.bound is not None and b % writer.bounded == 0:
+                    W = into_shell(W, W0, *writer.bound)
         ys.append(y)
         last = h[:, part][:, -1:]
     return torch.cat(ys, 1) if len(ys) > 1 else ys[0], FastWeights((W,), (W,), S)
@@ -272,6 +273,11 @@ class _Spans(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy, dW):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _Spans._backward(ctx, dy, dW)
+
+    @staticmethod
+    def _backward(ctx: Any, dy, dW):
         form, N, low = ctx.form, ctx.form.size, ctx.form.dtype
         W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *flat = ctx.saved_tensors
         wide, n = gram.dtype, len(rows)
