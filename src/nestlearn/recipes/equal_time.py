@@ -256,7 +256,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+    text = f"{statistics.mean(values):.3f}"
+    return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.3f}"
 
 
 def figure(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -282,7 +283,6 @@ def figure(records: Sequence[dict[str, Any]], path: Path) -> None:
                           for i in range(len(curves[0]))]  # fmt: skip
                 x, y = zip(*points)
                 ax.plot(x, y, label=model, color=f"C{names.index(model)}", marker=".")
-            ax.set_xscale("log")
             ax.set_xlabel(("tokens", "seconds on one card")[axis])
             where = ("trained length", "four times it")[length - 2]
             ax.set_title(f"{size}, {where}")
