@@ -56,11 +56,16 @@ def norms(states):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["untrained", "trained", "two rules"])
+@pytest.mark.parametrize("kind", ["untrained", "trained", "two rules", "both matrices"])
 def test_memories_keep_their_size(kind, dtype, text, trained):
     torch.manual_seed(0)
     two = {"dgd": 0.5, "eta_max": 2.0} if kind == "two rules" else {}
-    model = HopeLM(replace(CONFIG, **two))
+    config = replace(CONFIG, **two)
+    matrices = 1
+    if kind == "both matrices":
+        levels = tuple(replace(level, learns="all") for level in CONFIG.levels)
+        config, matrices = replace(CONFIG, depth=2, levels=levels), 2
+    model = HopeLM(config)
     if kind == "trained":
         model.load_state_dict(trained.state_dict())
     model = model.to(dtype).eval()
@@ -68,7 +73,7 @@ def test_memories_keep_their_size(kind, dtype, text, trained):
     ids = torch.stack([text, noise])
     first = norms(tuple((b.mixer.init_state(2), b.channel.init_state(2)) for b in model.blocks))
     groups = 2 if two else 1
-    assert len(first) == 2 * groups + 4  # each stack of memories and level has 2 matrices
+    assert len(first) == matrices * (groups + 2)  # of each stack of memories and level
     carried = None
     with torch.no_grad():
         for a in range(0, N, 4000):

@@ -15,7 +15,8 @@ from nestlearn.layers import gated_deltanet
 
 LAYERS = {
     "titans": (lambda dim: SelfModifyingTitans(dim, 2, 4), 3),
-    "cms": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16), Level(hidden=16)]), 1),
+    "cms": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16), Level(hidden=16)]), 4),
+    "cms-all": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16, learns="all")]), 3),
     "deltanet": (lambda dim: gated_deltanet(dim, 2, chunk=4), 3),
 }  # fmt: skip
 
@@ -27,7 +28,9 @@ def fresh():
 
 @pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
 def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
-    """One for the step, two for what is before and after it."""
+    """One for the step, two for what is before and after it; of a level, whose spans are not whole
+    here, those two; the same for one that never learns.
+    """
     torch.manual_seed(0)
     layer = build(8).double()
     eager = copy.deepcopy(layer)
@@ -109,13 +112,26 @@ def test_a_model_compiles_the_layers_of_memories():
         graphs = CompileCounterWithBackend("eager")
         model.compile(backend=graphs)
         torch.testing.assert_close(model(ids)[0], expected)
-        assert graphs.frame_count == 4  # three of Titans, one of the level; both blocks share them
+        assert graphs.frame_count == 7  # three of Titans, two of each level; both blocks share them
+
+
+def test_whole_spans_are_compiled_too():
+    """What stands between a level's products: spans of 64, and what is left of a call."""
+    torch.manual_seed(0)
+    layer = ContinuumMemory(8, [Level(chunk=4, hidden=16)])
+    x = torch.randn(2, 3 * 64 + 9, 8, requires_grad=True)
+    expected = layer(x)[0]
+    (grad,) = torch.autograd.grad(expected.square().sum(), x)
+    layer.compile(backend="aot_eager")
+    found = layer(x)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad)
 
 
 def test_inductor_gives_the_same():
     """Generated code, not the traced graph alone."""
     torch.manual_seed(0)
-    layer = ContinuumMemory(8, [Level(chunk=4, hidden=16, rule="gd")])
+    layer = ContinuumMemory(8, [Level(chunk=4, hidden=16, rule="gd", learns="all")])
     x = torch.randn(2, 9, 8)
     with torch.no_grad():
         expected = layer(x)[0]

@@ -60,7 +60,6 @@ LAYERS = {
     "cms-all": lambda: cms(levels=ALL),
     "cms-all-nested": lambda: cms("nested", ALL),
     "cms-all-momentum": lambda: cms(levels=[replace(ALL[0], rule="momentum", lr=0.05)]),
-    "cms-truncated": lambda: cms(truncate=4),
     "cms-half-life-momentum": lambda: cms(
         levels=[Level(chunk=2, half_life=5, rule="momentum", lr=0.05)]
     ),

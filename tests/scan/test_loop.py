@@ -36,7 +36,7 @@ def test_spans_are_split_once():
         (0, 40, {"run": 4, "truncate": 8}, [8] * 5),
         (4, 24, {"run": 4, "truncate": 20}, [16, 8]),
         (0, 12, {"run": 4, "truncate": 6}, [4, 2, 2, 4]),  # no run over a cut inside a chunk
-        (0, 24, {"run": 4, "chunks": (4, 8)}, [4] * 6),
+        (0, 24, {"run": 4, "chunks": (4, 8)}, [8] * 3),  # no run over the end of a larger chunk
         (0, 80, {"run": 16, "remat": True}, [32, 32, 16]),
         (0, 40, {"run": 3, "truncate": 20}, [12, 8, 12, 8]),  # runs begin anew at a cut
     ],

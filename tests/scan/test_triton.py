@@ -341,8 +341,8 @@ def test_any_axes_are_shared(away, lead, shared):
 @pytest.mark.parametrize(
     ("memory", "eta", "tolerance"),
     # 64 reflections of one vector: `chunk` itself is off by 1.9e-5 in float32, the kernels by 8e-6
-    # in the interpreter and 1.6e-5 on a card
-    [(Matrix(16, 16), 1.0, 1e-5), (Matrix(16, 16), 2.0, 4e-5), (MLP, 1.0, 1e-5)],
+    # in the interpreter and 1.6e-5 on a card; with another processor's products by 5.4e-5
+    [(Matrix(16, 16), 1.0, 1e-5), (Matrix(16, 16), 2.0, 6e-5), (MLP, 1.0, 1e-5)],
 )
 def test_keys_that_are_all_alike(away, memory, eta, tolerance):
     """Powers of L would reach 1e18 here; the inverse stays of order 1."""

@@ -208,8 +208,7 @@ class LevelMLP(Stepping):
         """Any number of whole chunks, or a part of one."""
         h, v, gates = xs
         y, fast = spans.write(
-            self.writer, state.fast, state.last, h, v, gates, span, W0[0],
-            compiled=bool(self._compiled),
+            self.writer, state.fast, state.last, h, v, gates, span, W0[0], options=self._options,
         )  # fmt: skip
         fast, start = self._restarted(fast, state.start, span)
         return y, LevelState(h[:, -1:].to(state.last.dtype).contiguous(), fast, start)

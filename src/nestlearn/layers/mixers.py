@@ -73,6 +73,7 @@ class Stepping(nn.Module):
     # first one the tokens' last
     _around: ClassVar[Mapping[str, tuple[tuple[int, ...], ...]]] = {}
     _compiled: Mapping[str, Callable] = MappingProxyType({})
+    _options: Mapping[str, Any] | None = None  # with which it was compiled
 
     def _step(self, state: Any, xs: Any, span: Span, starts: Any) -> tuple[Any, Any]:
         raise NotImplementedError
@@ -91,6 +92,7 @@ class Stepping(nn.Module):
         skipped = ("training", "level")
         said = {k: v for k, v in vars(self).items() if k[0] != "_" and k not in skipped}
         alike = repr((said, [(name, *p.shape) for name, p in self.named_parameters()]))
+        self._options = options
         self._compiled = {
             name: torch.compile(
                 _shared_by(alike, getattr(type(self), name)), fullgraph=name == "_step", **options

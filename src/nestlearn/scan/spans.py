@@ -18,9 +18,8 @@ a few products and one triangular system, whose inverse needs no state. The defi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -48,14 +47,14 @@ def write(
     gates: Gates,
     span: Span,
     W0: Tensor,
-    compiled: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, FastWeights]:
     """What `writer` says chunk by chunk, for the tokens of a span: (y [B, T, V], state).
 
     The memory is a `Matrix`, read at "boundary"; the span is whole chunks, or lies inside of one.
     last [B, 1, K] is the feature before the first token, h [B, T, K] are the features, v [B, T, V]
-    the values, gates [B, T], W0 [V, K] the start value. compiled: what stands between the
-    products goes through torch.compile.
+    the values, gates [B, T], W0 [V, K] the start value. options: with these, what stands
+    between the products of whole spans goes through torch.compile.
     """
     rule = writer.rule
     assert isinstance(rule, GradientRule)
@@ -64,13 +63,14 @@ def write(
         return _chunks(writer, fast, last, h, v, gates, span, W0)
     plain = not rule.momentum and writer.half_life is None
     ys, W, S = [], fast.now[0], fast.rule
+    full = span_size(writer, ON_CARD if h.is_cuda else ON_CPU)
     dtype = _products(h)
-    for a, b, size in _runs(writer, span, h.is_cuda, joined=plain):
+    for a, b, size in _runs(span, full, joined=plain):
         part = slice(a - span.start, b - span.start)
         inputs, some = (last, h[:, part], v[:, part]), _cut(gates, part)
         with torch.autocast(h.device.type, enabled=False):  # systems and states stay wide
             if plain:
-                form = _Form(writer, rule, size, a, dtype, compiled)
+                form = _Form(writer, rule, size, a, dtype, options if size == full else None)
                 y, W = _Spans.apply(form, W, W0, *inputs, some.eta)
             else:
                 y, W, S = _general(writer, W, S, W0, *inputs, some)
@@ -99,9 +99,8 @@ def _cut(gates: Gates, part: slice) -> Gates:
     return gates.map(lambda g: g[:, part])
 
 
-def _runs(writer: Writer, span: Span, on_card: bool, joined: bool) -> list[tuple[int, int, int]]:
+def _runs(span: Span, size: int, joined: bool) -> list[tuple[int, int, int]]:
     """(first, stop, tokens of a span): runs of spans of one size, which end at its multiples."""
-    size = span_size(writer, ON_CARD if on_card else ON_CPU)
     a, b = -(-span.start // size) * size, span.stop // size * size
     if a > b:
         return [(span.start, span.stop, span.stop - span.start)]
@@ -192,7 +191,7 @@ def _general(
 class _Form(NamedTuple):
     """size: tokens of a span. start: position of the first token. dtype: of the products.
 
-    compiled: what stands between the products goes through torch.compile.
+    options: with these, what stands between the products goes through torch.compile.
     """
 
     writer: Writer
@@ -200,7 +199,7 @@ class _Form(NamedTuple):
     size: int
     start: int
     dtype: torch.dtype
-    compiled: bool
+    options: Mapping[str, Any] | None
 
     def bounded(self, i: int) -> bool:
         """Whether the bound acts after span i."""
@@ -218,17 +217,18 @@ class _Form(NamedTuple):
 
     def __call__(self, f: Callable, *args: Any) -> Any:
         """f(*args), f without products."""
-        if not self.compiled:
+        if self.options is None:
             return f(*args)
         for x in args:
             if isinstance(x, Tensor) and x.ndim > 2:
                 torch._dynamo.maybe_mark_dynamic(x, (0, 1))
-        return _compiled(f)(*args)
+        key = (f, repr(sorted(self.options.items())))
+        if key not in _COMPILED:
+            _COMPILED[key] = torch.compile(f, **self.options)
+        return _COMPILED[key](*args)
 
 
-@lru_cache
-def _compiled(f: Callable) -> Callable:
-    return torch.compile(f)
+_COMPILED: dict[tuple[Callable, str], Callable] = {}
 
 
 class _Spans(torch.autograd.Function):
