@@ -122,7 +122,7 @@ def reproduce(
     out: Path,
     *,
     quick: bool = False,
-    data: Sequence[str | Path] = (),
+    data: str | Path | None = None,
     models: Sequence[str] = (),
     workers: int | None = None,
     device: str = "auto",
@@ -138,7 +138,7 @@ def reproduce(
     tasks = tasks[:2] if quick else tasks
     names = suite.chosen(models, tuple(CANDIDATES), "candidate")
     cells = [
-        {**entry(kind, task, name, lr, steps, device), **({"books": str(data[0])} if data else {})}
+        {**entry(kind, task, name, lr, steps, device), **({"books": str(data)} if data else {})}
         for kind, task in ([("language", "books")] if data else []) + tasks
         for name in names
         for lr in LR[kind]

@@ -183,7 +183,7 @@ def reproduce(
     out: Path,
     *,
     quick: bool = False,
-    data: Sequence[str | Path] = (),
+    data: str | Path | None = None,
     only: Sequence[str] = (),
     models: Sequence[str] = (),
     seeds: int = 3,
@@ -195,14 +195,14 @@ def reproduce(
     data: the folder of books (train-0.txt.xz, valid.txt.xz, test.txt.xz). only: sizes of SIZES.
     models: names of FAMILIES (default: MODELS). seeds: trainings with the best rate.
     """
-    if not data or not all((Path(data[0]) / name).is_file() for name in BOOKS):
-        raise ValueError(f"--data {list(map(str, data))}: give a folder with {', '.join(BOOKS)}")
+    if data is None or not all((Path(data) / name).is_file() for name in BOOKS):
+        raise ValueError(f"--data {data}: give a folder with {', '.join(BOOKS)}")
     device = str(resolve_device(device))
     names = suite.chosen(models or MODELS, tuple(FAMILIES), "model")
     sizes = suite.chosen(only or (("6M",) if quick else ()), tuple(SIZES), "size")
     records: list[dict[str, Any]] = []
     for size in sizes:
-        make = partial(_entry, size, Path(data[0]), device, quick)
+        make = partial(_entry, size, Path(data), device, quick)
         rates = LRS[1:2] if quick else LRS
         search = [make(model, lr, 0) for model in names for lr in rates]
         found = run_cells(
