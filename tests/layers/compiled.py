@@ -46,8 +46,11 @@ def test_the_same_graphs_for_all_chunks_batches_and_lengths(build, number):
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-9)
         counts.append(graphs.frame_count)
-    assert counts[0] == number
-    assert counts[-1] <= number + 1  # a length that is not whole spans may have one more
+    if number == 4:  # of a level by spans a length that is not whole ones may have one graph more
+        assert counts[0] == number
+        assert counts[-1] <= number + 1
+    else:
+        assert counts == [number] * len(counts)
 
 
 @pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
