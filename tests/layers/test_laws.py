@@ -53,6 +53,7 @@ LAYERS = {
     "titans-only-v": lambda: titans(adapt=("v",), conv=0),
     "titans-free": lambda: titans(bound=None),
     "titans-half-life": lambda: titans(half_life=10, projection_chunk=6),
+    "titans-half-life-seldom": lambda: titans(half_life=32, depth=1),
     "cms-half-life": lambda: cms(levels=[Level(chunk=2, half_life=5), Level(chunk=6)]),
     "titans-naive": lambda: titans(backend="naive"),
     "titans-remat": lambda: titans(remat=True),

@@ -75,6 +75,11 @@ def test_a_half_life_can_be_given_when_loading(tmp_path):
     assert torch.equal(fading(ids[:, :2])[0], model()(ids[:, :2])[0])
 
 
+def test_what_was_saved_before_memories_faded_does_not_fade(tmp_path):
+    assert HopeConfig().half_life == 2048
+    assert HopeConfig.from_dict({"dim": 16}).half_life is None
+
+
 def test_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         HopeLM.from_pretrained(tmp_path)

@@ -136,6 +136,7 @@ FORMS = {
     "grown": {"bound": (1.1, 2.0)},
     "cut": {"truncate": 4},
     "recomputed": {"remat": True},
+    "fading": {"half_life": 8},
 }
 
 
@@ -156,6 +157,7 @@ RUNS = {
     "cut": (Case({"truncate": 8}, calls=(12,)), 2),
     "recomputed": (Case({"depth": 1, "remat": True}, chunk=1, calls=(9,)), 2),
     "boundary": (Case({"read": "boundary", "weight_decay": False}, calls=(8,)), 1),
+    "fading": (Case({"depth": 1, "half_life": 48}, chunk=2, calls=(18, 12)), 4),
 }
 
 
@@ -200,7 +202,7 @@ def seen_precisions(case):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"half_life": 8}], ids=["generated", "given"])
+@pytest.mark.parametrize("options", [{}, {"adapt": ("k", "eta", "alpha")}], ids=["generated", "given"])
 def test_autocast_decides_the_precision(away, options):  # noqa: F811
     assert away(seen_precisions, Case(options, autocast=True)) == {("bf16", "tf32")}
     forced = Case(options, autocast=True, precision="ieee")
@@ -242,7 +244,6 @@ OTHERS = {
     "adaptive-query": {"adapt": ("k", "v", "eta", "alpha", "q")},
     "static-value": {"adapt": ("k", "eta", "alpha")},
     "two-chunk-sizes": {"projection_chunk": 2},
-    "half-life": {"half_life": 8},
     "three-matrices": {"depth": 3},
     "backend": {"backend": "chunk"},
     "too-wide": {"hidden": 65},

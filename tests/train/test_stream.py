@@ -33,7 +33,7 @@ SEVERAL = [(2, 3), (8, 4), (3, 8), (5, 2)]  # (batch, stream)
 def hope(**changes) -> HopeLM:
     torch.manual_seed(1)
     options = {"chunk": 4, "levels": (Level(chunk=2, learns="all"), Level(chunk=8, learns="all"))}
-    sizes = {"vocab_size": 32, "dim": 8, "layers": 1, "heads": 2}
+    sizes = {"vocab_size": 32, "dim": 8, "layers": 1, "heads": 2, "half_life": None}
     return HopeLM(HopeConfig(**{**sizes, **options, **changes}))
 
 
@@ -318,6 +318,8 @@ def test_a_length_that_cuts_a_chunk_or_a_bound_is_refused(tmp_path):
     for changes, period in [
         ({"chunk": 3}, 24),
         ({"chunk": 4, "projection_chunk": 16}, 16),
+        ({"half_life": 2048}, 512),
+        ({"half_life": 48}, 24),
         ({"levels": (Level(chunk=8),)}, 512),  # the bound of a level acts that seldom
         ({"mixer": "titans", "chunk": 16, "channel": "mlp"}, 16),
         ({"mixer": "deltanet", "chunk": 5, "channel": "mlp"}, 5),

@@ -78,6 +78,10 @@ class Stepping(nn.Module):
     def _step(self, state: Any, xs: Any, span: Span, starts: Any) -> tuple[Any, Any]:
         raise NotImplementedError
 
+    def _faded(self, state: Any, starts: Any) -> Any:
+        """The state after a pause at a multiple of `fade_every` tokens; only where there is one."""
+        raise NotImplementedError
+
     def compile(self, **options: Any) -> None:
         """Compile, in place, by `torch.compile(..., **options)`: the step of one whole chunk, and
         what all tokens of a call pass before and after the memories.
@@ -120,9 +124,9 @@ class Stepping(nn.Module):
     def _scan(
         self, state: Any, xs: Any, starts: Any, *, length: int, chunks: tuple[int, ...],
         position: int, axis: int = 1, run: int = 1, in_kernels: bool = False,
-        remat: bool | None = None,
+        remat: bool | None = None, fade_every: int | None = None,
     ) -> tuple[list[Tensor], Any]:  # fmt: skip
-        def step(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
+        def written(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
             first, last = span
             whole = first % chunks[0] == 0 and last - first == chunks[0] and len(set(chunks)) == 1
             if "_step" not in self._compiled or in_kernels or not whole:
@@ -130,8 +134,14 @@ class Stepping(nn.Module):
             state, xs = tree.tree_map(_with_any_batch, (state, xs))
             return self._compiled["_step"](self, state, xs, Span(0, chunks[0]), starts)
 
+        def step(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
+            y, state = written(state, xs, span)
+            fades = fade_every is not None and span.ends(fade_every)
+            return y, self._faded(state, starts) if fades else state
+
+        ends = chunks if fade_every is None else (*chunks, fade_every)
         return scan(
-            step, tree.tree_map(wide, state), xs, length=length, chunks=chunks,
+            step, tree.tree_map(wide, state), xs, length=length, chunks=ends,
             position=position, truncate=self.truncate, axis=axis, run=run,
             remat=self.remat if remat is None else remat,
         )  # fmt: skip

@@ -33,6 +33,7 @@ from .mixers import (
     wide,
 )
 
+FADE_EVERY = 512  # tokens: whole runs of chunks in the kernels, and nothing at the usual windows
 PROJECTIONS = ("k", "v", "eta", "alpha", "q")
 
 
@@ -83,7 +84,9 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     eigenvalues. read: "token" answers through the writes of the chunk so far, "boundary" through
     the chunk's first weights. bound: the shell, in units of the start's norm, to which each matrix
     is brought back after a chunk (None: free). half_life: tokens in which what was learned fades
-    by half towards the start (None: never), for streams much longer than the trained ones. depth,
+    by half *towards the start* (None: never), a retention (eq. 59) without which the memories of a
+    stream much longer than the trained ones drift; it acts where a chunk ends, every 512 tokens or
+    every quarter of it: W ← W_0 + 2^(−every/half_life) (W − W_0). depth,
     hidden: matrices of each memory (1: a matrix memory) and the width between them (default: that
     of a head). truncate: the outer gradient through the memories stops at multiples of so many
     tokens; give it for long sequences with large steps (eta_max > 1, momentum), where products of
@@ -146,8 +149,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         )
         rule = GradientRule(replacing > 0, decay=weight_decay, momentum=momentum, normalize=True)
         self.writer = Writer(
-            memory, rule, chunk, objective=objective, read=read, bound=bound,
-            half_life=half_life, backend=backend,
+            memory, rule, chunk, objective=objective, read=read, bound=bound, backend=backend,
         )  # fmt: skip
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
@@ -168,6 +170,8 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             for delta, part in kinds
             if part.start < part.stop
         )
+        self.half_life = half_life
+        self.fade_every = _fade_every(half_life, [group.writer.chunk for group in self.groups])
         self.conv = ShortConvolution(dim, conv) if conv else None
         self.query = None if "q" in self.adapt else nn.Linear(dim, dim, bias=False)
         # η starts at 2 % of its bound, α at 0.9999: a memory that is not trained yet
@@ -206,6 +210,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             before, inputs, starts, length=x.shape[1], axis=2,
             chunks=tuple(group.writer.chunk for group in self.groups), position=state.position,
             run=RUN if in_kernels and torch.is_grad_enabled() else 1, in_kernels=in_kernels,
+            fade_every=self.fade_every,
         )  # fmt: skip
         y = self._outside("_outputs", torch.cat(ys, 2), x)
         return y, TitansState(state.position + x.shape[1], conv, memories)
@@ -286,6 +291,21 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             os += [] if o is None else [o]
         return _joined(os), tuple(after)
 
+    def _faded(
+        self, memories: tuple[FastWeights, ...], starts: tuple[Starts, ...]
+    ) -> tuple[FastWeights, ...]:
+        """The memories, all at a chunk's end, nearer to their start values."""
+        assert self.fade_every is not None and self.half_life is not None
+        faded = 1 - 2 ** (-self.fade_every / self.half_life)
+        after = []
+        for fast, start in zip(memories, starts):
+            now = tuple(
+                w.lerp(w0.to(w.dtype).expand_as(w), faded)
+                for w, w0 in zip(fast.now, start.weights)
+            )
+            after.append(FastWeights(now, now, fast.rule))
+        return tuple(after)
+
     def _step_in_kernels(
         self, memories: tuple, z: Tensor, q: Tensor, span: Span, starts: tuple[Starts, ...]
     ):
@@ -311,6 +331,16 @@ class Scalar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bhtd,hd->bht", x, self.weight.to(x.dtype)) + self.bias.unsqueeze(-1)
+
+
+def _fade_every(half_life: int | None, chunks: list[int]) -> int | None:
+    """After how many tokens, at which all chunks end, memories fade; ValueError below 1 token."""
+    if half_life is None:
+        return None
+    if half_life < 1:
+        raise ValueError(f"half_life={half_life}: give 1 token or more, or None")
+    size = math.lcm(*chunks)
+    return max(1, min(FADE_EVERY, half_life // 4) // size) * size
 
 
 def _joined(heads: list[Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ class HopeConfig:
     eta_max: float = 1.0
     read: str = "token"
     bound: tuple[float, float] | None = (0.25, 1.0)
-    half_life: int | None = None
+    half_life: int | None = 2048
     adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
     conv: int = 4
     rotary: bool = True
@@ -112,7 +112,7 @@ class HopeConfig:
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)} in the model's configuration")
-        data = dict(data)
+        data = {"half_life": None, **data}  # before there was a default, nothing faded
         if "levels" in data:
             # before there was a choice, both matrices of a level learned
             data["levels"] = tuple(Level(**{"learns": "all", **_tuples(x)}) for x in data["levels"])

@@ -300,7 +300,7 @@ def _check_carries(model: nn.Module, config: TrainConfig) -> None:
     if config.length % period:
         raise ValueError(
             f"length={config.length}: with {given} give a multiple of {period}, so that every "
-            "window ends where the chunks and bounds of the model's memories do"
+            "window ends where the chunks, bounds and fades of the model's memories do"
         )
 
 
@@ -317,13 +317,15 @@ def _shapes_around_a_token(model: Any) -> list[dict[str, tuple[int, ...]]]:
 
 
 def _periods(model: nn.Module) -> list[int]:
-    """After how many tokens each memory of the model is at a chunk's end, and at its bound."""
-    writers = []
+    """After how many tokens each memory of the model is at a chunk's end, its bound, its fade."""
+    writers, fades = [], []
     for module in model.modules():
+        fades.append(getattr(module, "fade_every", None) or 1)
         groups = getattr(module, "groups", ())  # a number in a convolution of torch
         parts = (module, *groups) if isinstance(groups, tuple) else (module,)
         writers += [getattr(part, "writer", None) for part in parts]
-    return [w.chunk if w.bound is None else w.bounded for w in writers if isinstance(w, Writer)]
+    ends = [w.chunk if w.bound is None else w.bounded for w in writers if isinstance(w, Writer)]
+    return [*ends, *fades]
 
 
 class _Gradients:
