@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nestlearn.models.hope import HopeConfig, HopeLM
-from nestlearn.recipes import defaults, equal_time
+from nestlearn.recipes import defaults, equal_time, switching
 
 
 @pytest.mark.parametrize("model", equal_time.FAMILIES)
@@ -33,3 +33,35 @@ def test_the_default_is_the_best_candidate():
     chosen = defaults.CANDIDATES["l2, 4 and 16, side by side"]
     config = HopeConfig()
     assert (config.levels, config.variant) == (chosen["levels"], chosen["variant"])
+
+
+# ----------------------------------------------------------------------------------- switching
+
+
+@pytest.mark.parametrize("model", switching.MODELS)
+def test_rows_of_a_channel_have_one_size(model):
+    channel = model.split("; ")[1]
+    with torch.device("meta"):
+        counts = [
+            HopeLM(switching.config_of(name)).parameter_count()
+            for name in (f"Hope; {channel}", model)
+        ]
+    assert abs(counts[1] / counts[0] - 1) < 0.01
+
+
+def test_a_walk_follows_its_table_until_that_changes():
+    """Frequencies of long-lived tables are their probabilities: the surprise is what it says."""
+    walks = switching.walks(64, 0)
+    assert torch.equal(walks.ids, switching.walks(64, 0).ids)
+    assert 0 < walks.changed.float().mean() < 1
+    changes = walks.since[:, 1:] <= walks.since[:, :-1]
+    assert torch.equal(
+        walks.since[:, 1:][changes], torch.zeros(int(changes.sum()), dtype=torch.int64)
+    )
+    pairs = torch.zeros(32, 32)
+    row = int((~walks.changed).sum(1).argmax())  # the row whose first table lasts longest
+    ids = walks.ids[row][: int((~walks.changed[row]).sum())]
+    pairs.index_put_((ids[:-1], ids[1:]), torch.ones(()), accumulate=True)
+    # few successors of each symbol: of 32 equally likely ones most would be met once or twice
+    assert pairs.amax(1).sum() > 0.4 * pairs.sum()
+    assert walks.surprise[:, 1:].mean() < 1.6 < torch.tensor(32.0).log()

@@ -202,7 +202,9 @@ def seen_precisions(case):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"adapt": ("k", "eta", "alpha")}], ids=["generated", "given"])
+@pytest.mark.parametrize(
+    "options", [{}, {"adapt": ("k", "eta", "alpha")}], ids=["generated", "given"]
+)
 def test_autocast_decides_the_precision(away, options):  # noqa: F811
     assert away(seen_precisions, Case(options, autocast=True)) == {("bf16", "tf32")}
     forced = Case(options, autocast=True, precision="ieee")

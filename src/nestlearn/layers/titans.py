@@ -295,13 +295,13 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         self, memories: tuple[FastWeights, ...], starts: tuple[Starts, ...]
     ) -> tuple[FastWeights, ...]:
         """The memories, all at a chunk's end, nearer to their start values."""
-        assert self.fade_every is not None and self.half_life is not None
+        assert self.fade_every is not None
+        assert self.half_life is not None
         faded = 1 - 2 ** (-self.fade_every / self.half_life)
         after = []
         for fast, start in zip(memories, starts):
             now = tuple(
-                w.lerp(w0.to(w.dtype).expand_as(w), faded)
-                for w, w0 in zip(fast.now, start.weights)
+                w.lerp(w0.to(w.dtype).expand_as(w), faded) for w, w0 in zip(fast.now, start.weights)
             )
             after.append(FastWeights(now, now, fast.rule))
         return tuple(after)

@@ -21,6 +21,9 @@ EXPERIMENTS = {  # name: (module, what it shows)
     "equal-time": (
         "nestlearn.recipes.equal_time", "losses on books along tokens and along seconds",
     ),
+    "switching": (
+        "nestlearn.recipes.switching", "what self-modification adds where rules change midway",
+    ),
     "fig4": ("nestlearn.recipes.fig4", "momentum and delta momentum in the landscape of eq. 53"),
     "orthogonal-tasks": (
         "nestlearn.recipes.orthogonal_tasks", "what momentum forgets and M3's slow memory keeps",
