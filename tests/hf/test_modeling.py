@@ -72,6 +72,10 @@ def test_saved_and_loaded_it_is_the_same_and_nothing_is_pickled(tmp_path):
     assert config.to_hope() == lm.model.config
 
 
+def test_a_fresh_configuration_is_the_librarys_own():
+    assert HopeConfig().to_hope() == nestlearn.HopeConfig()
+
+
 def test_the_file_of_the_configuration_is_complete(tmp_path):
     HopeConfig(**TINY, pad_token_id=3).save_pretrained(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())

@@ -77,6 +77,9 @@ class HopeConfig(PretrainedConfig):
             )
         if "levels" in own:
             own["levels"] = [asdict(v) if isinstance(v, Level) else v for v in own["levels"]]
+        own.setdefault(
+            "half_life", models.HopeConfig.half_life
+        )  # absent in old files of HopeLM only
         # Through JSON, so that a configuration equals itself after a file.
         for name, value in _plain(models.HopeConfig.from_dict(_plain(own)).to_dict()).items():
             setattr(self, name, value)
