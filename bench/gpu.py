@@ -94,7 +94,7 @@ class Row(NamedTuple):
     segment: int | None = None
 
 
-TORCH = partial(SelfModifyingTitans, backend="fused")
+TORCH = partial(SelfModifyingTitans, backend="torch")
 LAYERS = {
     "attention": Row(Attention, graph=False),
     "flash-linear-attention, gated DeltaNet": Row(FlashLinearAttention, graph=False),

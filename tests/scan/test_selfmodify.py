@@ -1,6 +1,6 @@
-"""selfmodify ≡ the composed step: a layer's outputs, states and every gradient, kernel by kernel.
+"""card.generated ≡ the composed step: a layer's outputs, states and gradients, kernel by kernel.
 
-The truth is `backend="fused"` in float64. As in test_triton.py the kernels run in a process of
+The truth is `backend="torch"` in float64. As in test_triton.py the kernels run in a process of
 their own, in Triton's interpreter where there is no card.
 """
 
@@ -64,18 +64,19 @@ def results(layer, case, dtype, device):
 
 def kernels(case):
     """The modules as the kernels' tests want them, and where every launch is counted."""
-    from nestlearn.scan import door, selfmodify, triton
+    from nestlearn.scan import chunk, writer
+    from nestlearn.scan.card import generated, given
 
     launches = Counter()
-    launch = triton._launch
+    launch = given._launch
 
     def counted(kernel, *args):
         launches[kernel.__name__] += 1
         launch(kernel, *args)
 
-    triton._empty, triton.PRECISION = poisoned, case.precision
-    selfmodify._launch = counted
-    door.on_card = lambda x: True
+    given._empty, given.PRECISION = poisoned, case.precision
+    generated._launch = counted
+    chunk.on_card = writer.on_card = lambda x: True
     return launches
 
 
@@ -89,7 +90,7 @@ def distances(found, truth):
 def errors(case):
     """Of the layer by its kernels, of the composed step in float32, and the launches."""
     truth, composed = (
-        results(build(case, dtype, "cpu", backend="fused"), case, dtype, "cpu")
+        results(build(case, dtype, "cpu", backend="torch"), case, dtype, "cpu")
         for dtype in (torch.float64, torch.float32)
     )
     launches = kernels(case)
@@ -184,21 +185,19 @@ def test_bfloat16_is_near_enough(away):  # noqa: F811
 
 def seen_precisions(case):
     """Of the kernels' products and systems; what they would compute is left out."""
-    from nestlearn.scan import selfmodify, triton
+    from nestlearn.scan.card import generated, given
 
     found = set()
     kernels(case)
-    before = selfmodify._launch, triton._launch, triton._empty
-    selfmodify._launch = triton._launch = lambda _, __, kind, *___: found.add(
-        (kind.dot, kind.system)
-    )
-    triton._empty = torch.zeros
+    before = generated._launch, given._launch, given._empty
+    generated._launch = given._launch = lambda _, __, kind, *___: found.add((kind.dot, kind.system))
+    given._empty = torch.zeros
     torch.set_autocast_enabled("cuda", case.autocast)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     y = build(case, torch.float32, DEVICE)(torch.randn(1, 4, case.width, device=DEVICE))[0]
     torch.set_autocast_enabled("cuda", False)
     y.sum().backward()  # outside autocast, as a training step does it
-    selfmodify._launch, triton._launch, triton._empty = before
+    generated._launch, given._launch, given._empty = before
     return found
 
 
@@ -247,7 +246,7 @@ OTHERS = {
     "static-value": {"adapt": ("k", "eta", "alpha")},
     "two-chunk-sizes": {"projection_chunk": 2},
     "three-matrices": {"depth": 3},
-    "backend": {"backend": "chunk"},
+    "backend": {"backend": "parallel"},
     "too-wide": {"hidden": 65},
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nestlearn.memory import Gates, GradientRule, Matrix, delta, every
-from nestlearn.scan import Span, Writer, spans, update
+from nestlearn.scan import Chunk, Span, Writer, spans, update
 
 B, K, V = 2, 5, 3
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -130,7 +130,7 @@ def test_by_dot_product_it_is_every():
     W = (W0.expand(B, V, K),)
     rule = every(4, delta())
     # `update` reads after a token's write, a level before it: the answers are one token apart
-    o, W, _ = update(Matrix(K, V), rule, W, rule.init(W), k, k, v, gates, backend="naive")
+    o, W, _ = update(Chunk(Matrix(K, V), rule), W, rule.init(W), k, k, v, gates, backend="naive")
     (_, now, *_), _ = run(w, data, [0])
     torch.testing.assert_close(W[0], now, **TOLERANCE)
     for t in range(24):

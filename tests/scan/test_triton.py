@@ -1,4 +1,4 @@
-"""triton ≡ chunk: outputs, state and every gradient, on the card or else in Triton's interpreter.
+"""card.given ≡ parallel: outputs, state and gradients, on the card or in Triton's interpreter.
 
 The interpreter must be chosen before triton is imported, and the shape checks of these tests must
 not wrap kernels: so the kernels run in a process of their own.
@@ -8,13 +8,15 @@ import importlib.util
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from nestlearn.memory import Gates, GradientRule, Matrix, ResidualMLP, every, momentum, objective
-from nestlearn.scan import chunk
+from nestlearn.memory import Gates, GradientRule, Matrix, ResidualMLP, every, momentum
+from nestlearn.scan import Chunk, parallel
+from nestlearn.scan.chunk import Given
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: it comes with torch for CUDA", allow_module_level=True)
@@ -68,7 +70,15 @@ def data(case):
     return [*W, q if case.read else None, k, v, eta, log_alpha if case.rule.decay else None]
 
 
-def run(update, case, dtype, device, grad=True, **options):
+def said(case, reader=None):
+    """The case's chunk."""
+    return Chunk(
+        case.memory, case.rule, objective=case.objective, read=case.read or "token",
+        answering=reader,
+    )  # fmt: skip
+
+
+def run(update, case, dtype, device, grad=True, reader=None):
     """Outputs, state and, if asked for, gradients."""
     leaves = [None if x is None else x.to(device, dtype) for x in data(case)]
     if dtype == torch.float32:
@@ -77,9 +87,8 @@ def run(update, case, dtype, device, grad=True, **options):
     leaves = [None if x is None else x.clone().requires_grad_(grad) for x in leaves]
     *W, q, k, v, eta, log_alpha = leaves
     o, W, _ = update(
-        case.memory, case.rule, tuple(W), case.rule.init(tuple(W)), q, k, v, Gates(eta, log_alpha),
-        at=tuple(W), objective=objective(case.objective), read=case.read or "token", offset=0,
-        **options,
+        said(case, reader), tuple(W), case.rule.init(tuple(W)), q, k, v, Gates(eta, log_alpha),
+        at=tuple(W), offset=0,
     )  # fmt: skip
     results = [x for x in (o, *W) if x is not None]
     if not grad:
@@ -90,12 +99,12 @@ def run(update, case, dtype, device, grad=True, **options):
 
 
 def every_memory_reads(case):
-    """The case as `chunk` has it without `reader`: all answer, one answer is taken."""
+    """The case as `parallel` has it without `reader`: all answer, one answer is taken."""
 
-    def update(memory, rule, W, S, q, *args, **options):
+    def update(chunk, W, S, q, *args, **options):
         if q is not None and case.reader is not None:
             q = q.unsqueeze(-3).expand(*case.lead, *q.shape[-2:])
-        o, W, S = chunk.update(memory, rule, W, S, q, *args, **options)
+        o, W, S = parallel.update(chunk, W, S, q, *args, **options)
         return o if o is None or case.reader is None else o.select(-3, case.reader), W, S
 
     return update
@@ -107,15 +116,15 @@ def poisoned(*args, **options):
 
 
 def kernels(case):
-    from nestlearn.scan import triton
+    from nestlearn.scan.card import given
 
-    triton._empty = poisoned
-    triton.PRECISION = case.precision
-    return triton
+    given._empty = poisoned
+    given.PRECISION = case.precision
+    return given
 
 
 def errors(case):
-    """Relative errors of outputs, state and gradients against `chunk` in float64."""
+    """Relative errors of outputs, state and gradients against `parallel` in float64."""
     got = run(kernels(case).update, case, torch.float32, DEVICE, reader=case.reader)
     truth = run(every_memory_reads(case), case, torch.float64, "cpu")
     pairs = [(a.double().cpu(), b) for x, y in zip(got, truth) for a, b in zip(x, y)]
@@ -173,25 +182,26 @@ def compiled_layer():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from nestlearn.layers import SelfModifyingTitans
-    from nestlearn.scan import door, selfmodify
+    from nestlearn.scan import chunk, writer
+    from nestlearn.scan.card import generated
 
     kernels(Case(MLP, ALL))
     if DEVICE == "cpu":
-        door.on_card = lambda x: True
+        chunk.on_card = writer.on_card = lambda x: True
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
     torch.manual_seed(0)
-    composed = SelfModifyingTitans(4, 2, 2, backend="fused").to(DEVICE)
+    composed = SelfModifyingTitans(4, 2, 2, backend="torch").to(DEVICE)
     layer = SelfModifyingTitans(4, 2, 2).to(DEVICE)
     layer.load_state_dict(composed.state_dict())
     launched = set()
-    launch = selfmodify._launch
+    launch = generated._launch
 
     def noted(kernel, *args):
         launched.add(kernel.__name__)
         launch(kernel, *args)
 
-    selfmodify._launch = noted
+    generated._launch = noted
     xs = [torch.randn(b, t, 4, device=DEVICE, requires_grad=True) for b, t in ((2, 4), (3, 2))]
 
     def both(layer, x):
@@ -219,8 +229,8 @@ def typed(K, H, V):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
-    from nestlearn.scan import kernels
-    from nestlearn.scan.tiles import Kind, Place
+    from nestlearn.scan.card import kernels
+    from nestlearn.scan.card.tiles import Kind, Place
 
     own = K == V
     kind = Kind(
@@ -256,14 +266,13 @@ def typed(K, H, V):
     return compiled
 
 
-def supported(case, options):
+def refused(case, reader=None, offset=0, first_order=False, double=False):
+    """What keeps the kernels from the case, if anything does."""
     leaves = [None if x is None else x.to(DEVICE, torch.float32) for x in data(case)]
     *W, q, k, v, eta, log_alpha = leaves
-    given = {"objective": objective(case.objective), "read": "token", "offset": 0, "at": None}
-    if options.pop("double", False):
-        W = [w.double() for w in W]
-    args = (case.memory, case.rule, tuple(W), None, q, k, v, Gates(eta, log_alpha))
-    return kernels(case).supported(*args, **{**given, **options})
+    W = tuple(w.double() if double else w for w in W)
+    chunk = replace(said(case, reader), first_order=first_order)
+    return kernels(case).why_not(chunk, Given(W, q, k, v, Gates(eta, log_alpha), offset))
 
 
 @pytest.fixture(scope="module")
@@ -385,10 +394,10 @@ def test_a_compiled_layer_has_a_graph_before_the_kernels_and_one_after_them(away
 
 def test_what_the_kernels_cannot_run_is_refused(away):
     case = Case(MLP, ALL)
-    assert away(supported, case, {})
-    assert away(supported, case, {"reader": -1})
-    for options in ({"offset": 3}, {"first_order": True}, {"double": True}):
-        assert not away(supported, case, options)
+    assert away(refused, case) is None
+    assert away(refused, case, -1) is None
+    for options in ((None, 3), (None, 0, True), (None, 0, False, True)):
+        assert away(refused, case, *options)
     for other in (
         case._replace(rule=momentum(ALL)),
         case._replace(rule=every(4, ALL)),
@@ -396,4 +405,4 @@ def test_what_the_kernels_cannot_run_is_refused(away):
         case._replace(memory=Matrix(65, 4)),
         case._replace(T=65),
     ):
-        assert not away(supported, other, {})
+        assert away(refused, other)

@@ -1,11 +1,12 @@
-"""chunk ≡ naive in float64: outputs, final state and every gradient."""
+"""parallel ≡ naive in float64: outputs, final state and every gradient."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from nestlearn import scan
+from nestlearn import SelfModifyingTitans, scan
 from nestlearn.memory import (
     FunctionMemory,
     Gates,
@@ -20,7 +21,7 @@ from nestlearn.memory import (
     hebbian,
     momentum,
 )
-from nestlearn.scan import fused
+from nestlearn.scan import Chunk, fused
 from nestlearn.scan.writer import into_shell
 
 B, H, C = 2, 2, 8
@@ -78,8 +79,8 @@ def run(memory, rule, data, backend, cuts, chunk=C, **options):
             at = W
         piece = Gates(*(x if x is None else x[..., a:b] for x in gates))
         o, W, S = scan.update(
-            memory, rule, W, S, q[..., a:b, :], k[..., a:b, :], v[..., a:b, :], piece,
-            backend=backend, at=at if a % chunk else None, offset=a % chunk, **options,
+            Chunk(memory, rule, **options), W, S, q[..., a:b, :], k[..., a:b, :], v[..., a:b, :],
+            piece, backend=backend, at=at if a % chunk else None, offset=a % chunk,
         )  # fmt: skip
         outputs.append(o)
     results = [torch.cat(outputs, -2), *W]
@@ -101,18 +102,18 @@ def same(a, b):
 @pytest.mark.parametrize("objective", ["dot", "l2"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-def test_chunk_equals_naive(memory, rule, objective, read):
+def test_parallel_equals_naive(memory, rule, objective, read):
     if isinstance(memory, FunctionMemory) and (rule.delta or rule.normalize):
         with pytest.raises(ValueError, match="FunctionMemory"):
-            run(memory, rule, stream(memory, rule, 1), "chunk", [])
+            run(memory, rule, stream(memory, rule, 1), "parallel", [])
         return
     options = {"objective": objective, "read": read}
     for T in (1, C - 1, C, C + 1, 3 * C + 5):
         data = stream(memory, rule, T)
         truth = run(memory, rule, data, "naive", [], **options)
-        same(run(memory, rule, data, "chunk", [], **options), truth)
+        same(run(memory, rule, data, "parallel", [], **options), truth)
         if T > 1:  # resumed inside a chunk
-            same(run(memory, rule, data, "chunk", [T // 2, T - 1], **options), truth)
+            same(run(memory, rule, data, "parallel", [T // 2, T - 1], **options), truth)
             same(run(memory, rule, data, "auto", [T // 2, T - 1], **options), truth)
 
 
@@ -132,10 +133,10 @@ def grouped(memory, rule, backend, objective, read, own, reader, shared):
     eta = torch.rand(*lead, T, generator=g, dtype=torch.float64)
     log_alpha = randn(*lead, T).sigmoid().log() if rule.decay else None
     leaves = [x.requires_grad_() for x in (*W, q, k, v, eta, log_alpha) if x is not None]
+    chunk = Chunk(memory, rule, objective=objective, read=read, makes_values=own, answering=reader)
     o, after, _ = scan.update(
-        memory, rule, W, rule.init(W), q, k, v, Gates(eta, log_alpha), backend=backend,
-        objective=objective, read=read, own=own, reader=reader,
-    )  # fmt: skip
+        chunk, W, rule.init(W), q, k, v, Gates(eta, log_alpha), backend=backend
+    )
     total = sum((randn(*x.shape) * x).sum() for x in (o, *after))
     return [o, *after], torch.autograd.grad(total, leaves)
 
@@ -161,7 +162,7 @@ def test_groups_own_values_and_a_reader_in_every_form(memory, rule, objective, r
         composed = GradientRule(rule.delta, rule.decay, normalize=normalize)
         options = (objective, read, own, -1 if reader else None, shared)
         truth = grouped(memory, composed, "naive", *options)
-        for backend in ("chunk", "auto"):
+        for backend in ("parallel", "fused"):
             found = grouped(memory, composed, backend, *options)
             same([*found[0], *found[1]], [*truth[0], *truth[1]])
 
@@ -169,7 +170,8 @@ def test_groups_own_values_and_a_reader_in_every_form(memory, rule, objective, r
 def test_without_autograd_the_same():
     data = stream(ResidualMLP(4, 6), decay(delta()), C)
     W, q, k, v, gates, _ = data
-    args = (ResidualMLP(4, 6), decay(delta()), W, decay(delta()).init(W), q, k, v, gates)
+    chunk = Chunk(ResidualMLP(4, 6), decay(delta()))
+    args = (chunk, W, chunk.rule.init(W), q, k, v, gates)
     with_graph = scan.update(*args)
     with torch.no_grad():
         without = scan.update(*args)
@@ -181,7 +183,7 @@ def test_memories_that_share_keys_are_one_group(rule):
     """An axis of size 1 in keys and gates is shared; the result is that of separate memories."""
     memory, T = ResidualMLP(4, 6), 2 * C + 3
     W, q, k, v, gates, leaves = stream(memory, rule, T, groups=(3,))
-    grouped = run(memory, rule, (W, q, k, v, gates, leaves), "chunk", [])
+    grouped = run(memory, rule, (W, q, k, v, gates, leaves), "parallel", [])
     for i in range(3):
         one = (
             tuple(w[:, :, i] for w in W), q[:, :, i], k[:, :, 0], v[:, :, i],
@@ -192,7 +194,7 @@ def test_memories_that_share_keys_are_one_group(rule):
         for a in range(0, T, C):
             piece = slice(a, min(a + C, T))
             o, w, S = scan.update(
-                memory, rule, w, S, one[1][..., piece, :], one[2][..., piece, :],
+                Chunk(memory, rule), w, S, one[1][..., piece, :], one[2][..., piece, :],
                 one[3][..., piece, :], Gates(*(x if x is None else x[..., piece] for x in one[4])),
                 backend="naive",
             )  # fmt: skip
@@ -206,7 +208,7 @@ def test_gated_deltanet_is_matrix_dot_delta_chunk_1():
     T, memory, rule = 9, Matrix(5, 4), decay(delta())
     W, q, k, v, gates, leaves = stream(memory, rule, T)
     k = torch.nn.functional.normalize(k, dim=-1)
-    got = run(memory, rule, (W, q, k, v, gates, leaves), "chunk", [], chunk=1)[0]
+    got = run(memory, rule, (W, q, k, v, gates, leaves), "parallel", [], chunk=1)[0]
     S, out = W[0], []
     for t in range(T):
         kt, vt, beta = k[:, :, t], v[:, :, t], gates.eta[:, :, t, None, None]
@@ -221,16 +223,16 @@ def test_chunked_matrix_dot_delta_is_exact_at_any_chunk():
     """With the dot product a matrix memory's errors do not depend on W."""
     memory, rule = Matrix(5, 4), momentum(decay(delta()))
     data = stream(memory, rule, 3 * C + 5)
-    online = run(memory, rule, data, "chunk", [], chunk=1)
-    same(run(memory, rule, data, "chunk", [], chunk=C), online)
+    online = run(memory, rule, data, "parallel", [], chunk=1)
+    same(run(memory, rule, data, "parallel", [], chunk=C), online)
 
 
 def test_momentum_closed_to_zero_is_no_momentum():
     memory, plain = ResidualMLP(4, 6), decay(delta())
     W, q, k, v, gates, leaves = stream(memory, plain, 2 * C + 1)
     closed = gates._replace(log_theta=torch.full_like(gates.eta, -1e4))
-    a = run(memory, plain, (W, q, k, v, gates, leaves), "chunk", [])
-    b = run(memory, momentum(plain), (W, q, k, v, closed, leaves), "chunk", [])
+    a = run(memory, plain, (W, q, k, v, gates, leaves), "parallel", [])
+    b = run(memory, momentum(plain), (W, q, k, v, closed, leaves), "parallel", [])
     same(a[:3], b[:3])
 
 
@@ -280,7 +282,7 @@ def test_a_key_of_zeros_writes_nothing_and_has_finite_gradients():
     memory, rule = ResidualMLP(4, 6), decay(delta())
     W, q, k, v, gates, leaves = stream(memory, rule, C)
     k = torch.zeros_like(k).requires_grad_()
-    results = run(memory, rule, (W, q, k, v, gates, [*leaves, k]), "chunk", [])
+    results = run(memory, rule, (W, q, k, v, gates, [*leaves, k]), "parallel", [])
     assert all(torch.isfinite(r).all() for r in results)
     kept = gates.log_alpha.sum(-1).exp()[..., None, None]
     for before, after in zip(W, results[1:3]):
@@ -293,7 +295,7 @@ def test_bfloat16_inputs_keep_a_float32_state():
     half = [x.detach().bfloat16() for x in (q, k, v)]
     soft = Gates(*(x if x is None else x.detach().bfloat16() for x in gates))
     W = tuple(w.detach().float() for w in W)
-    o, W, _ = scan.update(memory, rule, W, rule.init(W), *half, soft)
+    o, W, _ = scan.update(Chunk(memory, rule), W, rule.init(W), *half, soft)
     assert o.dtype == torch.bfloat16
     assert all(w.dtype == torch.float32 for w in W)
 
@@ -302,34 +304,59 @@ def test_a_period_that_does_not_divide_the_chunk():
     memory, rule = ResidualMLP(4, 6), every(4, decay(delta()))
     data = stream(memory, rule, 20)
     same(
-        run(memory, rule, data, "chunk", [], chunk=6), run(memory, rule, data, "naive", [], chunk=6)
+        run(memory, rule, data, "parallel", [], chunk=6),
+        run(memory, rule, data, "naive", [], chunk=6),
     )
 
 
 def test_options_that_do_not_fit_are_refused():
     memory, rule = Matrix(5, 4), delta()
     W, q, k, v, gates, _ = stream(memory, rule, 2)
-    args = (memory, rule, W, rule.init(W), q, k, v, gates)
-    for options, message in (
-        ({"read": "late"}, "read='late'"),
-        ({"backend": "cuda"}, "backend='cuda'"),
-        ({"objective": "l7"}, "'l7'"),
-    ):
+    args = (W, rule.init(W), q, k, v, gates)
+    for options, message in (({"read": "late"}, "read='late'"), ({"objective": "l7"}, "'l7'")):
         with pytest.raises(ValueError, match=message):
-            scan.update(*args, **options)
-    with pytest.raises(ValueError, match="offset=3 and at=None"):
-        scan.update(*args, offset=3)
-    with pytest.raises(ValueError, match="log_alpha"):
-        scan.update(memory, decay(rule), *args[2:])
-    with pytest.raises(ValueError, match="log_theta"):
-        scan.update(memory, momentum(rule), *args[2:])
-    with pytest.raises(ValueError, match="T = 0"):
-        scan.update(*args[:4], q[..., :0, :], k[..., :0, :], v[..., :0, :], gates)
-    for backend in ("chunk", "fused"):
-        with pytest.raises(ValueError, match="no parallel form"):
-            scan.update(memory, Oja(), *args[2:], backend=backend)
+            Chunk(memory, rule, **options)
     with pytest.raises(ValueError, match="Matrix"):
-        scan.update(ResidualMLP(4, 6), Oja(), *args[2:])
+        Chunk(ResidualMLP(4, 6), Oja())
+    plain = Chunk(memory, rule)
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        scan.update(plain, *args, backend="cuda")
+    with pytest.raises(ValueError, match="offset=3 and at=None"):
+        scan.update(plain, *args, offset=3)
+    with pytest.raises(ValueError, match="log_alpha"):
+        scan.update(Chunk(memory, decay(rule)), *args)
+    with pytest.raises(ValueError, match="log_theta"):
+        scan.update(Chunk(memory, momentum(rule)), *args)
+    with pytest.raises(ValueError, match="T = 0"):
+        scan.update(plain, *args[:2], q[..., :0, :], k[..., :0, :], v[..., :0, :], gates)
+    for backend in ("parallel", "fused"):
+        with pytest.raises(ValueError, match="no parallel form"):
+            scan.update(Chunk(memory, Oja()), *args, backend=backend)
+
+
+def test_a_named_backend_that_cannot_run_says_why():
+    """And "torch" takes what "auto" would on a machine without a card."""
+    rule = momentum(delta())
+    W, q, k, v, gates, _ = stream(Matrix(5, 4), rule, C)
+    chunk, args = Chunk(Matrix(5, 4), rule), (W, rule.init(W), q, k, v, gates)
+    for backend, reason in (("fused", "momentum"), ("card", "not on CUDA")):
+        with pytest.raises(ValueError, match=f"backend='{backend}' cannot run this: .*{reason}"):
+            scan.update(chunk, *args, backend=backend)
+    ran = {}
+    for backend in scan.chunk.BACKENDS[:2]:
+        with scan.chunk.noted() as tokens:
+            scan.update(chunk, *args, backend=backend)
+        ran[backend] = dict(tokens)
+    assert ran == {"auto": {"parallel": C}, "torch": {"parallel": C}}
+
+
+def test_what_runs_a_layer_is_explained():
+    """Whole chunks with the backward pass written out, what begins inside a chunk without."""
+    layer = SelfModifyingTitans(8, 2, chunk=4)
+    assert scan.explain(layer, torch.randn(1, 6, 8)) == {"fused": 6}
+    _, state = layer(torch.randn(1, 3, 8))
+    later = functools.partial(layer, state=state)
+    assert scan.explain(later, torch.randn(1, 5, 8)) == {"parallel": 1, "fused": 4}
 
 
 @pytest.mark.parametrize("memory", [Matrix(3, 4), ResidualMLP(3, 5, depth=3, gain=1.7)])

@@ -150,6 +150,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         rule = GradientRule(replacing > 0, decay=weight_decay, momentum=momentum, normalize=True)
         self.writer = Writer(
             memory, rule, chunk, objective=objective, read=read, bound=bound, backend=backend,
+            answering=-1, makes_values=True,
         )  # fmt: skip
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
@@ -276,17 +277,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         for (names, writer, heads), fast, start in zip(self.groups, memories, starts):
             own = itemgetter((slice(None), heads))
             asked = own(q) if "mem" in names else None
-            o, fast = writer.write(
-                fast,
-                asked,
-                own(k),
-                own(v),
-                gates.map(own),
-                span,
-                start.weights,
-                reader=-1,
-                own=True,
-            )
+            o, fast = writer.write(fast, asked, own(k), own(v), gates.map(own), span, start.weights)
             after.append(fast)
             os += [] if o is None else [o]
         return _joined(os), tuple(after)

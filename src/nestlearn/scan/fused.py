@@ -1,9 +1,9 @@
 """The common chunk as one function with its backward pass written out.
 
 A whole chunk of a gradient rule without momentum or period, the memory a matrix or an MLP: the
-mathematics of `chunk`, arranged for speed. What reads the same first weights (the keys, the inputs
-of self-generated values, the queries of a boundary read) is one stack of rows. For each matrix,
-with y = W x, u = −δ, r = η / max(1, ‖x‖²), s = r if the rule normalizes, else η,
+mathematics of `parallel`, arranged for speed. What reads the same first weights (the keys, the
+inputs of self-generated values, the queries of a boundary read) is one stack of rows. For each
+matrix, with y = W x, u = −δ, r = η / max(1, ‖x‖²), s = r if the rule normalizes, else η,
 
     (I + r (Γ₋ ∘ x xᵀ)) w = s u − r γ₋ y,      W_C = γ_C W + (Γ_C w)ᵀ x,
 
@@ -23,24 +23,33 @@ from torch.autograd.function import once_differentiable
 
 from ..memory.linalg import decay_products, inverse_unit_lower
 from ..memory.memories import ACTIVATIONS, Matrix, ResidualMLP, Weights
-from ..memory.objectives import Objective
 from ..memory.rules import Gates, GradientRule, RuleState
+from .chunk import Chunk, Given
 
 
-def supports(
-    memory: Any, rule: Any, objective: Objective, *, offset: int, first_order: bool
-) -> bool:
-    """Whether `update` here runs such a chunk; `chunk.update` runs the others."""
-    return (
-        isinstance(memory, Matrix | ResidualMLP)
-        and not (rule.momentum or rule.period > 1 or offset or first_order)
-        and objective.name in ("dot", "l2")
-    )
+def why_not(chunk: Chunk, given: Given) -> str | None:
+    """What keeps this form from running the call: `parallel` runs such calls, too."""
+    rule = chunk.rule
+    if not isinstance(rule, GradientRule):
+        return f"{type(rule).__name__} has no parallel form"
+    if not isinstance(chunk.memory, Matrix | ResidualMLP):
+        return f"{chunk.memory!r} is no Matrix and no ResidualMLP"
+    if chunk.aim.name not in ("dot", "l2"):
+        return f"objective {chunk.aim.name!r} is not dot or l2"
+    if rule.momentum or rule.period > 1:
+        return "momentum and periods have no backward pass written out"
+    if given.offset or chunk.first_order:
+        return "a call that begins inside a chunk, or first_order, has no backward pass written out"
+    return None
+
+
+def options() -> dict[str, Any]:
+    """It needs nothing to be told."""
+    return {}
 
 
 def update(
-    memory: Matrix | ResidualMLP,
-    rule: GradientRule,
+    chunk: Chunk,
     W: Weights,
     S: RuleState,
     q: Tensor | None,
@@ -49,16 +58,15 @@ def update(
     gates: Gates,
     *,
     at: Weights,
-    objective: Objective,
-    read: str,
     offset: int,
-    first_order: bool = False,
-    reader: int | None = None,
-    own: bool = False,
 ) -> tuple[Tensor | None, Weights, RuleState]:
     """See `nestlearn.scan.update`."""
+    memory, read, reader = chunk.memory, chunk.read, chunk.answering
     apart = read == "boundary" and reader is not None  # one memory's answers: not worth a stack
-    form = (memory, rule, objective.name == "l2", None if apart else read, reader, own)
+    form = (
+        memory, chunk.rule, chunk.aim.name == "l2", None if apart else read, reader,
+        chunk.makes_values,
+    )  # fmt: skip
     given = (None if apart else q, k, v, gates.eta, gates.log_alpha, *W)
     outputs = _Chunk.apply(form, *given) if torch.is_grad_enabled() else _forward(form, *given)[0]
     o, after = None, outputs[-len(W) :]

@@ -5,17 +5,28 @@ Everything faster in this room is tested against this file, which is tested agai
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..memory.memories import Memory, Weights
 from ..memory.objectives import Objective
-from ..memory.rules import Gates, Gradient, GradientRule, Rule
+from ..memory.rules import Gates, Gradient, GradientRule
+from .chunk import Chunk, Given
+
+
+def why_not(chunk: Chunk, given: Given) -> None:
+    """It runs everything."""
+
+
+def options() -> dict[str, Any]:
+    """It needs nothing to be told."""
+    return {}
 
 
 def update(
-    memory: Memory,
-    rule: Rule,
+    chunk: Chunk,
     W: Weights,
     S,
     q: Tensor | None,
@@ -24,18 +35,16 @@ def update(
     gates: Gates,
     *,
     at: Weights,
-    objective: Objective,
-    read: str,
     offset: int,
-    first_order: bool = False,
-    reader: int | None = None,
 ):
     """See `nestlearn.scan.update`."""
-
-    origin = tuple(w.detach() for w in at) if first_order else at
+    memory, rule = chunk.memory, chunk.rule
+    if chunk.makes_values:
+        v = memory.read(at, v)
+    origin = tuple(w.detach() for w in at) if chunk.first_order else at
 
     def grad(k: Tensor, v: Tensor) -> Gradient:
-        return inner_gradient(memory, origin, k, v, objective)
+        return inner_gradient(memory, origin, k, v, chunk.aim)
 
     period = rule.period if isinstance(rule, GradientRule) else 1
     outputs = []
@@ -43,9 +52,9 @@ def update(
         due = (offset + t + 1) % period == 0
         W, S = rule.step(W, S, grad, k[..., t, :], v[..., t, :], gates.at(t), due)
         if q is not None:
-            seen = W if read == "token" else at
-            if reader is not None:
-                seen = tuple(w.select(k.ndim - 3, reader) for w in seen)
+            seen = W if chunk.read == "token" else at
+            if chunk.answering is not None:
+                seen = tuple(w.select(k.ndim - 3, chunk.answering) for w in seen)
             outputs.append(memory.read(seen, q[..., t : t + 1, :]))
     return torch.cat(outputs, -2) if q is not None else None, W, S
 

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from ..memory import Gates, GradientRule, RuleState
 from ..memory.linalg import decay_products, frobenius, inverse_unit_lower
 from ..memory.rules import shrunk
+from .chunk import note
 from .loop import Span
 from .writer import FastWeights, Writer, into_shell
 
@@ -61,6 +62,7 @@ def write(
     whole = span.start % writer.chunk == 0 and span.ends(writer.chunk)
     if not whole or writer.first_order or writer.backend == "naive":
         return _chunks(writer, fast, last, h, v, gates, span, W0)
+    note("spans", h.shape[1])
     plain = not rule.momentum and writer.half_life is None
     ys, W, S = [], fast.now[0], fast.rule
     full = span_size(writer, ON_CARD if h.is_cuda else ON_CPU)

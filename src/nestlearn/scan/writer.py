@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory import Gates, GradientRule, Matrix, Memory, ResidualMLP, Rule, Weights, objective
+from ..memory import Gates, Weights
 from ..memory.linalg import frobenius
-from . import door
-from .door import check_read, update
+from .chunk import Chunk, Given, check_backend, note, on_card, update
 from .loop import Span
 
 
@@ -29,8 +28,8 @@ class FastWeights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Writer:
-    """How one memory is written along a stream.
+class Writer(Chunk):
+    """A chunk with its place on a stream.
 
     chunk: tokens between two points where inner gradients are taken. bound: (low, high), the
     shell in which each matrix stays: after a chunk it is scaled so that its Frobenius norm is
@@ -39,22 +38,18 @@ class Writer:
     bound_every: tokens after which it acts, a multiple of the chunk (None: every chunk).
     half_life: tokens in which what was learned fades by half *towards the start value*, once per
     chunk, W ← W_0 + 2^(−chunk/half_life) (W − W_0) (None: it does not): a retention (eq. 59) for
-    streams much longer than those trained on.
-    Errors, `first_order` and `backend` as in `nestlearn.scan.update`.
+    streams much longer than those trained on. backend: as in `nestlearn.scan.update`.
     """
 
-    memory: Memory
-    rule: Rule
-    chunk: int
-    objective: str = "dot"
-    read: str = "token"
+    chunk: int = field(kw_only=False)
     bound: tuple[float, float] | None = None
     half_life: int | None = None
-    first_order: bool = False
     backend: str = "auto"
     bound_every: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_backend(self.backend)
         period = getattr(self.rule, "period", 1)
         if self.chunk < 1 or self.chunk % period:
             raise ValueError(
@@ -66,8 +61,6 @@ class Writer:
             raise ValueError(
                 f"bound_every={self.bound_every}: give a positive multiple of chunk={self.chunk}"
             )
-        check_read(self.read)
-        objective(self.objective)  # refuses an unknown name
         if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
             raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
 
@@ -93,16 +86,12 @@ class Writer:
         gates: Gates,
         span: Span,
         W0: Weights,
-        reader: int | None = None,
-        own: bool = False,
     ) -> tuple[Tensor | None, FastWeights]:
         """Write the pairs of one span and answer its queries (see `nestlearn.scan.update`)."""
         offset = span.start % self.chunk
         o, now, rule = update(
-            self.memory, self.rule, fast.now, fast.rule, q, k, v, gates,
-            objective=self.objective, read=self.read, backend=self.backend,
-            at=fast.start if offset else None, offset=offset, first_order=self.first_order,
-            reader=reader, own=own,
+            self, fast.now, fast.rule, q, k, v, gates, backend=self.backend,
+            at=fast.start if offset else None, offset=offset,
         )  # fmt: skip
         if not span.ends(self.chunk):
             return o, FastWeights(fast.start, now, rule)
@@ -117,32 +106,27 @@ class Writer:
 
     def generates(self, z: Tensor, q: Tensor, W: Weights) -> bool:
         """Whether `generate` can run whole chunks of these: on the card, no momentum."""
-        if self.backend != "auto" or self.half_life is not None or not door.on_card(z):
+        if self.backend != "auto" or self.half_life is not None or not on_card(z):
             return False
-        from . import triton  # here, so that it is loaded only where it can run
+        from .card import given  # here, so that triton is loaded only where it can run
 
         few = z[..., : self.chunk, :]
-        return z.dtype == torch.float32 and triton.supported(
-            self.memory, self.rule, W, None, q, few, few, Gates(few), at=None, read=self.read,
-            objective=objective(self.objective), offset=0, first_order=self.first_order,
-        )  # fmt: skip
+        call = Given(W, q, few, few, Gates(few), 0)
+        return z.dtype == torch.float32 and given.why_not(self, call) is None
 
     def generate(
         self, fast: FastWeights, z: Tensor, q: Tensor, constants: Tensor, eta_max: float, span: Span
     ) -> tuple[Tensor, FastWeights]:
         """Whole chunks, or the beginning of one, of memories stacked [B, heads, memories, ...] that
         say k, v, η (and log α) of z [B, heads, T, d] and are written with them, the last of them
-        answering q: see `scan.selfmodify`.
+        answering q: see `scan.card.generated`.
         """
-        from . import selfmodify
+        from .card import generated
 
-        memory, rule = self.memory, self.rule
-        assert isinstance(memory, Matrix | ResidualMLP)
-        assert isinstance(rule, GradientRule)
         ends = span.ends(self.chunk)
-        o, now = selfmodify.run(
-            memory, rule, fast.now, z, q, constants, chunk=self.chunk,
-            objective=objective(self.objective), read=self.read, eta_max=eta_max,
+        note("card: generated", z.shape[-2])
+        o, now = generated.run(
+            self, self.chunk, fast.now, z, q, constants, eta_max=eta_max,
             bound=self.bound if ends else None,
         )  # fmt: skip
         return o, FastWeights(now if ends else fast.start, now, fast.rule)

@@ -1,6 +1,6 @@
 """Chunks of self-modifying memories as eight GPU kernels: generate, write and bound; then answer.
 
-What `layers.titans` composes of torch's operations and `triton.update`, with nothing between the
+What `layers.titans` composes of torch's operations and `given.update`, with nothing between the
 kernels. Of a head's memories the first three or four say k, v, η (and log α), the last answers q.
 
     k = unit M_k(z), v = unit M_v(z), η = step_sizes(w_η · M_η(z) + b_η), α = σ(w_α · M_α(z) + b_α)
@@ -26,21 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory.memories import Matrix, ResidualMLP, Weights
-from ..memory.objectives import Objective
-from ..memory.rules import GradientRule
-from .kernels import (
-    _answer,
-    _backward_factors,
-    _backward_generate,
-    _backward_read,
-    _backward_systems,
-    _forward,
-    _generate,
-    _invert,
-)
-from .tiles import Kind, Place
-from .triton import (
+from ...memory.memories import Weights
+from ..chunk import Chunk
+from .given import (
     _form,
     _kept,
     _kind,
@@ -52,34 +40,42 @@ from .triton import (
     _systems,
     precision,
 )
+from .kernels import (
+    _answer,
+    _backward_factors,
+    _backward_generate,
+    _backward_read,
+    _backward_systems,
+    _forward,
+    _generate,
+    _invert,
+)
+from .tiles import Kind, Place
 
 Tokens = tuple[int, int, int, int, int, int]
 Pair = tuple[Any, ...]  # the first matrix of each memory and the second, if there is one
 
 
 def run(
-    memory: Matrix | ResidualMLP,
-    rule: GradientRule,
+    chunk: Chunk,
+    tokens: int,
     W: Weights,
     z: Tensor,
     q: Tensor,
     constants: Tensor,
     *,
-    chunk: int,
-    objective: Objective,
-    read: str,
     eta_max: float,
     bound: tuple[float, float] | None,
 ) -> tuple[Tensor, Weights]:
-    """(o, W) after whole chunks, or after the beginning of one: z, q [B, heads, T, d], W of
-    [B, heads, memories, ...].
+    """(o, W) after whole chunks of so many tokens, or after the beginning of one: z, q
+    [B, heads, T, d], W of [B, heads, memories, ...].
 
-    bound: the shell, if the last chunk ends here. For what `triton.supported` refuses not defined.
+    bound: the shell, if the last chunk ends here. For what has a `given.why_not` not defined.
     """
-    form, gain = _form(memory, rule, objective, read, precision())
+    form, gain = _form(chunk, precision())
     W = tuple(w.contiguous() for w in W)
     given = (z, q, constants, W[0], W[1] if len(W) > 1 else None)
-    plan = _plan(chunk, form, gain, eta_max, bound, *given)
+    plan = _plan(tokens, form, gain, eta_max, bound, *given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         *after, o = _SelfModified.apply(plan, *given)
     else:
@@ -114,11 +110,11 @@ class Plan(NamedTuple):
 
 
 def _plan(
-    chunk: int, form: str, gain: float, eta_max: float, bound: tuple[float, float] | None,
+    tokens: int, form: str, gain: float, eta_max: float, bound: tuple[float, float] | None,
     z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None,
 ) -> Plan:  # fmt: skip
     B, heads, memories = W1.shape[:3]
-    T = min(chunk, z.shape[2])
+    T = min(tokens, z.shape[2])
     (H, K), V = W1.shape[-2:], (W1 if W2 is None else W2).shape[-2]
     many = constants.shape[-1]
     norms = memories * (1 if W2 is None else 2)
@@ -156,7 +152,7 @@ class Kept(NamedTuple):
 
     Of each chunk its first weights (unless there is one chunk), k and v, rows of scalars, the
     pre-activations of what said them and of the own values, the norms of W; then as in
-    `triton._kept`.
+    `given._kept`.
     """
 
     W1: Any

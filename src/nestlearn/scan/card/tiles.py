@@ -1,4 +1,4 @@
-"""What the kernels of `triton` are written in: tiles in registers, their products and their places.
+"""What the kernels are written in: tiles in registers, their products and their places.
 
 A pointer p leads to [parts, rows, cols]; a tile is one part in float32, padded with zeros to a
 power of two. kind: what the kernel is compiled for.

@@ -1,5 +1,5 @@
-"""The kernels of a chunk: `triton` launches them for values that are given, `selfmodify` for
-memories that generate what they are written with. The mathematics stands in `triton`.
+"""The kernels of a chunk: `given` launches them for values that are given, `generated` for
+memories that generate what they are written with. The mathematics stands in `given`.
 """
 
 from __future__ import annotations

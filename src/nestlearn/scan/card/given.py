@@ -1,4 +1,4 @@
-"""The common chunk as GPU kernels: the algebra of `chunk`, one program for each memory.
+"""The common chunk as GPU kernels: the algebra of `parallel`, one program for each memory.
 
 Each matrix W of a memory has inputs x_t, u_t = −δ_t and, with n_t = max(1, ‖x_t‖²), the step sizes
 r_t = η_t / n_t of the delta term and s_t = r_t or η_t of the gradient. With γ_t = Π α and W_0 x
@@ -13,8 +13,8 @@ from each memory, summed by torch: no atomics, so two runs give the same bits. P
 care: a token of zeros (x = u = η = log α = 0) writes nothing and keeps everything. The kernels
 stand in `kernels`.
 
-`supported` says what the kernels can run; everything else is `chunk`'s. For torch.compile forward
-and backward are two operators, so that what surrounds them stays in one graph.
+`why_not` says what the kernels cannot run. For torch.compile forward and backward are two
+operators, so that what surrounds them stays in one graph.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory.memories import Matrix, MatrixMemory, Memory, ResidualMLP, Weights
-from ..memory.objectives import Objective, dot_product, l2
-from ..memory.rules import Gates, GradientRule, Rule, RuleState
+from ...memory.memories import Matrix, ResidualMLP, Weights
+from ...memory.objectives import dot_product, l2
+from ...memory.rules import Gates, GradientRule, RuleState
+from ..chunk import Chunk, Given
 from .kernels import (
     WARPS,
     _answer,
@@ -55,31 +56,38 @@ MAX_WIDTH = 64
 _empty = torch.empty  # makes every buffer; the tests put NaN into them
 
 
-def supported(
-    memory: Memory, rule: Rule, W: Weights, S: Any, q: Tensor | None, k: Tensor, v: Tensor,
-    gates: Gates, *, at: Weights | None, objective: Objective, read: str, offset: int,
-    first_order: bool = False, reader: int | None = None,
-) -> bool:  # fmt: skip
-    """Whether the kernels can run this chunk: from its start, no momentum, period 1, float32 state,
-    a Matrix or an MLP of two matrices, all of it on the card.
+def why_not(chunk: Chunk, given: Given) -> str | None:
+    """What keeps the kernels from running this call: they take whole chunks or their beginnings,
+    no momentum, period 1, a float32 state, a Matrix or an MLP of two matrices, all on the card.
     """
+    memory, rule = chunk.memory, chunk.rule
     if not isinstance(rule, GradientRule) or rule.momentum or rule.period != 1:
-        return False
-    if offset != 0 or first_order or (objective is not dot_product and objective is not l2):
-        return False
+        return "the kernels have no such rule"
+    if given.offset != 0 or chunk.first_order:
+        return "the call begins inside a chunk, or is first_order"
+    if chunk.aim is not dot_product and chunk.aim is not l2:
+        return "the objective is neither dot product nor L2"
     if not (isinstance(memory, Matrix) or (isinstance(memory, ResidualMLP) and memory.depth == 2)):
-        return False
-    given = [x for x in (q, k, v, *gates) if x is not None]
-    small = max(max(shape) for shape in memory.shapes()) <= MAX_WIDTH and k.shape[-2] <= MAX_TOKENS
-    wide = all(w.dtype == torch.float32 for w in W)
-    narrow = all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in given)
-    there = INTERPRETED.value or all(x.is_cuda for x in (*W, *given))
-    return small and wide and narrow and there
+        return f"the kernels write a Matrix or an MLP of two matrices, not {memory!r}"
+    if max(max(shape) for shape in memory.shapes()) > MAX_WIDTH or given.k.shape[-2] > MAX_TOKENS:
+        return f"a width above {MAX_WIDTH} or a chunk above {MAX_TOKENS} tokens"
+    some = [x for x in (given.q, given.k, given.v, *given.gates) if x is not None]
+    wide = all(w.dtype == torch.float32 for w in given.W)
+    narrow = all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in some)
+    if not (wide and narrow):
+        return "a state or an input is neither float32 nor narrower"
+    if not (INTERPRETED.value or all(x.is_cuda for x in (*given.W, *some))):
+        return "a tensor is not on CUDA"
+    return None
+
+
+def options() -> dict[str, Any]:
+    """The precision of products, as the caller's autocast says it."""
+    return {"dot": precision()}
 
 
 def update(
-    memory: MatrixMemory,
-    rule: GradientRule,
+    chunk: Chunk,
     W: Weights,
     S: RuleState,
     q: Tensor | None,
@@ -88,24 +96,20 @@ def update(
     gates: Gates,
     *,
     at: Weights,
-    objective: Objective,
-    read: str,
     offset: int,
-    first_order: bool = False,
-    reader: int | None = None,
     dot: str = "",
 ) -> tuple[Tensor | None, Weights, RuleState]:
-    """See `nestlearn.scan.update`; for what is not `supported` it is not defined.
+    """See `nestlearn.scan.update`; for calls that have a `why_not` it is not defined.
 
     dot: what `precision()` said where the caller's autocast still held.
     """
-    form, gain = _form(memory, rule, objective, read if q is not None else "none", dot)
+    form, gain = _form(chunk, dot, asked=q is not None)
     given = (W[0], W[1] if len(W) > 1 else None, q, k, v, gates.eta, gates.log_alpha)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     if save:
-        outputs = _Chunk.apply(form, gain, reader, *given)
+        outputs = _Chunk.apply(form, gain, chunk.answering, *given)
     else:
-        outputs = _call("chunk", _run)(form, gain, reader, False, *given)[:-1]
+        outputs = _call("chunk", _run)(form, gain, chunk.answering, False, *given)[:-1]
     after, o = outputs[: len(W)], None if q is None else outputs[-1]
     return o, tuple(after), S
 
@@ -116,14 +120,14 @@ def precision() -> str:
     return "bf16" if on and torch.get_autocast_dtype("cuda") == torch.bfloat16 else ""
 
 
-def _form(
-    memory: Any, rule: GradientRule, objective: Objective, read: str, dot: str
-) -> tuple[str, float]:
+def _form(chunk: Chunk, dot: str, asked: bool = True) -> tuple[str, float]:
     """What `_kind` needs to know, and the gain."""
-    phi, gain, residual = "", 1.0, False
+    memory, rule, phi, gain, residual = chunk.memory, chunk.rule, "", 1.0, False
+    assert isinstance(rule, GradientRule)
     if isinstance(memory, ResidualMLP):
         phi, gain, residual = memory.activation, memory.gain, memory.residual
-    flags = (residual, objective is l2, rule.delta, rule.normalize)
+    flags = (residual, chunk.aim is l2, rule.delta, rule.normalize)
+    read = chunk.read if asked else "none"
     return ",".join((phi, read, *(str(int(x)) for x in flags), dot)), gain
 
 

@@ -1,0 +1,1 @@
+"""A chunk as GPU kernels, in Triton. Loaded only where it can run."""
