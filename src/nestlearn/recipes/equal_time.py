@@ -226,7 +226,7 @@ def reproduce(
             if done is not None
             for chosen in [cell["lr"] == best[cell["model"]][1]]
         ]
-    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     figure(records, out / "equal_time.png")
     text = table(records)
     suite.write_table(out, text)
