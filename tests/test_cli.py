@@ -1,8 +1,10 @@
 """The command line: help at once, errors as one line, and a model trained and read."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -165,6 +167,44 @@ def test_train_and_generate(call, hope, tmp_path, text):
     (run / "model").rename(tmp_path / "elsewhere")
     assert_one_line(call("generate", run, "--prompt", "x"), "not finished")
     assert call("generate", tmp_path / "elsewhere", "--prompt", "x", "--tokens", 1)[0] == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_of_another_encoding_gets_what_it_can_show(hope, monkeypatch, tmp_path, encoding):
+    torch.manual_seed(0)
+    config = hope.HopeConfig(dim=16, layers=1, heads=2)
+    hope.HopeLM(config).save_pretrained(tmp_path)
+
+    def call(*args):
+        shown = io.BytesIO()
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(shown, encoding, write_through=True))
+        monkeypatch.setattr(sys, "argv", ["nestlearn", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, shown.getvalue()
+        return shown.getvalue().decode(encoding, errors="replace")
+
+    options = ("--tokens", 40, "--temperature", 3)
+    assert call("generate", tmp_path, "--prompt", "the ", *options).startswith("the ")
+    assert "Level" in call("levels", tmp_path).title()
+    assert json.loads(call("levels", tmp_path, "--json"))
+    assert "train" in call("--help")
+
+
+def test_no_file_is_written_in_the_consoles_encoding():
+    """Of our files each names its own: a table with a ± would be lost after hours of training."""
+    folder = os.path.dirname(cli.__file__)
+    for parent, _, names in os.walk(folder):
+        for name in (name for name in names if name.endswith(".py")):
+            with open(os.path.join(parent, name), encoding="utf-8") as file:
+                tree = ast.parse(file.read())
+            for node in ast.walk(tree):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                    continue
+                if node.func.attr in ("read_text", "write_text"):
+                    given = [keyword.arg for keyword in node.keywords]
+                    assert "encoding" in given, f"{name}:{node.lineno}"
 
 
 def test_the_tokenizer_travels_with_the_model(call, hope, tmp_path, text):

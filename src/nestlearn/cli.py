@@ -239,7 +239,8 @@ def _new_model(corpus: Corpus, size: str, mixer: str, channel: str, seed: int) -
 
 def _introduce(corpus: Corpus, model: Any) -> None:
     parameters = sum(p.numel() for p in model.parameters())
-    skipped = f" ({corpus.skipped} skipped: hidden or no UTF-8 text)" if corpus.skipped else ""
+    why = "".join(f"; {each}" for each in corpus.no_text[:3])
+    skipped = f" ({corpus.skipped} skipped: hidden or no UTF-8 text{why})" if corpus.skipped else ""
     _say(
         f"Text files: {corpus.files}{skipped}; {corpus.train.numel():,} tokens to train on, "
         f"{corpus.val.numel():,} to validate; {parameters:,} parameters."
@@ -337,7 +338,8 @@ def levels(
     step = training["batch"] * training["length"] if training else None
     found = of(model, tokens_per_step=step)
     if as_json:
-        typer.echo(json.dumps(to_json(found), indent=2, ensure_ascii=False))
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        typer.echo(json.dumps(to_json(found), indent=2, ensure_ascii=plain))
         return
     Console().print(render(found))
     for component in (c for level in found for c in level.components if c.kind == "memory"):
@@ -359,7 +361,7 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     if not path.is_file():
         raise FileNotFoundError(f"no run or model in {folder}: it has no config.json")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         training, model = (data["train"], data["model"]) if "train" in data else (None, data)
         if training is None and model.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
@@ -387,6 +389,7 @@ app.add_typer(memory_commands.memory, name="memory")
 
 def main() -> None:
     """Run the command line; foreseen errors are one red line and exit code 2."""
+    commands.forgive_encodings()
     try:
         app()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:

@@ -5,6 +5,8 @@ checks cannot be compiled.
 """
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -104,6 +106,24 @@ def test_a_compiled_layer_may_be_compiled_from_outside_and_copied():
         other.readout.out.weight.add_(1)
     torch.testing.assert_close(layer(x)[0], expected)
     assert (other(x)[0] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_compiled_layer_may_be_pickled(name):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name][0](8), torch.randn(1, 8, 8)
+    expected = layer(x)[0]
+    layer.compile(backend="eager")
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        compiled = [getattr(part, "_compiled", {}).keys() for part in twin.modules()]
+        assert compiled == [getattr(part, "_compiled", {}).keys() for part in layer.modules()]
+        assert any(compiled)
+        assert (twin(x[:, :1])[0] - expected[:, :1]).abs().max() < 1e-5
+    if name == "cms":  # the one that is quick to compile
+        assert (twin(x)[0] - expected).abs().max() < 1e-5
 
 
 def test_a_model_compiles_the_layers_of_memories():

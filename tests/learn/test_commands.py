@@ -1,5 +1,6 @@
 """The commands of stacked models, from a pretrained model's folder to one that remembers."""
 
+import gzip
 import re
 
 import pytest
@@ -39,11 +40,13 @@ def test_from_a_pretrained_model_to_one_that_remembers(call, folder, monkeypatch
     assert "2 blocks, 2 levels; a memory takes 0.0 MB" in said
     code, _, said = call("learn", out, "--data", folder / "text.txt", "--memory", "mine")
     assert code == 0, said
-    first, last, without, now = map(float, re.findall(r" (\d\.\d{3}) ", said)[:4])
+    assert "Memory mine: new, nothing read yet; it will take" in said
+    without, now = map(float, re.search(r"on the text: (.+) before, (.+) after\.", said).groups())
     assert now < without
-    assert last <= first  # one block: the same
+    assert "As it was met" not in said  # one block: nothing to compare
     assert "Forgotten: loss on its own samples" in said
     assert "tokens/s" in said
+    assert re.search(r"0\.0 MB\): 520 tokens learned in \d+\.\d seconds, 520 in all", said)
 
     model = load_stack(out)
     session = Session(model, out / "memories" / "mine", cli.stacking.words_of(out))
@@ -62,6 +65,10 @@ def test_from_a_pretrained_model_to_one_that_remembers(call, folder, monkeypatch
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, _, said = call("chat", out, "--memory", "mine", "--tokens", 5)
     assert code == 0, said
+    assert re.search(
+        r"Memory mine: 520 tokens read in 1 parts since \d\d \w+ \d{4}, the last from text\.txt; "
+        r"its weights have moved by \d+\.\d\d%; 0\.0 MB\. It learns from your words\.", said
+    )  # fmt: skip
     assert "learn: begin 520" in call("memory", "show", out, "mine")[1]
 
     assert call("memory", "export", out, "mine", "--out", folder / "plain")[0] == 0
@@ -76,6 +83,121 @@ def test_from_a_pretrained_model_to_one_that_remembers(call, folder, monkeypatch
     there = Session(merged, folder / "merged" / "memories" / "mine")
     with torch.no_grad():
         assert (merged(probe, there.memory).logits - expected).abs().max() < 1e-4
+
+
+def test_a_text_of_several_blocks_is_also_measured_as_it_is_met(call, folder, monkeypatch):
+    monkeypatch.setattr("nestlearn.recipes.reading.BLOCK", 64)
+    monkeypatch.setattr("nestlearn.recipes.reading.SAMPLE", 64)
+    out = folder / "stacked"
+    call("stack", folder / "model", "--out", out, "--chunk", 16, "--lr", 0.3)
+    for _ in range(2):
+        _, _, said = call(
+            "learn", out, "--data", folder / "text.txt", "--memory", "mine", "--tokens", 150
+        )
+    text = re.search(
+        r"its last 64 tokens\): (.+) before, (.+) after; without a memory (.+)\.", said
+    )
+    before, after, without = map(float, text.groups())
+    assert max(before, after) < without
+    met = re.search(r"As it was met, .+: (.+) in its first 64 tokens, (.+) in its last 22", said)
+    assert float(met[2]) < without
+
+
+def test_a_memory_that_is_only_read_stays_as_it_is(call, folder, monkeypatch):
+    out = folder / "stacked"
+    call("stack", folder / "model", "--out", out, "--chunk", 8)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    code, _, said = call("chat", out, "--memory", "mine", "--read-only")
+    assert (code, "no memory in" in said) == (2, True)
+    call("learn", out, "--data", folder / "keep.txt", "--memory", "mine")
+    before = (out / "memories" / "mine" / "memory.json").read_bytes()
+    lines = iter(["the key", "x" * 100, ""])
+    code, _, said = call("chat", out, "--memory", "mine", "--read-only", "--tokens", 3)
+    assert code == 0, said
+    assert "It learns from nothing." in said
+    assert (out / "memories" / "mine" / "memory.json").read_bytes() == before
+    code, _, said = call("chat", out, "--memory", "mine", "--read-only", "--learn", "user")
+    assert (code, "--learn user with --read-only" in said) == (2, True)
+
+
+def test_what_goes_wrong_in_a_chat_does_not_end_it(call, folder, monkeypatch):
+    out = folder / "stacked"
+    call("stack", folder / "model", "--out", out, "--chunk", 8)
+    lines = iter(["the key", "the mat", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    chat = Session.chat
+
+    def fail_once(self, message, **options):
+        if message == "the key":
+            raise ValueError("too long")
+        return chat(self, message, **options)
+
+    monkeypatch.setattr(Session, "chat", fail_once)
+    code, _, said = call("chat", out, "--memory", "mine", "--tokens", 3)
+    assert code == 0
+    assert "Error: too long" in said
+    assert "learn: begin 0" in call("memory", "show", out, "mine")[1]
+
+
+def test_names_are_shown_as_they_are(call, folder):
+    out = folder / "stacked"
+    call("stack", folder / "model", "--out", out, "--chunk", 8)
+    source = folder / "x [draft] [/b].txt"
+    (folder / "text.txt").rename(folder / "x [draft] [b].txt")
+    names = ["[bold]b", "notes[1]"]
+    for name in names:
+        code, _, said = call(
+            "learn", out, "--data", folder / "x [draft] [b].txt", "--memory", name, "--tokens", 20
+        )
+        assert code == 0, said
+        assert f"Memory {name}: new" in said
+    one = Session(load_stack(out), out / "memories" / names[0])
+    one.learn(torch.tensor([[3, 4]]), source=source.name)
+    one.save()
+    code, shown, _ = call("memory", "list", out)
+    assert code == 0
+    assert all(name in shown for name in (*names, source.name, "x [draft] [b].txt"))
+    (out / "memories" / "[i]stray").write_text("no memory")
+    assert "[i]stray" in call("memory", "list", out)[1]
+    assert names[0] in call("memory", "show", out, names[0])[1]
+    shown = call("memory", "diff", out, *names)[1]
+    assert all(name in shown for name in names)
+
+
+def test_texts_are_read_whole_or_named(call, folder):
+    out, memories = folder / "stacked", iter("abcdefgh")
+    call("stack", folder / "model", "--out", out, "--chunk", 8)
+    (folder / "many").mkdir()
+    (folder / "many" / "a.txt").write_bytes(b"\xef\xbb\xbfthe key")
+    (folder / "many" / "b.txt.gz").write_bytes(gzip.compress(b"the mat"))
+    (folder / "many" / "latin.txt").write_bytes("schön".encode("latin-1"))
+
+    def learn(path):
+        code, _, said = call("learn", out, "--data", path, "--memory", next(memories))
+        return code, " ".join(said.split())
+
+    code, said = learn(folder / "many")
+    assert code == 0, said
+    assert "15 tokens learned" in said  # no mark of the byte order, one newline between
+    assert "1 files in" in said
+    assert "latin.txt is not UTF-8 text" in said
+    code, said = learn(folder / "many" / "latin.txt")
+    assert (code, "latin.txt is not UTF-8 text; convert it" in said) == (2, True)
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(b"the mat" * 20)[:-9])
+    code, said = learn(folder / "cut.txt.gz")
+    assert (code, "cut.txt.gz is a damaged .gz file" in said) == (2, True)
+    (folder / "empty").mkdir()
+    code, said = learn(folder / "empty")
+    assert (code, "no text in" in said) == (2, True)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_learning(call, folder):
+    out = folder / "stacked"
+    call("stack", folder / "model", "--out", out, "--chunk", 8)
+    (out / "memories").write_text("a file")
+    code, _, said = call("learn", out, "--data", folder / "text.txt", "--memory", "mine")
+    assert (code, "cannot be a memory's folder" in said) == (2, True)
+    assert "tokens/s" not in said
 
 
 def test_training_how_it_learns_is_kept_in_the_folder(call, folder):

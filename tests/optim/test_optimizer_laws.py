@@ -209,6 +209,52 @@ def test_a_loaded_state_is_a_copy_and_keeps_its_types(entry):
     assert equal(weights(model), weights(other))
 
 
+@every
+def test_an_older_state_is_completed_or_refused(entry):
+    model, other = network(), network()
+    one, two = entry(model), entry(other)
+    train(model, one, 3)
+    other.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(one.state_dict())
+    for group in saved["param_groups"]:  # of a version before these options
+        for name in set(group) - {"params", "lr"}:
+            del group[name]
+    two.load_state_dict(saved)
+    train(model, one, 3, 3)
+    train(other, two, 3, 3)
+    assert equal(weights(model), weights(other))
+    broken = copy.deepcopy(one.state_dict())
+    number = next(iter(broken["state"]), None)
+    if number is None:
+        return
+    name = next(name for name in broken["state"][number] if name != "step" or len(
+        broken["state"][number]) == 1)  # fmt: skip
+    del broken["state"][number][name]
+    broken["state"][number]["foreign"] = torch.zeros(())
+    before = copy.deepcopy(two.state_dict())
+    with pytest.raises(ValueError, match=f"of parameter {number}, .* lacks .*{name}"):
+        two.load_state_dict(broken)
+    after = two.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert before["state"].keys() == after["state"].keys()
+    for i, parts in before["state"].items():
+        assert all(torch.equal(part, after["state"][i][key]) for key, part in parts.items())
+
+
+def test_another_optimizers_state_is_refused():
+    model = network()
+    adam = torch.optim.AdamW(model.parameters())
+    train(model, adam, 2)
+    with pytest.raises(ValueError, match=r"has .*exp_avg.* and lacks"):
+        ENTRIES["M3"](model).load_state_dict(adam.state_dict())
+    bad = ENTRIES["Muon"](model)
+    state = bad.state_dict()
+    state["param_groups"][0]["lr"] = -1
+    with pytest.raises(ValueError, match="lr=-1"):
+        bad.load_state_dict(state)
+    assert bad.param_groups[0]["lr"] != -1
+
+
 def test_optimizers_can_be_pickled_and_copied():
     for name in ("M3", "Muon", "DeltaMomentum", "DeepMomentum"):
         model = network()

@@ -4,6 +4,8 @@ import gzip
 import importlib
 import json
 import math
+import os
+import re
 import sys
 
 import pytest
@@ -134,6 +136,68 @@ def test_folders_skip_what_is_no_text_and_count_it(tmp_path):
     corpus = load_text([tmp_path], val_fraction=0.5)
     assert text_of(corpus.train) == "good" * 5 + "zips" * 5
     assert corpus.skipped == 4
+
+
+def test_links_are_read_once_and_loops_end(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    (data / "sub").mkdir(parents=True)
+    other.mkdir()
+    (data / "a.txt").write_text("a" * 40)
+    (other / "b.txt").write_text("b" * 40)
+    (tmp_path / "c.txt").write_text("c" * 40)
+    (data / "linked").symlink_to(other, target_is_directory=True)
+    (data / "again").symlink_to(other, target_is_directory=True)
+    (data / "c.txt").symlink_to(tmp_path / "c.txt")
+    (data / "sub" / "loop").symlink_to(data, target_is_directory=True)
+    (data / "broken.txt").symlink_to(tmp_path / "nothing")
+    os.mkfifo(data / "pipe")
+    corpus = load_text([data], val_fraction=0.5)
+    assert text_of(corpus.train) == "a" * 20 + "b" * 20 + "c" * 20
+    assert (corpus.files, corpus.skipped) == (3, 2)
+    assert all("is a link to nothing, or no file" in why for why in corpus.no_text)
+    (tmp_path / "alias").symlink_to(data, target_is_directory=True)
+    assert load_text([tmp_path / "alias"]).files == 3
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + b"ab" * 10)
+    (tmp_path / "marked.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + b"cd" * 10))
+    corpus = load_text([tmp_path], val_fraction=0.5)
+    assert text_of(corpus.train) == "cd" * 5 + "ab" * 5
+
+
+def test_what_is_no_text_is_named_with_the_reason(tmp_path):
+    whole = gzip.compress(b"text " * 100)
+    for name, content, why in (
+        ("latin.txt", b"ab\xe9 cd", "byte 2 of 6"),
+        ("cut.txt", "ab€".encode()[:-1], "byte 2 of 4"),
+        ("wide.txt", "text".encode("utf-16"), "byte 0 of 10"),
+        ("zeros.txt", b"ab\0", "zero bytes"),
+        ("cut.gz", whole[:-9], "damaged .gz"),
+        ("more.gz", whole + b"rest", "damaged .gz"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{re.escape(name)} is .*{why}"):
+            load_text([tmp_path / name])
+    with pytest.raises(ValueError, match=r"6 files skipped .*cut\.gz is a damaged"):
+        load_text([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["uint8", "int8", "int16", "uint16", "int32", "uint32", "uint64"])
+def test_every_integer_type_is_tokens(name):
+    tokens = torch.arange(100)
+    corpus = Corpus(tokens.to(getattr(torch, name)), tokens.to(getattr(torch, name)), 100)
+    expected = Corpus(tokens, tokens, 100)
+    assert torch.equal(corpus.batch(3, 4, 8, 0), expected.batch(3, 4, 8, 0))
+    assert torch.equal(corpus.val_windows(3, 8), expected.val_windows(3, 8))
+    assert corpus.describe()["train_tokens"] == 100
+    with pytest.raises(ValueError, match="ids from 0 to 99, outside vocab_size=99"):
+        Corpus(tokens.to(getattr(torch, name)), tokens, 99)
+
+
+def test_bools_are_no_tokens():
+    with pytest.raises(ValueError, match=r"train is a torch\.bool tensor"):
+        Corpus(torch.ones(9, dtype=torch.bool), torch.arange(9), 10)
 
 
 def test_a_file_met_twice_counts_once(tmp_path):

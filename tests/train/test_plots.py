@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from nestlearn.train import plots
@@ -50,6 +51,12 @@ def test_a_comparison_shows_every_model_on_both_sides(tmp_path, drawn):
     assert right.get_xlim() == (0, 32)
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b"]
     assert not right.collections  # one seed has no range
+
+
+def test_names_are_shown_as_they_are(tmp_path, drawn):
+    plots.loss_by_position({"_a$b$_[c": torch.ones(32), "$": torch.ones(32)}, tmp_path / "x.png")
+    shown = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert shown == [r" _a\$b\$_[c", r"\$"]  # what matplotlib draws as a $
 
 
 def test_seeds_are_a_mean_and_a_range(tmp_path, drawn):

@@ -58,13 +58,13 @@ class Record:
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
     """Write the records as JSON, whole or not at all."""
     text = json.dumps([asdict(record) for record in records], indent=1, allow_nan=False)
-    atomic_write(path, lambda temp: temp.write_text(text + "\n"))
+    atomic_write(path, lambda temp: temp.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_records(path: str | Path) -> list[Record]:
     """The records that `write_records` wrote; ValueError names the first that is none."""
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): write it again") from error
     if not isinstance(data, list):

@@ -67,7 +67,7 @@ class Anchor:
         samples = self.samples.to(model.lr[0].device)
         chosen = (self.rows * turn + torch.arange(self.rows, device=samples.device)) % len(samples)
         texts = samples[chosen]
-        with torch.no_grad():
+        with torch.no_grad(), lend({}):  # a block of `using` around it is not the base model
             target = model.base(input_ids=texts).logits.log_softmax(-1)
         with lend(weights):
             now = model.base(input_ids=texts.repeat(batch, 1)).logits.log_softmax(-1)

@@ -7,10 +7,13 @@ names and state dict stay as they are, and nothing of a call outlives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +46,12 @@ class Factors(NamedTuple):
 class Effective(NamedTuple):
     """What one linear layer computes with. base: its weights [1 or B, out, in], None for its own.
     added: low-rank terms beside them. Rows of a call are dealt to the B memories in equal runs.
+    version: of the layer's own weights when they were added to the deltas.
     """
 
     base: Tensor | None
     added: tuple[Factors, ...] = ()
+    version: int | None = None
 
 
 Weights = dict[nn.Module, Effective]
@@ -70,6 +75,68 @@ def lend(weights: Weights, inputs: dict[nn.Module, Tensor] | None = None) -> Ite
         _LOAN.reset(token)
 
 
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """An open `share` block: of which layers it speaks, and the threads that are older than it."""
+
+    loan: _Loan
+    layers: frozenset[nn.Module]
+    older: frozenset[threading.Thread]
+    outer: _Shared | None
+
+
+# Threads do not inherit a context, so they look here: at the open blocks, and at those in which
+# they were started and which have ended since.
+_OPEN: list[_Shared] = []
+_ENDED: WeakKeyDictionary[threading.Thread, list[_Shared]] = WeakKeyDictionary()
+_INSIDE: ContextVar[_Shared | None] = ContextVar("nestlearn_shared", default=None)
+
+
+@contextmanager
+def share(weights: Weights, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """`lend` to all of these layers, also in the threads that are started inside the block.
+
+    What a block around it lends to the layers of other models stays lent.
+    """
+    own, outer, loan = frozenset(layers), _INSIDE.get(), _LOAN.get()
+    beside = {} if loan is None else {k: v for k, v in loan.weights.items() if k not in own}
+    lent = _Loan({**beside, **weights}, None)
+    about = own if outer is None else own | outer.layers
+    block = _Shared(lent, about, frozenset(threading.enumerate()), outer)
+    tokens = _LOAN.set(lent), _INSIDE.set(block)
+    _OPEN.append(block)
+    try:
+        yield
+    finally:
+        _OPEN.remove(block)
+        for thread in frozenset(threading.enumerate()) - block.older:
+            _ENDED.setdefault(thread, []).append(block)
+        _LOAN.reset(tokens[0])
+        _INSIDE.reset(tokens[1])
+
+
+def _inherited(layer: nn.Module) -> _Loan | None:
+    """What a thread without a loan of its own reads; ValueError where that is not certain."""
+    thread = threading.current_thread()
+    about = [b for b in (*_OPEN, *_ENDED.get(thread, ())) if layer in b.layers]
+    blocks = [b for b in about if not any(c.outer is b for c in about)]  # the innermost
+    if not blocks:
+        return None
+    if len(blocks) > 1 or thread in blocks[0].older:
+        raise ValueError(
+            "another thread is using a memory of this model, and this one did not say what it "
+            "reads: enter using(memory), or using(None), in this thread"
+        )
+    return blocks[0].loan
+
+
+def version(layer: nn.Module) -> int | None:
+    """How often the layer's own weights were written; None where torch does not count it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return None if weight.is_inference() else weight._version
+
+
 def kernel(layer: nn.Module) -> Tensor:
     """The layer's own weights as [out, in]; a view of its parameter."""
     assert isinstance(layer.weight, Tensor)
@@ -81,6 +148,8 @@ class _Adopted:
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:  # type: ignore[misc]
         loan = _LOAN.get()
+        if loan is None and (_OPEN or _ENDED):
+            loan = _inherited(self)
         if loan is not None and loan.inputs is not None:
             loan.inputs[self] = x
         lent = loan.weights.get(self) if loan is not None else None
@@ -101,6 +170,11 @@ _RELEASED = {adopted: own for own, adopted in _ADOPTED.items()}
 
 
 def _compute(layer: nn.Module, own, x: Tensor, lent: Effective) -> Tensor:
+    if lent.version is not None and lent.version != version(layer):
+        raise ValueError(
+            "the base model's weights have changed since the memory was added to them: leave "
+            "using(...) after an optimizer's step, and enter it again"
+        )
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
     if lent.base is None:

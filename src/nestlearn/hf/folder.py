@@ -80,7 +80,7 @@ def save_stack(model: StackedModel, folder: str | Path, tokenizer: Any = None) -
         if tokenizer is not None:
             tokenizer.save_pretrained(temp / "base")
         (temp / name).write_bytes(raw)
-        (temp / "stack.json").write_text(text)
+        (temp / "stack.json").write_text(text, encoding="utf-8")
 
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def save_rates(model: StackedModel, folder: str | Path) -> None:
     old = _read_stack(folder)["rates"]
     name, raw, text = _contents(model)
     atomic_write(folder / name, lambda temp: temp.write_bytes(raw))
-    atomic_write(folder / "stack.json", lambda temp: temp.write_text(text))
+    atomic_write(folder / "stack.json", lambda temp: temp.write_text(text, encoding="utf-8"))
     if old != name:
         (folder / old).unlink(missing_ok=True)
 

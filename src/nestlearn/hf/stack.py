@@ -25,6 +25,8 @@ from .families import (
     kernel,
     lend,
     release,
+    share,
+    version,
 )
 from .families import full_precision as wide
 from .plan import WINDOW, Memory, StackConfig, chosen
@@ -138,13 +140,15 @@ class StackedModel(nn.Module):
 
     def forward(self, input_ids: Tensor, memory: Memory | None = None, **options: Any) -> Any:
         """The base model's output under the memory; options are its own forward's."""
-        with self.using(memory):
+        with lend(self._effective(memory)):
             return self.base(input_ids=input_ids, **options)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, memory: Memory | None = None, **options: Any) -> Any:
+    def generate(
+        self, input_ids: Tensor, memory: Memory | Weights | None = None, **options: Any
+    ) -> Any:
         """The base model's `generate` under the memory; options are its own."""
-        with self.using(memory):
+        with lend(self._effective(memory)):
             return self.base.generate(input_ids, **options)
 
     @contextmanager
@@ -153,10 +157,20 @@ class StackedModel(nn.Module):
 
         Several memories, of one row or more each, read one batch: its rows are dealt to them in
         equal runs, in their order. The weights are computed once, on entering; pass what
-        `weights(memory)` returned to use them again.
+        `weights(memory)` returned to use them again. Threads that are started inside the block
+        read the memory, too; any other one says for itself what it reads, or gets a ValueError.
+        A backward pass inside reaches the base model's own weights, as without a memory; once an
+        optimizer has changed these, the block has to be entered anew.
         """
-        with lend(memory if isinstance(memory, dict) else self.weights(memory)):
+        with share(self._effective(memory), self.layers):
             yield
+
+    def _effective(self, memory: Memory | Sequence[Memory] | Weights | None) -> Weights:
+        if not isinstance(memory, dict):
+            return self.weights(memory)
+        if not memory.keys() <= set(self.layers):
+            raise ValueError("these are another model's weights: pass this one's weights(memory)")
+        return memory
 
     def learn(
         self,
@@ -234,7 +248,6 @@ class StackedModel(nn.Module):
 
     # ---------------------------------------------------------------------- effective weights
 
-    @torch.no_grad()
     def weights(self, memory: Memory | Sequence[Memory] | None) -> Weights:
         """The weights of every layer that a memory has changed; none for an untouched one."""
         memory = self.init_memory() if memory is None else memory
@@ -292,7 +305,7 @@ class StackedModel(nn.Module):
             total = wide(own) + deltas[0].dense()
             for delta in deltas[1:]:
                 total += delta.dense()
-            weights[layer] = Effective(total.to(own.dtype))
+            weights[layer] = Effective(total.to(own.dtype), (), version(layer))
         return weights
 
 

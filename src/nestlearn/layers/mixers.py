@@ -104,6 +104,17 @@ class Stepping(nn.Module):
             for name in ("_step", *self._around)
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code, which no file can hold: a copy compiles its own when it runs."""
+        state = super().__getstate__()
+        state.pop("_compiled", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._options is not None:
+            Stepping.compile(self, **self._options)
+
     def _again(self, f: Callable, *args: Any) -> Any:
         """f(*args), with `remat` computed again in the backward pass."""
         if self.remat and torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """Models that go on learning: sessions, and their memories on disk."""
 
-from .session import ChatTurn, Difference, Learned, Session
+from .conversation import ChatTurn
+from .session import Difference, Learned, Session
 from .store import describe, load_memory, save_memory
 
 __all__ = [

@@ -6,28 +6,23 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nestlearn.hf.anchor import Anchor
-from nestlearn.hf.families import Weights
+from nestlearn.hf.families import Weights, version
 from nestlearn.hf.folder import fingerprint
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import size
 
-from . import store
+from . import conversation, store
+from .conversation import ChatTurn
+from .generation import check_options, check_room, fits
 
 Text = str | Tensor
 MEMORIES = Path("memories")  # where a bare name stands
-
-
-class Tokenizer(Protocol):
-    """What a session needs of a tokenizer; transformers' have it."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
 class Learned(NamedTuple):
@@ -51,13 +46,6 @@ class Difference(NamedTuple):
     other: float
     distance: float
     cosine: float
-
-
-class ChatTurn(TypedDict):
-    """One message of a conversation."""
-
-    role: str
-    content: str
 
 
 class Session:
@@ -97,7 +85,8 @@ class Session:
         self._history: list[store.Record] = []
         self._digest: str | None = None
         self._base = fingerprint(model)
-        self._ready: tuple[Any, Weights] | None = None
+        self._ready: tuple[Any, list[int | None], Weights] | None = None
+        self._spoken: tuple[ChatTurn, list[int], int] | None = None  # last reply: ids, their end
         self._held_out: Tensor | None = None
         self._limit = math.inf
         if held_out is not None:
@@ -118,6 +107,8 @@ class Session:
         call the text in `history`. What would make a number infinite is taken back, too.
         """
         self._may_write()
+        if source is not None and not isinstance(source, str):
+            raise ValueError(f"source={source!r}: give a str; the history is saved as JSON")
         ids = self._ids(text, first=self.memory.position == 0)
         losses, memory = self.model.learn(
             ids, self.memory, mask, drift=self.drift, anchor=self.anchor
@@ -162,21 +153,21 @@ class Session:
             raise ValueError(f"learn={learn!r}: use 'user', 'assistant', 'both' or 'nothing'")
         if learn != "nothing":
             self._may_write()
-        before = self._template(self.turns, ask=False) if self.turns else []
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer: Session(..., tokenizer=...)")
         turns: list[ChatTurn] = [*self.turns, {"role": "user", "content": message}]
-        asked = self._template(turns, ask=True)
-        prompt = torch.tensor([asked])
-        reply = self.generate(prompt, **options)
-        assert self.tokenizer is not None
+        check_options(self.model.base, options, one=True)
+        new, closing = conversation.heard(self.tokenizer, turns, self._said(turns))
+        reply = self.generate(self._prompt(turns, options), **options)
         text = self.tokenizer.decode(reply[0].tolist(), skip_special_tokens=True).strip()
-        self.turns = [*turns, {"role": "assistant", "content": text}]
+        answer: ChatTurn = {"role": "assistant", "content": text}
+        self.turns = [*turns, answer]
         if learn != "nothing":
-            start = len(before) if asked[: len(before)] == before else 0
-            ids = torch.cat([prompt[:, start:], reply.cpu()], 1)
-            mask = torch.ones(ids.shape)
-            split = ids.shape[1] - reply.shape[1]
-            mask[:, :split] = learn in ("user", "both")
-            mask[:, split:] = learn in ("assistant", "both")
+            ids = torch.cat([torch.tensor([new], dtype=torch.long), reply.cpu()], 1)
+            mask = torch.zeros(ids.shape)
+            mask[:, closing : len(new)] = learn in ("user", "both")
+            mask[:, len(new) :] = learn in ("assistant", "both")
+            self._spoken = (answer, reply[0].tolist(), self.memory.position + ids.shape[1])
             self.learn(ids, mask, source="chat")
         return text
 
@@ -184,16 +175,23 @@ class Session:
 
     def generate(self, prompt: Text, **options: Any) -> Any:
         """What the model says after the prompt, with what it has learned: a text for a text, ids
-        [1, N] for ids. options: of the model's own `generate` (max_new_tokens, do_sample, ...).
+        [1, N] for ids. options: of the model's own `generate` (max_new_tokens, do_sample, ...);
+        with num_return_sequences=n a list of n texts, or ids [n, N].
+
+        ValueError, before anything is generated, for options whose result would be no text, and
+        for a prompt and new tokens that are more than a table of positions holds.
         """
         ids = self._ids(prompt)
-        with torch.no_grad(), self.model.using(self._weights()):
-            options.setdefault("attention_mask", torch.ones_like(ids))
-            made = self.model.base.generate(ids, **options)[:, ids.shape[1] :]
+        check_options(self.model.base, options)
+        check_room(self.model.base, ids.shape[1], options)
+        options.setdefault("attention_mask", torch.ones_like(ids))
+        with torch.no_grad():
+            made = self.model.generate(ids, self._weights(), **options)[:, ids.shape[1] :]
         if isinstance(prompt, Tensor):
             return made
         assert self.tokenizer is not None
-        return self.tokenizer.decode(made[0].tolist(), skip_special_tokens=True)
+        texts = [self.tokenizer.decode(r.tolist(), skip_special_tokens=True) for r in made]
+        return texts[0] if len(texts) == 1 else texts
 
     def surprise(self, text: Text) -> Tensor:
         """−log p in nats of every token [1, T] of a text by itself; the first is nan."""
@@ -276,7 +274,7 @@ class Session:
         twin = Session(self.model, None, self.tokenizer, drift=self.drift, anchor=self.anchor)
         twin._held_out, twin._limit = self._held_out, self._limit
         twin.memory, twin._history, twin._base = self.memory, self.history, self._base
-        twin.turns = list(self.turns)
+        twin.turns, twin._spoken = list(self.turns), self._spoken
         twin._note("fork", source=None if self.path is None else str(self.path))
         if path is not None:
             twin.save(path)
@@ -293,6 +291,13 @@ class Session:
         self._base = fingerprint(self.model)
         self._note("merge", level=level)
 
+    @property
+    def moved(self) -> float:
+        """How far the weights are from the pretrained ones, as a share of these (levels added)."""
+        learned = [size(delta).double().square() for x in self.memory.levels for delta in x.fast]
+        own = sum(norm * norm for norm in self.model.norms)
+        return math.sqrt(float(torch.stack(learned).sum()) / own) if learned else 0.0
+
     # --------------------------------------------------------------------------------- inside
 
     def _ids(self, text: Text, *, first: bool = True) -> Tensor:
@@ -300,7 +305,10 @@ class Session:
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError("a text needs a tokenizer: Session(..., tokenizer=...), or ids")
-            text = torch.tensor([self.tokenizer.encode(text, add_special_tokens=first)])
+            ids = conversation.encode(self.tokenizer, text, first=first)
+            text = torch.tensor([ids], dtype=torch.long)
+        if not isinstance(text, Tensor):
+            raise ValueError(f"a {type(text).__name__} is no text: pass a str, or int64 ids [1, T]")
         if text.ndim != 2 or len(text) != 1 or text.dtype != torch.long or not text.numel():
             raise ValueError(f"ids is {text.dtype} {list(text.shape)}: pass int64 ids [1, T]")
         return text.to(self.model.lr[0].device)
@@ -311,22 +319,26 @@ class Session:
         return float(self.model.losses(ids, memory)[:, 1:].mean())
 
     def _weights(self) -> Weights:
-        """The effective weights, computed once after every write."""
-        levels = self.memory.levels
-        if self._ready is None or self._ready[0] is not levels:
-            self._ready = (levels, self.model.weights(self.memory))
-        return self._ready[1]
+        """The effective weights, computed once after every write (of the base model's, too)."""
+        levels, now = self.memory.levels, [version(layer) for layer in self.model.layers]
+        if self._ready is None or self._ready[0] is not levels or self._ready[1] != now:
+            self._ready = (levels, now, self.model.weights(self.memory))
+        return self._ready[2]
 
-    def _template(self, turns: list[ChatTurn], *, ask: bool) -> list[int]:
-        if self.tokenizer is None:
-            raise ValueError("chat needs a tokenizer: Session(..., tokenizer=...)")
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=ask
-            )
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        lines = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns)
-        return self.tokenizer.encode(lines + ("Assistant:" if ask else ""))
+    def _prompt(self, turns: list[ChatTurn], options: dict[str, Any]) -> Tensor:
+        """The conversation's ids, without its oldest exchanges where they leave no room."""
+        ids = conversation.prompt(self.tokenizer, turns)
+        while len(turns) > 1 and not fits(self.model.base, len(ids), options):
+            turns = conversation.shorter(turns)
+            ids = conversation.prompt(self.tokenizer, turns)
+        return torch.tensor([ids], dtype=torch.long)
+
+    def _said(self, turns: list[ChatTurn]) -> list[int] | None:
+        """The ids of the last reply, if the stream still ends with them."""
+        if self._spoken is None or len(turns) < 2:
+            return None
+        answer, ids, end = self._spoken
+        return ids if turns[-2] is answer and self.memory.position == end else None
 
     def _may_write(self) -> None:
         if self.read_only:
@@ -340,5 +352,7 @@ def find(memory: str | Path) -> Path:
     """The folder of a memory: a bare name stands in ./memories, anything else is a path."""
     if not str(memory):
         raise ValueError("the memory's name is empty")
+    if "\0" in str(memory):
+        raise ValueError(f"{str(memory)!r} is no memory's name: it holds a zero character")
     bare = isinstance(memory, str) and os.sep not in memory and memory not in (".", "..")
     return MEMORIES / memory if bare else Path(memory)

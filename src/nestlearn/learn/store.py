@@ -101,6 +101,17 @@ def save_memory(
     return hashlib.sha256(content).hexdigest()
 
 
+def check_place(folder: str | Path) -> None:
+    """OSError where no memory can be written: to be asked before a long text is learned."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a memory's folder: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written: {place} is read-only")
+
+
 def load_memory(folder: str | Path, model: StackedModel) -> Stored:
     """Read a memory of this model; nothing is changed, and nothing in it is executed.
 

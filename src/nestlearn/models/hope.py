@@ -282,7 +282,9 @@ class HopeLM(nn.Module):
         weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
         text = json.dumps({"format": FORMAT, **self.config.to_dict()}, indent=2)
         atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path))
-        atomic_write(folder / "config.json", lambda path: path.write_text(text + "\n"))
+        atomic_write(
+            folder / "config.json", lambda path: path.write_text(text + "\n", encoding="utf-8")
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, half_life: int | None = None) -> HopeLM:
@@ -301,7 +303,7 @@ class HopeLM(nn.Module):
                 )
         again = "save the model again, or take it from a checkpoint"
         try:
-            data = json.loads((folder / "config.json").read_text())
+            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if data.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             config = HopeConfig.from_dict(data)

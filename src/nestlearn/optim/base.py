@@ -178,14 +178,41 @@ class ChainOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state: its tensors are copied and keep their types (torch shares and casts)."""
-        super().load_state_dict(state_dict)
+        """Load a state: its tensors are copied and keep their types (torch shares and casts).
+
+        Options that the saved groups lack (of an older version) stay as they are here. ValueError,
+        before anything is changed, for a bad option, or a memory that the saved state lacks.
+        """
+        groups = [
+            {**own, **saved}
+            for own, saved in zip(self.param_groups, state_dict["param_groups"])
+        ]  # fmt: skip
+        if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
+            for own, group in zip(self.param_groups, groups):
+                self._check({**group, "params": own["params"]})
+                for number, p in zip(group["params"], own["params"]):
+                    self._check_state(number, p, group, state_dict["state"].get(number))
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)  # a ValueError where the sizes of the groups differ
         numbers = [n for g in state_dict["param_groups"] for n in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
         for number, p in zip(numbers, params):
             for name, value in state_dict["state"].get(number, {}).items():
                 value = torch.as_tensor(value).detach().clone()
                 self.state[p][name] = value if name == "step" else value.to(p.device)
+
+    def _check_state(self, number: int, p: Tensor, group: Group, saved: State | None) -> None:
+        """ValueError unless a saved state has all that the group's chain remembers of p."""
+        if not saved:
+            return
+        slot = Slot(local(p), p.shape, 0, p, self._layout(p, group))
+        made = {**self.chain(group, self._rule(p, group)).init(slot), "step": torch.tensor(0.0)}
+        if missing := sorted(made.keys() - saved.keys()):
+            raise ValueError(
+                f"the saved state of parameter {number}, of shape {tuple(p.shape)}, has "
+                f"{sorted(saved)} and lacks {missing}: load it into a {type(self).__name__} with "
+                "the options, and of the version, that it was saved from"
+            )
 
     def memories(self) -> list[tuple[Memory, int]]:
         """What the optimizer remembers (eq. 6), and of how many parameters: for `levels`."""

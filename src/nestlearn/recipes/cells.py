@@ -69,7 +69,9 @@ def run_cells(
             cuda = any(str(cell.get("device", "")).startswith("cuda") for cell in todo.values())
             size = workers or (1 if cuda else os.cpu_count() or 1)
             _Crew(work, min(size, len(todo))).run(todo, board)
-    return [json.loads(path.read_text()) if path.is_file() else None for path in paths]
+    return [
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths
+    ]
 
 
 def cell_path(folder: Path, cell: Cell) -> Path:
@@ -84,7 +86,7 @@ def cell_path(folder: Path, cell: Cell) -> Path:
 def failure(folder: Path, cell: Cell) -> str | None:
     """The traceback that the cell's last attempt left, None if it did not fail."""
     path = _failed(cell_path(folder, cell))
-    return path.read_text() if path.is_file() else None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _failed(path: Path) -> Path:
@@ -109,14 +111,14 @@ def _attempt(cell: Cell, work: Work, path: Path, tell: Tell) -> str | None:
     except Exception as error:
         _note_failure(path, traceback.format_exc())
         return f"{type(error).__name__}: {error}"
-    atomic_write(path, lambda temp: temp.write_text(text + "\n"))
+    atomic_write(path, lambda temp: temp.write_text(text + "\n", encoding="utf-8"))
     _failed(path).unlink(missing_ok=True)
     return None
 
 
 def _note_failure(path: Path, text: str) -> None:
     _failed(path).parent.mkdir(exist_ok=True)
-    atomic_write(_failed(path), lambda temp: temp.write_text(text))
+    atomic_write(_failed(path), lambda temp: temp.write_text(text, encoding="utf-8"))
 
 
 @cache
@@ -288,7 +290,7 @@ class _Board:
         self.ended += 1
         name = path.stem.rsplit("_", 1)[0]
         if error is None:
-            result = json.loads(path.read_text())["result"]
+            result = json.loads(path.read_text(encoding="utf-8"))["result"]
             if "value" in result:
                 self.best = max(self.best, (result["value"], name))
             line = f"{name}: {result.get('headline', 'done')}"

@@ -5,6 +5,8 @@ Like `nestlearn.cli`, this imports the library inside the commands, so that help
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -129,3 +131,10 @@ def _print_result(run: Callable[[], str]) -> None:
 def say(text: str, style: str = "") -> None:
     """One line on stderr."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style=style))
+
+
+def forgive_encodings() -> None:
+    """What a console cannot show, or say, is replaced: by then the work is done."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

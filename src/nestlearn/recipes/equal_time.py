@@ -206,7 +206,7 @@ def reproduce(
         rates = LRS[1:2] if quick else LRS
         name = f"equal-time, {size}"
         records += tuned(make, work, names, rates, 1 if quick else seeds, out, workers, name)
-    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     figure(records, out / "equal_time.png")
     text = table(records)
     suite.write_table(out, text)

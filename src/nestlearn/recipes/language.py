@@ -80,8 +80,10 @@ def compare(
             say(f"{entry.name}, seed {seed}: {_parameters(entry.config):,} parameters")
             records.append(_cell(entry, corpus, replace(settings, seed=seed), out, prompt))
     text = json.dumps(records, indent=1)
-    atomic_write(out / "results.json", lambda path: path.write_text(text + "\n"))
-    atomic_write(out / "table.md", lambda path: path.write_text(table(records) + "\n"))
+    atomic_write(out / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    atomic_write(
+        out / "table.md", lambda path: path.write_text(table(records) + "\n", encoding="utf-8")
+    )
     comparison(records, out / "comparison.png")
     return records
 
@@ -94,7 +96,7 @@ def _cell(entry: Entry, corpus: Corpus, settings: TrainConfig, out: Path, prompt
     identity = {"config": json.loads(json.dumps(entry.config.to_dict())), "train": repr(settings)}
     done = folder / "cell.json"
     if done.is_file():
-        record = json.loads(done.read_text())
+        record = json.loads(done.read_text(encoding="utf-8"))
         if {k: record[k] for k in identity} == identity:
             return record
         raise ValueError(f"{folder} holds other settings: give another --out, or delete it")
@@ -125,7 +127,7 @@ def _cell(entry: Entry, corpus: Corpus, settings: TrainConfig, out: Path, prompt
         **identity,
     }
     record = json.loads(json.dumps(record))  # the same types as when read back
-    atomic_write(done, lambda path: path.write_text(json.dumps(record)))
+    atomic_write(done, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
     return record
 
 

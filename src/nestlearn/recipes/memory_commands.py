@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nestlearn.recipes.commands import say
 from nestlearn.recipes.stacked import open_session, place
@@ -36,11 +37,12 @@ def list_memories(folder: Dir) -> None:
         try:
             told = describe(path)
         except (ValueError, FileNotFoundError) as error:
-            table.add_row(path.name, "", "", "", f"[red]{error}[/red]")
+            table.add_row(Text(path.name), "", "", "", Text(str(error), style="red"))
             continue
         last = next((r.get("source") for r in reversed(told["history"]) if r.get("source")), "")
         size, writes = sum(told["bytes"].values()) / 1e6, " ".join(map(str, told["writes"]))
-        table.add_row(path.name, f"{told['position']:,}", writes, f"{size:.1f}", str(last or ""))
+        cells = (f"{told['position']:,}", writes, f"{size:.1f}")
+        table.add_row(Text(path.name), *cells, Text(str(last or "")))  # Text: [] is no markup
     Console().print(table)
 
 
@@ -68,7 +70,9 @@ def diff(
 ) -> None:
     """How far two memories are apart, level by level."""
     one = open_session(folder, name, read_only=True)
-    table = Table("level", name, other, "distance", "cosine")
+    table = Table()
+    for header in ("level", name, other, "distance", "cosine"):
+        table.add_column(Text(header))
     for level, norm, beside, distance, cosine in one.diff(place(folder, other)):
         numbers = (norm, beside, distance, cosine)
         table.add_row(str(level), *(f"{number:.4f}" for number in numbers))

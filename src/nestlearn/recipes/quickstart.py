@@ -95,13 +95,16 @@ def run(
 
 def cells(out: Path) -> dict[tuple[str, int], Path]:
     """The folders of the finished trainings in `out`, by model and seed."""
-    records = {path.parent: json.loads(path.read_text()) for path in out.glob("*/cell.json")}
+    records = {
+        path.parent: json.loads(path.read_text(encoding="utf-8"))
+        for path in out.glob("*/cell.json")
+    }
     return {(record["model"], record["seed"]): folder for folder, record in records.items()}
 
 
 def _check(out: Path, corpus: Corpus) -> None:
     for path in out.glob("*/config.json"):
-        text = json.loads(path.read_text()).get("corpus", {})
+        text = json.loads(path.read_text(encoding="utf-8")).get("corpus", {})
         if text.get("sha256") != corpus.describe()["sha256"]:
             raise ValueError(
                 f"{path.parent} was trained on other text ({text.get('name')}): give another "
@@ -158,7 +161,8 @@ def report(records: list[Record], out: Path, console: Console) -> None:
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in table(records).splitlines()
     )
-    shown = Table(title=f"{records[0]['task']}, after {records[0]['steps']} steps", min_width=60)
+    title = Text(f"{records[0]['task']}, after {records[0]['steps']} steps")
+    shown = Table(title=title, min_width=60)
     for name in head:
         shown.add_column(name, justify="left" if name == "model" else "right")
     for row in rows:

@@ -1,9 +1,10 @@
-"""`nestlearn learn`: a text read once, with its loss before and after, and what was forgotten."""
+"""`nestlearn learn`: a text read once, its loss before and after, and what that cost elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,20 +18,46 @@ BLOCK = 2048  # tokens of one `learn`, which is also what a rollback takes back
 SAMPLE = 2048  # tokens, at most, of a text on which a loss is measured
 
 
+class Reading(NamedTuple):
+    """What became of a text. stopped: by Ctrl-C. seconds: of reading and learning."""
+
+    stopped: bool
+    seconds: float
+
+
+def introduction(session: Session, name: str) -> str:
+    """Which memory it is, how much it has read and from what, since when, and how large it is."""
+    position = session.memory.position
+    if not position:
+        full = session.model.memory_bytes() / 1e6
+        return f"Memory {name}: new, nothing read yet; it will take {full:,.1f} MB."
+    held = sum(session.bytes.values()) / 1e6
+    texts = [r for r in session.history if r["what"] == "learn"]
+    since = f" since {time.strftime('%d %b %Y', time.localtime(texts[0]['time']))}" if texts else ""
+    sources = [str(r["source"]) for r in texts if r.get("source")]
+    last = f", the last from {sources[-1]}" if sources else ""
+    return (
+        f"Memory {name}: {position:,} tokens read in {len(texts):,} parts{since}{last}; its "
+        f"weights have moved by {session.moved:.2%}; {held:,.1f} MB."
+    )
+
+
 def read_and_learn(
     session: Session, ids: list[int], keep: list[int] | None, tolerance: float | None,
     source: str, say: Callable[..., None],
-) -> bool:  # fmt: skip
-    """Learn from the tokens, with progress on stderr; True if it was stopped by Ctrl-C.
+) -> Reading:  # fmt: skip
+    """Learn from the tokens, with progress on stderr.
 
-    The text's last part is measured as it is met, so before it was learned: what the model makes
-    of *new* text of the kind. keep: tokens on which forgetting is measured (default: samples of
-    the base model, the text that is most its own).
+    A text of several blocks is also measured as it is met, so before it was learned: what the
+    model makes of *new* text of the kind. keep: tokens on which forgetting is measured (default:
+    samples of the base model, the text that is most its own).
     """
     if len(ids) < 2:
         raise ValueError("the text is shorter than two tokens: there is nothing to learn")
     own = own_text(session) if keep is None else torch.tensor([keep[:SAMPLE]])
-    before_own = _loss(session, own)
+    if own.shape[1] < 2:
+        raise ValueError("the text to keep is shorter than two tokens: it cannot be measured")
+    before, before_own = session.memory, _loss(session, own)
     if tolerance is not None:
         session.guard(own, tolerance)
     losses, stopped, taken_back, done, begin = [], False, 0, 0, time.perf_counter()
@@ -47,18 +74,33 @@ def read_and_learn(
             done += report.tokens
             rate = f"{done / (time.perf_counter() - begin):,.0f} tokens/s"
             progress.update(task, advance=report.tokens, loss=f"{report.loss:.3f}", rate=rate)
-    last = torch.tensor([ids[: len(losses) * BLOCK][-SAMPLE:]])
-    if losses and last.shape[1] > 1:
-        base, now = _loss(session, last, session.model.init_memory(1)), _loss(session, last)
-        say(
-            f"Loss on the text, as it was met: {losses[0]:.3f} at first, {losses[-1]:.3f} at last; "
-            f"on its last {last.shape[1]:,} tokens {base:.3f} without a memory, {now:.3f} now."
-        )
+    seconds = time.perf_counter() - begin
+    _report(session, ids[:done], before, losses, say)
     name = "its own samples" if keep is None else "the text to keep"
     say(f"Forgotten: loss on {name} {before_own:.3f} before, {_loss(session, own):.3f} now.")
     if taken_back:
         say(f"{taken_back} of {len(losses)} blocks were taken back: they harmed {name}.", "yellow")
-    return stopped
+    return Reading(stopped, seconds)
+
+
+def _report(
+    session: Session, read: list[int], before: Memory, losses: list[float], say: Callable[..., None]
+) -> None:
+    """Say what was learned: the loss on the text, and on its parts as they were met."""
+    last = torch.tensor([read[-SAMPLE:]])
+    if last.shape[1] < 2:
+        return
+    part = f" (its last {last.shape[1]:,} tokens)" if len(read) > SAMPLE else ""
+    old, now = _loss(session, last, before), _loss(session, last)
+    fresh = _loss(session, last, session.model.init_memory(1)) if before.position else None
+    beside = "" if fresh is None else f"; without a memory {fresh:.3f}"
+    say(f"Loss on the text{part}: {old:.3f} before, {now:.3f} after{beside}.")
+    if len(losses) > 1:
+        size = len(read) % BLOCK or BLOCK
+        say(
+            f"As it was met, before it was learned: {losses[0]:.3f} in its first {BLOCK:,} tokens, "
+            f"{losses[-1]:.3f} in its last {size:,}."
+        )
 
 
 def _loss(session: Session, ids: Tensor, memory: Memory | None = None) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +68,22 @@ def words_of(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, paths: list[Path]) -> list[int]:
-    """The token ids of text files, one after the other."""
-    texts = []
-    for path in paths:
-        raw = path.read_bytes()
-        texts.append((gzip.decompress(raw) if path.suffix == ".gz" else raw).decode())
-    return tokenizer.encode("\n".join(texts))
+    """The token ids of text files and folders of them, one after the other; an error names the
+    file that is no text.
+    """
+    from nestlearn.learn.conversation import encode as ids_of
+    from nestlearn.train.texts import read_texts
+
+    texts: list[bytes] = []
+    for path in paths:  # each by itself: a file that is named twice is read twice
+        read, skipped, no_text = read_texts([path])
+        texts += read
+        if skipped:
+            why = "; ".join(no_text[:3]) or "hidden"
+            say(f"{skipped} files in {path} were left out: {why}.", "yellow")
+    if not texts:
+        raise ValueError(f"no text in {', '.join(map(str, paths))}: give a text file")
+    return ids_of(tokenizer, "\n".join(text.decode("utf-8") for text in texts))
 
 
 def quiet() -> None:

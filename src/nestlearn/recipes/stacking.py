@@ -12,12 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from nestlearn.recipes.commands import say
-from nestlearn.recipes.stacked import encode, open_session, pretrained, words_of
+from nestlearn.recipes.stacked import encode, open_session, place, pretrained, words_of
 
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="A stacked model's folder.")]
 Memory = Annotated[str, typer.Option(help="The memory's name; it is made if it is not there.")]
 Data = Annotated[
-    list[Path], typer.Option(help="A text file (.gz too); repeat the option for more.")
+    list[Path],
+    typer.Option(help="A text file (.gz too) or a folder of them; repeat the option for more."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
 
@@ -200,25 +201,34 @@ def learn(
 ) -> None:
     """Read a text, learn from it, and remember it under a name.
 
-    Shows the loss before and after, and what was forgotten. Ctrl-C stops and saves.
+    Shows the loss on the text before and after, what that cost elsewhere, the time, and the
+    memory's size. Ctrl-C stops and saves.
 
     Example:  nestlearn learn stacked/ --data diary.txt --memory mine
     """
     from nestlearn.hf.anchor import Anchor
-    from nestlearn.recipes.reading import read_and_learn
+    from nestlearn.learn.store import check_place
+    from nestlearn.recipes.reading import introduction, read_and_learn
 
     session = open_session(folder, memory, device, drift=drift)
+    check_place(place(folder, memory))
+    say(introduction(session, memory))
     if anchor:
         length = min(128, session.model.window - 1)
         session.anchor = Anchor.sampled(session.model, length=length, strength=anchor, seed=1)
     ids = encode(session.tokenizer, data)[:tokens]
     kept = encode(session.tokenizer, keep) if keep else None
     source = ", ".join(path.name for path in data)
-    stopped = read_and_learn(session, ids, kept, tolerance, source, say)
+    begin = session.memory.position
+    read = read_and_learn(session, ids, kept, tolerance, source, say)
     session.save()
-    held = sum(session.bytes.values()) / 1e6
-    say(f"Saved {session.path} ({held:,.1f} MB): {session.memory.position:,} tokens.", "green")
-    if stopped:
+    held, now = sum(session.bytes.values()) / 1e6, session.memory.position - begin
+    say(
+        f"Saved {session.path} ({held:,.1f} MB): {now:,} tokens learned in {read.seconds:,.1f} "
+        f"seconds, {session.memory.position:,} in all.",
+        "green",
+    )
+    if read.stopped:
         raise typer.Exit(130)
 
 
@@ -226,9 +236,13 @@ def chat(
     folder: Dir,
     memory: Memory,
     learn: Annotated[
-        Literal["user", "assistant", "both", "nothing"],
-        typer.Option(help="Whose words are learned from."),
-    ] = "user",
+        Literal["user", "assistant", "both", "nothing"] | None,
+        typer.Option(help="Whose words are learned from (default: user)."),
+    ] = None,
+    read_only: Annotated[
+        bool,
+        typer.Option("--read-only", help="Learn and save nothing; the memory must be there."),
+    ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed draws the same replies.")] = 0,
@@ -240,7 +254,17 @@ def chat(
     """
     import torch
 
-    session = open_session(folder, memory, device)
+    from nestlearn.learn.store import check_place
+    from nestlearn.recipes.reading import introduction
+
+    if read_only and learn not in (None, "nothing"):
+        raise ValueError(f"--learn {learn} with --read-only: leave one of them out")
+    side = "nothing" if read_only else learn or "user"
+    session = open_session(folder, memory, device, read_only=read_only)
+    if side != "nothing":
+        check_place(place(folder, memory))
+    words = {"user": "your words", "assistant": "its own words", "both": "all that is said"}
+    say(f"{introduction(session, memory)} It learns from {words.get(side, 'nothing')}.")
     torch.manual_seed(seed)
     options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -252,6 +276,12 @@ def chat(
             break
         if not message:
             break
-        typer.echo(session.chat(message, learn=learn, **options))
-        if learn != "nothing":
+        try:
+            typer.echo(session.chat(message, learn=side, **options))
+        except ValueError as error:  # such as a message that is too long: the talk goes on
+            say(f"Error: {error}", "bold red")
+            continue
+        if side != "nothing":
             session.save()
+    if side != "nothing":
+        say(introduction(session, memory), "green")

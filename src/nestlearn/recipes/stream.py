@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from nestlearn.disk import atomic_write
 from nestlearn.models.hope import HopeLM
@@ -55,7 +56,7 @@ def main(
         name = f"starts anew every {restart}" if restart else f"half-life {half_life or 'none'}"
         rows[name] = [round(float(part.mean()), 4) for part in losses.chunk(10)]
         rows[name].append(round(float(losses.mean()), 4))
-    table = Table(title=f"{folder}: nats per byte in each tenth of {tokens:,} tokens")
+    table = Table(title=Text(f"{folder}: nats per byte in each tenth of {tokens:,} tokens"))
     for name in ("memories", *(str(i + 1) for i in range(10)), "all"):
         table.add_column(name, justify="right")
     for name, values in rows.items():
@@ -63,7 +64,7 @@ def main(
     Console().print(table)
     if out is not None:
         text = json.dumps({"folder": folder.name, "tokens": tokens, "nats": rows}, indent=1)
-        atomic_write(out, lambda path: path.write_text(text + "\n"))
+        atomic_write(out, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -215,4 +215,4 @@ def _number(value: float | None) -> str:
 
 def write_table(out: Path, text: str) -> None:
     """Write out/table.md, whole or not at all."""
-    atomic_write(out / "table.md", lambda path: path.write_text(text + "\n"))
+    atomic_write(out / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))

@@ -158,7 +158,7 @@ def reproduce(
     rates, seeds = (LRS[1:2], 1) if quick else (LRS, seeds)
     records = tuned(make, work, names, rates, seeds, out, workers, "switching")
     text = json.dumps(records, indent=1) + "\n"
-    atomic_write(out / "results.json", lambda path: path.write_text(text))
+    atomic_write(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     page = table(records)
     suite.write_table(out, page)
     return page

@@ -96,8 +96,8 @@ def table(records: Sequence[Record], columns: Mapping[str, tuple[str, int]]) -> 
 def write(out: Path, results: Record, text: str) -> str:
     """Write results.json and table.md in `out`; the table."""
     raw = json.dumps(results, indent=1)
-    atomic_write(out / "results.json", lambda path: path.write_text(raw + "\n"))
-    atomic_write(out / "table.md", lambda path: path.write_text(text + "\n"))
+    atomic_write(out / "results.json", lambda path: path.write_text(raw + "\n", encoding="utf-8"))
+    atomic_write(out / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return text
 
 

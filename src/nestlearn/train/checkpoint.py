@@ -79,7 +79,9 @@ def save_checkpoint(
             tree.save(carried, temp / _CARRIED_FILE)
             files[_CARRIED_FILE] = _fingerprint((temp / _CARRIED_FILE).read_bytes())
         meta = {"step": step, **identity, "versions": versions(), "files": files}
-        (temp / "meta.json").write_text(json.dumps({**meta, "sha256": _digest(meta)}, indent=2))
+        (temp / "meta.json").write_text(
+            json.dumps({**meta, "sha256": _digest(meta)}, indent=2), encoding="utf-8"
+        )
 
     path = folder / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +257,10 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Add one record to log.jsonl."""
-        with disk_errors(self.out / "log.jsonl"), (self.out / "log.jsonl").open("a") as file:
+        with (
+            disk_errors(self.out / "log.jsonl"),
+            (self.out / "log.jsonl").open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(record) + "\n")
 
     def save(
@@ -310,7 +315,7 @@ class RunFolder:
         if not path.is_file():
             raise ValueError(f"{self.out} holds no run to resume; start it without resume")
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"{path} is damaged ({error}) and there is no checkpoint yet; start the run again "
@@ -319,21 +324,21 @@ class RunFolder:
 
     def _write_config(self) -> None:
         text = json.dumps({**self.identity, "versions": versions()}, indent=2) + "\n"
-        atomic_write(self.out / "config.json", lambda temp: temp.write_text(text))
+        atomic_write(self.out / "config.json", lambda temp: temp.write_text(text, encoding="utf-8"))
 
     def _truncate_log(self, step: int) -> list[Record]:
         path = self.out / "log.jsonl"
         records = read_log(path) if path.is_file() else []
         records = [record for record in records if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in records)
-        atomic_write(path, lambda temp: temp.write_text(text))
+        atomic_write(path, lambda temp: temp.write_text(text, encoding="utf-8"))
         return records
 
 
 def read_log(path: str | Path) -> list[Record]:
     """Return the records of a log.jsonl; a last line that a kill cut short is left out."""
     records = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

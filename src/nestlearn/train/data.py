@@ -6,14 +6,12 @@ gets, bit for bit, what an uninterrupted run gets.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import math
 import os
 import random
 import shutil
 import sysconfig
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,11 @@ from typing import Any, Protocol
 
 import torch
 
+from .texts import read_texts
+
 SPLIT_BY_FILE = 20  # from this many files on, whole files are held out for validation
+# torch cannot index or compare these; token files often hold the first of them
+_UNSIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -131,7 +133,7 @@ class Corpus:
 
     train, val: integer tensors [tokens], ids in 0..vocab_size-1. train_bytes, val_bytes: the
     bytes of text that they stand for, None where tokens are no text. skipped: files in folders
-    that were left out as hidden or no UTF-8 text.
+    that were left out as hidden or no UTF-8 text; no_text: why, of each that is not hidden.
     """
 
     train: torch.Tensor
@@ -143,11 +145,16 @@ class Corpus:
     tokenizer: Tokenizer | None = None
     files: int = 0
     skipped: int = 0
+    no_text: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for split in ("train", "val"):
             tokens = getattr(self, split)
-            if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex():
+            if (wide := _UNSIGNED.get(tokens.dtype)) is not None:
+                tokens = tokens.to(wide)
+                object.__setattr__(self, split, tokens)
+            floating = tokens.is_floating_point() or tokens.is_complex()
+            if tokens.ndim != 1 or floating or tokens.dtype == torch.bool:
                 raise ValueError(
                     f"{split} is a {tokens.dtype} tensor of shape {tuple(tokens.shape)}; "
                     "pass integer ids [tokens]"
@@ -266,23 +273,25 @@ def load_text(
     tokenizer: str | Path | None = None,
     seed: int = 0,
 ) -> Corpus:
-    """Read UTF-8 text files and folders (recursive, sorted; `.gz` too) into a Corpus.
+    """Read UTF-8 text files and folders (recursive, links too, sorted; `.gz`) into a Corpus.
 
     tokenizer: a path to a tokenizer.json; default bytes as tokens. With 20 files or more whole
     files are held out for validation (a seeded choice), else the tail of each file. In folders,
-    hidden files and what is no UTF-8 text are skipped and counted; a file met twice counts once.
+    hidden files and what is no UTF-8 text are skipped and counted; a file met twice counts once,
+    and a byte order mark at its head is no text.
     ValueError for a named file that is no text, for no text at all and for a val_fraction outside
     (0, 1); FileNotFoundError for a missing path.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: choose a share between 0 and 1, e.g. 0.05")
     coder: Tokenizer = ByteTokenizer() if tokenizer is None else SubwordTokenizer(tokenizer)
-    texts, skipped = _read_all([Path(path) for path in paths])
+    texts, skipped, no_text = read_texts([Path(path) for path in paths])
     if not texts:
         names = ", ".join(map(str, paths)) or "no paths were given"
+        why = "".join(f"; {each}" for each in no_text[:3])
         raise ValueError(
             f"no text in the data ({names}; {skipped} files skipped as hidden, binary or not "
-            "UTF-8); pass text files, or folders that hold some"
+            f"UTF-8{why}); pass text files, or folders that hold some"
         )
     if len(texts) >= SPLIT_BY_FILE:
         train, val = _split_files(texts, val_fraction, seed)
@@ -300,6 +309,7 @@ def load_text(
         tokenizer=coder,
         files=len(texts),
         skipped=skipped,
+        no_text=tuple(no_text),
     )
 
 
@@ -317,50 +327,6 @@ def stdlib_text() -> list[Path]:
     if not found:
         raise ValueError(f"no .py files in the standard library at {root}; pass your own text")
     return sorted(found)
-
-
-def _read_all(paths: list[Path]) -> tuple[list[bytes], int]:
-    """The non-empty texts in a fixed order, and how many files were skipped."""
-    texts: list[bytes] = []
-    skipped = 0
-    seen: set[Path] = set()
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"no text at {path}: there is no such file or folder")
-        for file in _files_of(path) if path.is_dir() else [path]:
-            if file.resolve() in seen:
-                continue  # overlapping paths must not put one text into train and val
-            seen.add(file.resolve())
-            text = None if path.is_dir() and file.name.startswith(".") else _read(file)
-            if text is None and not path.is_dir():
-                raise ValueError(
-                    f"{file} is not UTF-8 text; convert it (iconv -f ORIGINAL -t utf-8) or leave "
-                    "it out"
-                )
-            skipped += text is None
-            if text:
-                texts.append(text)
-    return texts, skipped
-
-
-def _files_of(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names]
-    return sorted(path for path in found if path.is_file())
-
-
-def _read(path: Path) -> bytes | None:
-    """The file's text as bytes, None where it is not UTF-8 text."""
-    content = path.read_bytes()
-    try:
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        content.decode("utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
-        return None
-    return None if b"\0" in content else content  # legal UTF-8, but the mark of a binary file
 
 
 def _cut(text: bytes, val_fraction: float) -> int:

@@ -43,7 +43,7 @@ def loss_by_position(curves: Mapping[str, torch.Tensor], path: str | Path) -> No
     for i, (name, curve) in enumerate(curves.items()):
         smooth = _smoothed(curve.detach().float().cpu(), len(curve) // 32)
         where = list(range(1, len(smooth) + 1))
-        style = {"ls": _DASHES[i % len(_DASHES)], "label": name}
+        style = {"ls": _DASHES[i % len(_DASHES)], "label": _label(name)}
         _line(axes[0], i, where, torch.tensor([smooth]), **style)
     axes[0].legend(frameon=False, fontsize=10)
     write_figure(figure, path)
@@ -72,7 +72,7 @@ def comparison(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         curves = torch.tensor([run["loss_by_position"] for run in runs])
         where = [(j + 0.5) * context / _BINS for j in range(_BINS)]
         means = torch.stack([part.mean(1) for part in curves.tensor_split(_BINS, 1)], 1)
-        _line(right, i, where, means, marker=MARKERS[i % len(MARKERS)], ms=5, label=name)
+        _line(right, i, where, means, marker=MARKERS[i % len(MARKERS)], ms=5, label=_label(name))
     _fit(left, skip=0.125)  # the steep beginning
     _fit(right, room=0.16)
     right.set_xlim(0, context)
@@ -93,6 +93,11 @@ _POSITION = "Position in the context (tokens)"
 _LOSS = "Loss (nats per token)"
 
 
+def _label(name: str) -> str:
+    """A name as it is: matplotlib reads $ as mathematics, and hides what begins with _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _draw_runs(
     axes: Any,
     i: int,
@@ -101,7 +106,7 @@ def _draw_runs(
     legend: tuple[str, str] | None = None,
 ) -> None:
     """The i-th model's runs, one for each seed: rows of (step, training loss, validation loss)."""
-    labels = [f"{name}, {what}" for what in legend] if legend else [None, None]
+    labels = [_label(f"{name}, {what}") for what in legend] if legend else [None, None]
     length = min(map(len, runs))
     steps = [row[0] for row in runs[0][:length]]
     smooth = [_smoothed(torch.tensor([row[1] for row in run]), len(run) // 50) for run in runs]
