@@ -135,6 +135,15 @@ def detach(tree: T) -> T:
     return tree_map(torch.Tensor.detach, tree)
 
 
+def trainable(tree: T) -> T:
+    """The tree with copies of the tensors that were made under `torch.inference_mode`: outside it
+    autograd can save the copies for a backward pass.
+    """
+    if torch.is_inference_mode_enabled():
+        return tree
+    return tree_map(lambda t: t.clone() if t.is_inference() else t, tree)
+
+
 def to(tree: T, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> T:
     """Return the tree on `device`, its floating-point tensors cast to `dtype`."""
     return tree_map(

@@ -359,6 +359,65 @@ def test_a_bfloat16_model_has_deltas_in_float32():
     assert model.weights(memory)[model.layers[0]].base.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_casts_the_base_model_only(dtype):
+    """A stack that is cast is one of a base that was cast before: it learns in its own type."""
+    cast, before = stacked(levels=LEVELS).to(dtype), stacked(tiny(dtype=dtype))
+    assert cast.base.dtype == dtype
+    assert {p.dtype for p in (*cast.lr, *cast.theta, *cast.meta_lr)} == {torch.float32}
+    losses, memory = cast.learn(tokens(1, 30))
+    expected, _ = before.learn(tokens(1, 30))
+    assert losses.dtype == torch.float32
+    if dtype != torch.float64:
+        assert torch.equal(losses[:, 1:], expected[:, 1:])
+    assert {leaf.dtype for path, leaf in tensors(memory.levels) if "writes" not in path} == {
+        torch.float32
+    } or dtype == torch.float64
+
+
+def test_a_memory_reads_on_after_a_cast():
+    model, ids = stacked(), tokens(1, 40)
+    _, memory = model.learn(ids[:, :25])
+    assert memory.cache[0][0].dtype == torch.float32
+    expected, _ = model.learn(ids[:, 25:], memory)
+    losses, memory = model.to(torch.bfloat16).learn(ids[:, 25:], memory)
+    assert memory.cache[0][0].dtype == torch.bfloat16
+    assert (losses - expected).abs().max() < 0.3
+
+
+def test_bounds_follow_the_weights_as_they_are():
+    model = stacked(levels=[Level(4, lr=0.9, rule="gd", bound=(0, 0.01))])
+    with torch.no_grad():
+        model.base.model.layers[0].mlp.gate_proj.weight.mul_(3.0)
+    _, memory = model.learn(tokens(1, 12))
+    sizes = [kernel(layer).detach().norm() for layer in model.layers]
+    shares = [d.left.norm() / n for d, n in zip(memory.levels[0].fast, sizes)]
+    assert max(shares) == pytest.approx(0.01, rel=1e-4)
+    assert model.norms == pytest.approx([float(n) for n in sizes], rel=1e-5)
+
+
+def test_learning_is_the_same_in_every_mode():
+    """Dropout and gradient checkpointing are a trainer's; no gradient is anybody's."""
+    torch.manual_seed(0)
+    model, ids = stacked(tiny("gpt2")), tokens(1, 30)
+    losses, memory = model.learn(ids)
+    said = model.generate(ids, memory, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.base.gradient_checkpointing_enable()
+    model.base.train()
+    for again in (model.learn(ids)[0], model.learn(ids[:, :20])[0]):
+        assert torch.equal(again[:, 1:], losses[:, 1 : again.shape[1]])
+    assert torch.equal(model.losses(ids, memory)[:, 1:], model.losses(ids, memory)[:, 1:])
+    assert torch.equal(model.generate(ids, memory, max_new_tokens=4, pad_token_id=0), said)
+    assert all(module.training for module in model.base.modules())  # as the trainer left it
+    with torch.inference_mode():
+        rows = ids.clone()
+        half, part = model.learn(rows[:, :13])
+        state_of_it = model.init_memory()
+    assert torch.equal(half[:, 1:], losses[:, 1:13])
+    assert torch.equal(model.learn(ids[:, 13:], part)[0], losses[:, 13:])
+    assert torch.equal(model.learn(rows, state_of_it)[0][:, 1:], losses[:, 1:])
+
+
 def test_generating_with_and_without_cache_agree_under_a_memory():
     model = stacked(tiny("gpt2"))
     _, memory = model.learn(tokens(2, 30))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nestlearn import Session, cli
 from nestlearn.hf.folder import load_stack
+from nestlearn.recipes import stacked
 
 
 @pytest.fixture
@@ -248,9 +249,16 @@ def test_a_text_that_harms_is_taken_back(call, folder):
     assert "1 of 1 blocks were taken back: they harmed the text to keep" in said
 
 
-def test_errors_are_one_line(call, folder):
+def test_errors_are_one_line(call, folder, monkeypatch):
     out = folder / "stacked"
+    (folder / "two").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (folder / "two" / name).write_bytes(b"GGUF")
+    monkeypatch.setattr(stacked, "find_spec", lambda name: None)
     for args, message in (
+        (("stack", folder / "two", "--out", out), "name one of a.gguf, b.gguf"),
+        (("stack", folder / "two" / "a.gguf", "--out", out), "pip install gguf"),
+        (("stack", folder / "two" / "c.gguf", "--out", out), "no file"),
         (("learn", out, "--data", "x", "--memory", "m"), "no stacked model in"),
         (("stack", folder / "model", "--out", folder), "is there already"),
         (("stack", folder / "model", "--out", out, "--chunk", 4, "--chunk", 6), "multiple of 4"),

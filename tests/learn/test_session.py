@@ -145,6 +145,35 @@ def test_another_models_memory_is_refused(tmp_path):
         session(stacked(levels=[Level(8), Level(16)]), tmp_path / "a")
 
 
+def test_a_base_model_that_was_trained_is_another_one(tmp_path):
+    """Whichever way its weights are written; what was not learned on them is not theirs."""
+    model = stacked()
+    one = session(model, tmp_path / "mine")
+    one.learn(ids(30))
+    one.save()
+    one.generate(ids(4), max_new_tokens=1)
+    with torch.no_grad():
+        model.base.model.layers[0].mlp.up_proj.weight.data.add_(0.05)
+    for use in (one.save, lambda: one.learn(ids(4)), lambda: one.merge(0)):
+        with pytest.raises(ValueError, match="base model has changed under this session"):
+            use()
+    with pytest.raises(ValueError, match="memory of another base model"):
+        session(model, tmp_path / "mine")
+    ready, fresh = one._weights(), model.weights(one.memory)
+    assert all(torch.equal(ready[layer].base, fresh[layer].base) for layer in fresh)
+
+    two = session(model, tmp_path / "new")
+    with torch.no_grad():
+        model.base.model.embed_tokens.weight.add_(0.05)  # nothing was learned yet
+    two.learn(ids(30))
+    two.save()
+    again = stacked()
+    again.base.load_state_dict(model.base.state_dict())
+    assert session(again, tmp_path / "new").memory.position == 30
+    with pytest.raises(ValueError, match="memory of another base model"):
+        session(stacked(), tmp_path / "new")
+
+
 def test_two_processes_cannot_overwrite_each_other(tmp_path):
     one, two = session(memory=tmp_path / "a"), session(memory=tmp_path / "a")
     one.learn(ids(20))

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from people import ids, session, stacked
+from people import LEVELS, base, ids, session, stacked
 from safetensors.torch import load_file, save_file
 from torture import damage, kill
 
-from nestlearn import Level, state
+from nestlearn import Level, Session, stack_levels, state
+from nestlearn.hf.folder import fingerprint, load_stack, save_rates, save_stack
 from nestlearn.learn import describe, load_memory, save_memory
 from nestlearn.learn import store as store_module
 
@@ -41,6 +42,33 @@ def test_a_memory_in_bfloat16_comes_back(tmp_path):
     assert memory.levels[0].fast[0].left.dtype == torch.float32
     save_memory(tmp_path / "a", model, memory, [])
     assert torch.equal(load_memory(tmp_path / "a", model).memory.cache[1][1], memory.cache[1][1])
+
+
+def test_a_memory_belongs_to_a_base_model_in_whichever_precision(tmp_path):
+    """Saved under a cast, it is read with one and without; never is another type a damage."""
+    save_stack(stacked(), tmp_path / "stack")
+    one = Session(load_stack(tmp_path / "stack").to(torch.bfloat16), tmp_path / "mine")
+    one.learn(ids(30))
+    one.save()
+    save_stack(one.model, tmp_path / "cast")
+    assert load_stack(tmp_path / "cast").base.dtype == torch.bfloat16
+    for folder, dtype in (("stack", torch.bfloat16), ("stack", None), ("cast", None)):
+        model = load_stack(tmp_path / folder).to(dtype)
+        two = Session(model, tmp_path / "mine")
+        assert two.memory.levels[0].fast[0].left.dtype == torch.float32
+        assert (two.surprise(ids(9)) - one.surprise(ids(9)))[:, 1:].abs().max() < 0.1
+        two.learn(ids(20))
+    with pytest.raises(ValueError, match=r"in float32, and this one was cast to torch.bfloat16"):
+        save_rates(one.model, tmp_path / "stack")
+
+    exact = stack_levels(base().double(), list(LEVELS), window=24)
+    exact.fingerprint = (exact.version(), fingerprint(stacked()))
+    single = session(stacked(), tmp_path / "single")
+    single.learn(ids(30))
+    single.save()
+    wide = load_memory(tmp_path / "single", exact).memory
+    assert wide.levels[0].fast[0].left.dtype == torch.float64
+    exact.learn(ids(20), wide)
 
 
 def test_saves_that_are_killed_leave_the_old_or_the_new_memory(tmp_path):

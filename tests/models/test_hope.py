@@ -65,6 +65,32 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_a_tied_head_is_saved_and_is_tied_again(tmp_path):
+    lm = model()
+    lm.head.weight = lm.embed.weight
+    lm.save_pretrained(tmp_path)
+    again = HopeLM.from_pretrained(tmp_path)
+    assert again.head.weight is again.embed.weight
+    ids = torch.randint(0, 17, (2, 9))
+    assert torch.equal(again(ids)[0], lm(ids)[0])
+    model().save_pretrained(tmp_path)
+    free = HopeLM.from_pretrained(tmp_path)
+    assert free.head.weight is not free.embed.weight
+
+
+@pytest.mark.parametrize("mixer", ["hope", "attention", "titans", "deltanet", "linear"])
+def test_what_was_read_in_inference_mode_can_be_trained_on(mixer):
+    lm, ids = model(mixer=mixer), torch.randint(0, 17, (2, 11))
+    gradients = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            _, state = lm(ids)
+        lm.zero_grad()
+        lm(ids, state)[0].square().mean().backward()
+        gradients.append([p.grad.clone() for p in lm.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_a_half_life_can_be_given_when_loading(tmp_path):
     model().save_pretrained(tmp_path)
     fading = HopeLM.from_pretrained(tmp_path, half_life=3)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .door import evaluating
 from .families import Weights, lend
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ class Anchor:
         samples = self.samples.to(model.lr[0].device)
         chosen = (self.rows * turn + torch.arange(self.rows, device=samples.device)) % len(samples)
         texts = samples[chosen]
-        with torch.no_grad(), lend({}):  # a block of `using` around it is not the base model
+        # a block of `using` around it is not the base model
+        with torch.no_grad(), evaluating(model.base), lend({}):
             target = model.base(input_ids=texts).logits.log_softmax(-1)
-        with lend(weights):
+        with evaluating(model.base), lend(weights):
             now = model.base(input_ids=texts.repeat(batch, 1)).logits.log_softmax(-1)
         apart = F.kl_div(now, target.repeat(batch, 1, 1), log_target=True, reduction="none")
         return self.strength * apart.sum(-1).view(batch, -1).mean(1)

@@ -60,17 +60,23 @@ Weights = dict[nn.Module, Effective]
 class _Loan(NamedTuple):
     weights: Weights
     inputs: dict[nn.Module, Tensor] | None
+    ran: dict[nn.Module, int]
 
 
 _LOAN: ContextVar[_Loan | None] = ContextVar("nestlearn_fast_weights", default=None)
 
 
 @contextmanager
-def lend(weights: Weights, inputs: dict[nn.Module, Tensor] | None = None) -> Iterator[None]:
-    """Inside the block the adopted layers compute with `weights`, and note their inputs."""
-    token = _LOAN.set(_Loan(weights, inputs))
+def lend(
+    weights: Weights, inputs: dict[nn.Module, Tensor] | None = None
+) -> Iterator[dict[nn.Module, int]]:
+    """Inside the block the adopted layers compute with `weights`, and note their inputs; gives how
+    often each of them has run.
+    """
+    ran: dict[nn.Module, int] = {}
+    token = _LOAN.set(_Loan(weights, inputs, ran))
     try:
-        yield
+        yield ran
     finally:
         _LOAN.reset(token)
 
@@ -100,7 +106,7 @@ def share(weights: Weights, layers: Iterable[nn.Module]) -> Iterator[None]:
     """
     own, outer, loan = frozenset(layers), _INSIDE.get(), _LOAN.get()
     beside = {} if loan is None else {k: v for k, v in loan.weights.items() if k not in own}
-    lent = _Loan({**beside, **weights}, None)
+    lent = _Loan({**beside, **weights}, None, {})
     about = own if outer is None else own | outer.layers
     block = _Shared(lent, about, frozenset(threading.enumerate()), outer)
     tokens = _LOAN.set(lent), _INSIDE.set(block)
@@ -150,8 +156,10 @@ class _Adopted:
         loan = _LOAN.get()
         if loan is None and (_OPEN or _ENDED):
             loan = _inherited(self)
-        if loan is not None and loan.inputs is not None:
-            loan.inputs[self] = x
+        if loan is not None:
+            loan.ran[self] = loan.ran.get(self, 0) + 1
+            if loan.inputs is not None:
+                loan.inputs[self] = x
         lent = loan.weights.get(self) if loan is not None else None
         own = super().forward  # type: ignore[misc]
         return own(x) if lent is None else _compute(self, own, x, lent)
@@ -204,42 +212,25 @@ def _by_row(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Block(NamedTuple):
-    """One MLP. number: of its transformer block. name: of the module. layers: its linear ones."""
+    """One MLP. number: of its transformer block. name: of the module. layers: its linear ones,
+    paths: their names in the model.
+    """
 
     number: int
     name: str
     mlp: nn.Module
     layers: tuple[nn.Module, ...]
+    paths: tuple[str, ...]
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The MLPs of a causal LM, from the input on.
+def adoptable(layer: nn.Module) -> bool:
+    """Whether it is a plain linear layer."""
+    return type(layer) in _ADOPTED
 
-    ValueError, listing the families, where there are none; where they are stacked already; or
-    where a layer is no plain linear one (quantised weights have no gradient).
-    """
-    blocks: list[Block] = []
-    for name, module in model.named_modules():
-        parts = next((p for p in FAMILIES if all(hasattr(module, part) for part in p)), None)
-        if parts is None or not name.endswith("mlp"):
-            continue
-        layers = tuple(getattr(module, part) for part in parts)
-        for part, layer in zip(parts, layers):
-            if type(layer) in _RELEASED:
-                raise ValueError(f"{name} is stacked already: unstack the model first")
-            if type(layer) not in _ADOPTED:
-                raise ValueError(
-                    f"{name}.{part} is a {type(layer).__name__}, not a plain linear layer: load "
-                    "the model without quantisation or adapters"
-                )
-        blocks.append(Block(len(blocks), name, module, layers))
-    if not blocks:
-        known = "; ".join(f"{of} ({', '.join(names)})" for names, of in FAMILIES.items())
-        raise ValueError(
-            f"no MLP blocks found in {type(model).__name__}; models of these families can be "
-            f"stacked, by the names of their linear layers: {known}"
-        )
-    return blocks
+
+def adopted(layer: nn.Module) -> bool:
+    """Whether the layer may be lent weights."""
+    return type(layer) in _RELEASED
 
 
 def adopt(layer: nn.Module) -> None:
@@ -247,15 +238,8 @@ def adopt(layer: nn.Module) -> None:
     layer.__class__ = _ADOPTED[type(layer)]
 
 
-def check_adopted(layer: nn.Module) -> None:
-    """ValueError for a layer that takes no lent weights: it would ignore a memory in silence."""
-    if type(layer) not in _RELEASED:
-        raise ValueError("the model was unstacked: stack_levels() it again to use a memory")
-
-
 def release(layer: nn.Module) -> None:
     """Give the layer its own class back."""
-    check_adopted(layer)
     layer.__class__ = _RELEASED[type(layer)]
 
 

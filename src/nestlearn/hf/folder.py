@@ -32,20 +32,26 @@ FORMAT, VERSION = "nestlearn-stack", 1
 
 def fingerprint(model: StackedModel) -> str:
     """A sha256 over the base model's weights and the levels' start values: what deltas are
-    relative to. Computed once; a merge makes it another.
+    relative to. Computed anew when one of them has changed; casting the whole stack is no change.
     """
-    if model.fingerprint is None:
-        content = hashlib.sha256()
-        tensors = [
-            *model.base.state_dict().items(),
-            *model.starts.state_dict(prefix="start.").items(),
-        ]
-        for name, tensor in sorted(tensors):
-            content.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            content.update(flat.view(torch.uint8).numpy().data)
-        model.fingerprint = content.hexdigest()
-    return model.fingerprint
+    now = model.version()
+    if model.fingerprint is None or model.fingerprint[0] != now:
+        model.fingerprint = (now, _digest(model))
+    return model.fingerprint[1]
+
+
+def _digest(model: StackedModel) -> str:
+    """The sha256 of the bytes as they are."""
+    content = hashlib.sha256()
+    tensors = [
+        *model.base.state_dict().items(),
+        *model.starts.state_dict(prefix="start.").items(),
+    ]
+    for name, tensor in sorted(tensors):
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        content.update(flat.view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def to_dict(config: StackConfig) -> dict[str, Any]:
@@ -93,6 +99,12 @@ def save_rates(model: StackedModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     old = _read_stack(folder)["rates"]
+    stored = json.loads((folder / "base" / "config.json").read_bytes()).get("dtype")
+    if stored not in (None, str(model.base.dtype).removeprefix("torch.")):
+        raise ValueError(
+            f"{folder} has the base model in {stored}, and this one was cast to "
+            f"{model.base.dtype}: save_stack() it to a new folder"
+        )
     name, raw, text = _contents(model)
     atomic_write(folder / name, lambda temp: temp.write_bytes(raw))
     atomic_write(folder / "stack.json", lambda temp: temp.write_text(text, encoding="utf-8"))
@@ -119,10 +131,12 @@ def load_stack(folder: str | Path, device: str | torch.device | None = None) -> 
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-    if fingerprint(model) != data["fingerprint"]:
+    if _digest(model) != data["fingerprint"]:
         raise ValueError(
             f"{folder}: the base model's weights are not those that were stacked; stack it anew"
         )
+    # One that was cast before it was saved is known to memories as what it was.
+    model.fingerprint = (model.version(), data.get("known_as", data["fingerprint"]))
     return model
 
 
@@ -155,9 +169,11 @@ def _contents(model: StackedModel) -> tuple[str, bytes, str]:
         "format": FORMAT,
         "version": VERSION,
         "stack": to_dict(model.config),
-        "fingerprint": fingerprint(model),
+        "fingerprint": _digest(model),
         "rates": name,
     }
+    if fingerprint(model) != data["fingerprint"]:
+        data["known_as"] = fingerprint(model)
     return name, raw, json.dumps(data, indent=2) + "\n"
 
 

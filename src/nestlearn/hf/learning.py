@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache
 
+from nestlearn import state as trees
 from nestlearn.memory import objective as inner_objective
 
-from .cache import CACHE
-from .families import Factors, Weights, full_precision, lend
+from .door import evaluating, read_on
+from .families import Weights, lend
+from .gradients import constant, gradients, leaves, shared_gradients
 from .plan import Cache, Memory
 from .writes import Fast, LevelState, Pace, add, consolidate, decay, restart, write
 
@@ -36,8 +37,17 @@ def unroll(
     """`StackedModel.learn`; with graph "full" or "first-order" losses and memory hang on the step
     sizes and start values, through the inner gradients or with these as constants.
     """
-    memory = model.init_memory(len(ids)) if memory is None else memory
-    queue = _check(model, ids, memory, mask, teach, drift)
+    with _recorded(model, graph):
+        return _unroll(model, ids, memory, mask, teach, drift, anchor, graph)
+
+
+def _unroll(
+    model: StackedModel, ids: Tensor, memory: Memory | None, mask: Tensor | None,
+    teach: Tensor | None, drift: float | None, anchor: Anchor | None, graph: str | None,
+) -> tuple[Tensor, Memory]:  # fmt: skip
+    memory = model.init_memory(len(ids)) if memory is None else trees.trainable(memory)
+    queue = trees.trainable(_check(model, ids, memory, mask, teach, drift))
+    memory = _in_the_bases_type(model, memory)
     if teach is None and model.config.objective == "teach":
         raise ValueError('objective="teach" learns from teach=...: pass the signals')
     if anchor is not None and model.config.objective != "outer":
@@ -46,32 +56,43 @@ def unroll(
         queue = tuple(torch.cat(pair, 1) for pair in zip(memory.pending, queue))
     at, parts = memory.position - waiting, []
     active = active_levels(model)
-    with _recorded(graph):
-        while True:
-            length = model.config.cut_after(at, model.window - model.again) - at
-            memory = _make_room(model, memory, length)
-            piece = tuple(part[:, :length] for part in queue)
-            queue = tuple(part[:, length:] for part in queue)
-            if piece[0].shape[1] < length:
-                break
-            pull = None if anchor is None else _pull(model, anchor, memory, at)
-            loss, memory = _read_and_gather(model, piece, memory, active, graph, pull)
-            at += length
-            memory = memory._replace(levels=_write_due(model, memory.levels, at, drift))
-            parts.append(loss)
-        parts.append(_read(model, piece[0], memory, _current(model, memory))[0])
+    while True:
+        length = model.config.cut_after(at, model.window - model.again) - at
+        memory = _make_room(model, memory, length)
+        piece = tuple(part[:, :length] for part in queue)
+        queue = tuple(part[:, length:] for part in queue)
+        if piece[0].shape[1] < length:
+            break
+        pull = None if anchor is None else _pull(model, anchor, memory, at)
+        loss, memory = _read_and_gather(model, piece, memory, active, graph, pull)
+        at += length
+        memory = memory._replace(levels=_write_due(model, memory.levels, at, drift))
+        parts.append(loss)
+    parts.append(_read(model, piece[0], memory, _current(model, memory))[0])
     loss = torch.cat(parts, 1)[:, -ids.shape[1] :]
     return loss, memory._replace(position=memory.position + ids.shape[1], pending=piece)
 
 
-def _recorded(graph: str | None) -> ExitStack:
-    """The autograd mode of an unrolled stream; a fused attention has no second derivative."""
+def _recorded(model: StackedModel, graph: str | None) -> ExitStack:
+    """The modes of an unrolled stream, whatever the caller's are: the base in evaluation mode,
+    gradients possible; a fused attention has no second derivative.
+    """
     modes = ExitStack()
-    if graph is not None:
-        modes.enter_context(torch.enable_grad())
+    modes.enter_context(evaluating(model.base))
+    modes.enter_context(torch.inference_mode(False))
+    modes.enter_context(torch.set_grad_enabled(graph is not None))
     if graph == "full":
         modes.enter_context(sdpa_kernel(SDPBackend.MATH))
     return modes
+
+
+def _in_the_bases_type(model: StackedModel, memory: Memory) -> Memory:
+    """The memory with a cache of the type that the base model reads with: it may have been cast."""
+    if not memory.cache or memory.cache[0][0].dtype == model.base.dtype:
+        return memory
+    kinds = [kind for *_, kind in cache_shapes(model)]
+    cache = tuple((k.to(kind), v.to(kind)) for (k, v), kind in zip(memory.cache, kinds))
+    return memory._replace(cache=cache)
 
 
 def losses(model: StackedModel, ids: Tensor, memory: Memory | None) -> Tensor:
@@ -82,12 +103,13 @@ def losses(model: StackedModel, ids: Tensor, memory: Memory | None) -> Tensor:
     _check(model, ids, memory, None, None, None)
     step, parts = model.window - model.again, []
     weights = _current(model, memory)
-    for a in range(0, ids.shape[1], step):
-        memory = _make_room(model, memory, step)
-        tokens = ids[:, a : a + step]
-        loss, cache = _read(model, tokens, memory, weights)
-        memory = memory._replace(context=torch.cat([memory.context, tokens], 1), cache=cache)
-        parts.append(loss)
+    with evaluating(model.base):
+        for a in range(0, ids.shape[1], step):
+            memory = _make_room(model, memory, step)
+            tokens = ids[:, a : a + step]
+            loss, cache = _read(model, tokens, memory, weights)
+            memory = memory._replace(context=torch.cat([memory.context, tokens], 1), cache=cache)
+            parts.append(loss)
     return torch.cat(parts, 1)
 
 
@@ -107,16 +129,16 @@ def _forward(
     inputs: dict[nn.Module, Tensor] | None = None,
 ) -> tuple[Tensor, Cache]:  # fmt: skip
     """Logits [B, T, V] of tokens that follow those in the cache, and the longer cache."""
-    past = DynamicCache(cache or None)
-    with lend(weights, inputs):
-        out = model.base(input_ids=tokens, **{CACHE: past}, use_cache=True, return_dict=True)
-    return out.logits, tuple((keys, values) for keys, values, *_ in past)
+    with lend(weights, inputs) as ran:
+        logits, cache = read_on(model.base, tokens, cache)
+    model.check_ran(weights, ran)
+    return logits, cache
 
 
 def cache_shapes(model: StackedModel) -> list[tuple[int, int, int, torch.dtype]]:
     """Of every layer's cache: heads, sizes of a key and of a value, type; found by one token."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.lr[0].device)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model.base):
         _, cache = _forward(model, token, (), {})
     return [(k.shape[1], k.shape[3], v.shape[3], k.dtype) for k, v in cache]
 
@@ -218,17 +240,17 @@ def _outer(model, piece, memory, fasts, active, graph, pull):
             for lent in weights.values():
                 lent.base.requires_grad_()
         else:
-            own = {i: _leaves(fasts[i], graph) for i in active}
+            own = {i: leaves(fasts[i], graph) for i in active}
             weights = model.effective({**fasts, **own})
         loss, cache = _read(model, tokens, memory, weights, inputs)
         total = (loss.nan_to_num() * weight).sum()
         if pull is not None:
             total = total + (pull(weights) * weight.sum(1)).sum()
         if graph is None and model.config.rank is None:
-            found = _shared_gradients(model, total, weights, active)
+            found = shared_gradients(model, total, weights, active)
         else:
-            found = _gradients(total, own, graph)
-    return loss, cache, found, _constant(inputs, graph)
+            found = gradients(model, total, own, graph)
+    return loss, cache, found, constant(inputs, graph)
 
 
 def _inside(model, piece, memory, fasts, active, graph):
@@ -242,9 +264,9 @@ def _inside(model, piece, memory, fasts, active, graph):
     loss, cache = _read(model, tokens, memory, model.effective(fasts), inputs)
     if not inputs:
         return loss, cache, {}, inputs
-    inputs = _constant(inputs, graph)
+    inputs = constant(inputs, graph)
     with torch.enable_grad():
-        own = {i: _leaves(fasts[i], graph) for i in active}
+        own = {i: leaves(fasts[i], graph) for i in active}
         total = loss.new_zeros(())
         with lend(model.effective({**fasts, **own})):
             for number, block in enumerate(model.blocks):
@@ -256,46 +278,8 @@ def _inside(model, piece, memory, fasts, active, graph):
                     continue
                 error = inner_objective(model.config.levels[0].objective).value(y[:, :-1], x[:, 1:])
                 total = total + (error * weight[:, -n:-1]).sum() / x.shape[-1]
-        found = _gradients(total, own, graph)
+        found = gradients(model, total, own, graph)
     return loss, cache, found, inputs
-
-
-def _leaves(fast: Fast, graph: str | None) -> Fast:
-    """Names of their own for the deltas as this piece reads them: what earlier pieces left in the
-    cache is a constant of the inner gradient, though not of the outer one.
-    """
-    own = lambda w: (  # noqa: E731
-        w.view_as(w) if graph and w.requires_grad else w.detach().requires_grad_()
-    )
-    return tuple(Factors(own(a), None if b is None else own(b)) for a, b in fast)
-
-
-def _shared_gradients(
-    model: StackedModel, total: Tensor, weights: Weights, active: list[int]
-) -> dict[int, Fast]:
-    numbers = sorted({j for i in active for j in model.owned[i]})
-    bases = [base for j in numbers if (base := weights[model.layers[j]].base) is not None]
-    grads = torch.autograd.grad(total, bases, materialize_grads=True)
-    factors = {j: Factors(full_precision(g)) for j, g in zip(numbers, grads)}
-    return {i: tuple(factors[j] for j in model.owned[i]) for i in active}
-
-
-def _gradients(total: Tensor, own: dict[int, Fast], graph: str | None) -> dict[int, Fast]:
-    flat = [w for fast in own.values() for factors in fast for w in factors if w is not None]
-    grads = iter(
-        torch.autograd.grad(
-            total, flat, create_graph=graph == "full", retain_graph=graph is not None,
-            materialize_grads=True,
-        )
-    )  # fmt: skip
-    return {
-        i: tuple(Factors(next(grads), None if b is None else next(grads)) for _, b in fast)
-        for i, fast in own.items()
-    }
-
-
-def _constant(inputs: dict[nn.Module, Tensor], graph: str | None) -> dict[nn.Module, Tensor]:
-    return inputs if graph == "full" else {layer: x.detach() for layer, x in inputs.items()}
 
 
 def _gather(

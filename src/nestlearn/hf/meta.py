@@ -98,7 +98,6 @@ def train_stack(
             if say is not None:
                 say(step + 1, *history[-1])
     finally:
-        model.fingerprint = None
         for parameter in (*rates, *starts):
             parameter.requires_grad_(False).grad = None
     return history
@@ -148,7 +147,6 @@ def add_starts(model: StackedModel) -> None:
     """Give the levels start values of their own, which are zero until they are trained."""
     each: list[Fast] = [model.start(i, 1) for i in range(len(model.config.levels))]
     flat = [w for fast in each for factors in fast for w in factors if w is not None]
-    model.fingerprint = None
     model.starts.extend(nn.Parameter(w.clone(), requires_grad=False) for w in flat)
 
 

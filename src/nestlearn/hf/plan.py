@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestlearn.layers import Level
 
@@ -17,6 +17,8 @@ SPREADS = ("block", "depth")
 VARIANTS = ("sequential", "nested", "independent")
 OBJECTIVES = ("outer", "local", "teach")
 WINDOW = 1024  # tokens read at once, at most, unless the caller says otherwise
+AUTO: Literal["auto"] = "auto"
+LARGE, RANK = 50_000_000, 4  # parameters from which deltas are of a low rank by default, and which
 
 Cache = tuple[tuple[Tensor, Tensor], ...]
 
@@ -68,8 +70,8 @@ class StackConfig:
             )
         if self.objective == "local" and len({level.objective for level in self.levels}) > 1:
             raise ValueError("levels with different objectives: the local one is shared by all")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank}: give 1 or more, or None for full weights")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise ValueError(f"rank={self.rank!r}: give 1 or more, or None for full weights")
         if self.window is not None and self.window < 2:
             raise ValueError(f"window={self.window}: give 2 tokens or more")
         if not self._linked:
@@ -121,6 +123,11 @@ class StackConfig:
         if not chunks:
             return position + limit
         return min(position + limit, *((position // c + 1) * c for c in chunks))
+
+
+def rank_of(model: nn.Module) -> int | None:
+    """The rank of a model's deltas where none is given: None, full, for a small one."""
+    return RANK if sum(p.numel() for p in model.parameters()) >= LARGE else None
 
 
 def chosen(layers: Iterable[int] | None, blocks: int) -> list[int]:

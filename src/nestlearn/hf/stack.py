@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from nestlearn.layers import Level
 
 from . import learning
 from .anchor import Anchor
+from .door import check_ran, check_weight, evaluating, find_blocks, probe
 from .families import (
     Effective,
     Factors,
     Weights,
     adopt,
-    check_adopted,
-    find_blocks,
+    adopted,
     kernel,
     lend,
     release,
@@ -29,7 +29,8 @@ from .families import (
     version,
 )
 from .families import full_precision as wide
-from .plan import WINDOW, Memory, StackConfig, chosen
+from .plan import AUTO, WINDOW, Memory, StackConfig, chosen, rank_of
+from .version import version_of
 from .writes import Fast, LevelState
 
 MOMENTUM = 0.9  # θ of Level(rule="momentum"), unless it is trained
@@ -43,7 +44,7 @@ def stack_levels(
     spread: str = "block",
     variant: str = "sequential",
     objective: str = "outer",
-    rank: int | None = None,
+    rank: int | Literal["auto"] | None = AUTO,
     window: int | None = None,
 ) -> StackedModel:
     """Let the MLPs of a pretrained causal LM learn from what the model reads (section 7.3).
@@ -64,28 +65,33 @@ def stack_levels(
     learned; "independent" (74), each level learns and keeps its own. Over the depth sequential and
     independent are the same. objective: "outer", next-token cross-entropy by backpropagation;
     "local", each MLP learns to tell the next token's input from its own, y(x_t−1) → x_t, by the
-    levels' `objective` (inside a piece); "teach", the caller passes the gradients. rank: low-rank
-    deltas [out, r] [r, in] for large models. window: tokens that the model reads at once (default:
-    its positions, at most 1,024); when it is full, its last quarter is read again as the start of
-    the next one.
+    levels' `objective` (inside a piece); "teach", the caller passes the gradients. rank: of
+    low-rank deltas [out, r] [r, in], None for full ones; "auto": full below 50 million
+    parameters, from there on 4 (`memory_limit` says how large a memory gets). window: tokens that
+    the model reads at once (default: its positions, at most 1,024); when it is full, its last
+    quarter is read again as the start of the next one.
 
     The model is taken over, not copied: it is put into evaluation mode and `unstack` gives it
-    back. Not for models whose MLPs are quantised or mixtures of experts. Raises ValueError for a
-    model without recognisable MLPs, listing the families, and for options that do not fit.
+    back. It reads six tokens first, to see that every MLP that learns runs and gets a gradient.
+    Raises ValueError for a model without recognisable MLPs, listing the families; for mixtures of
+    experts, hybrids with other states than keys and values, adapters, and quantised, offloaded or
+    sharded weights; and for options that do not fit.
     """
-    return StackedModel(
-        model,
-        StackConfig(
-            tuple(levels), None if layers is None else tuple(layers), spread, variant, objective,
-            rank, window,
-        ),
+    config = StackConfig(
+        tuple(levels), None if layers is None else tuple(layers), spread, variant, objective,
+        rank_of(model) if rank == AUTO else rank, window,
     )  # fmt: skip
+    return StackedModel(model, config)
 
 
 def unstack(model: StackedModel) -> PreTrainedModel:
     """The base model, bit for bit as it was (in evaluation mode); the stacked one is of no use
     afterwards, and says so with a ValueError.
     """
+    model.check_adopted()
+    for layer, path in model.paths.items():
+        if "forward" in vars(layer):  # it holds on to the forward that would be gone
+            raise ValueError(f"{path} has a forward put over it since: remove that hook first")
     for layer in model.layers:
         release(layer)
     return model.base
@@ -101,8 +107,8 @@ class StackedModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, config: StackConfig):
         super().__init__()
-        blocks = find_blocks(base)
-        blocks = [blocks[i] for i in chosen(config.layers, len(blocks))]
+        found = find_blocks(base)
+        blocks = [found[i] for i in chosen(config.layers, len(found))]
         layers = [layer for block in blocks for layer in block.layers]
         if config.rank is not None and config.rank > min(min(kernel(x).shape) for x in layers):
             raise ValueError(f"rank={config.rank} is more than the MLPs' smallest side")
@@ -114,19 +120,27 @@ class StackedModel(nn.Module):
         self.config, self.blocks, self.layers = config, blocks, tuple(layers)
         self.owned = config.deal(len(blocks), len(layers) // len(blocks))
         self.parents = config.parents()
-        self.norms = [float(wide(kernel(x).detach()).norm()) for x in layers]
+        self.paths = {x: path for b in blocks for x, path in zip(b.layers, b.paths)}
+        self._norms: tuple[Any, list[float]] | None = None
+        self.fingerprint: tuple[str, str] | None = None  # the weights' version, and their sha256
 
-        self.base = base.eval()
-        like = wide(kernel(layers[0]).detach())
-        pairs = list(zip(config.levels, self.owned))
-        self.lr = _fixed(like.new_full((len(own),), level.lr) for level, own in pairs)
-        self.theta = _fixed(like.new_tensor(MOMENTUM) for _ in pairs)
-        self.forget = _fixed(like.new_tensor(1.0) for _ in pairs)
-        self.meta_lr = _fixed(like.new_tensor(level.meta_lr) for level, _ in pairs)
-        self.starts = nn.ParameterList()  # trained start values, flat; empty: zero
-        self.fingerprint: str | None = None  # of the weights, once it was asked for
+        with torch.inference_mode(False):  # what learns must be able to
+            like = torch.empty(0, dtype=wide(kernel(layers[0])).dtype, device=base.device)
+            pairs = list(zip(config.levels, self.owned))
+            self.lr = _fixed(like.new_full((len(own),), level.lr) for level, own in pairs)
+            self.theta = _fixed(like.new_tensor(MOMENTUM) for _ in pairs)
+            self.forget = _fixed(like.new_tensor(1.0) for _ in pairs)
+            self.meta_lr = _fixed(like.new_tensor(level.meta_lr) for level, _ in pairs)
+            self.starts = nn.ParameterList()  # trained start values, flat; empty: zero
         for layer in layers:
             adopt(layer)
+        try:
+            probe(base, blocks)
+        except BaseException:
+            for layer in layers:
+                release(layer)
+            raise
+        self.base = base.eval()
 
     # ------------------------------------------------------------------------------ the doors
 
@@ -139,17 +153,26 @@ class StackedModel(nn.Module):
         return Memory(0, tokens, (), (tokens, like.new_zeros(batch, 0)), levels)
 
     def forward(self, input_ids: Tensor, memory: Memory | None = None, **options: Any) -> Any:
-        """The base model's output under the memory; options are its own forward's."""
-        with lend(self._effective(memory)):
-            return self.base(input_ids=input_ids, **options)
+        """The base model's output under the memory, in evaluation mode (before anything is learned:
+        the base model's, in its own mode); options are its own forward's.
+        """
+        weights = self._effective(memory)
+        mode = evaluating(self.base) if weights else nullcontext()
+        with mode, lend(weights) as ran:
+            out = self.base(input_ids=input_ids, **options)
+        self.check_ran(weights, ran)
+        return out
 
     @torch.no_grad()
     def generate(
         self, input_ids: Tensor, memory: Memory | Weights | None = None, **options: Any
     ) -> Any:
         """The base model's `generate` under the memory; options are its own."""
-        with lend(self._effective(memory)):
-            return self.base.generate(input_ids, **options)
+        weights = self._effective(memory)
+        with evaluating(self.base), lend(weights) as ran:
+            made = self.base.generate(input_ids, **options)
+        self.check_ran(weights, ran)
+        return made
 
     @contextmanager
     def using(self, memory: Memory | Sequence[Memory] | Weights | None) -> Iterator[None]:
@@ -157,12 +180,13 @@ class StackedModel(nn.Module):
 
         Several memories, of one row or more each, read one batch: its rows are dealt to them in
         equal runs, in their order. The weights are computed once, on entering; pass what
-        `weights(memory)` returned to use them again. Threads that are started inside the block
-        read the memory, too; any other one says for itself what it reads, or gets a ValueError.
-        A backward pass inside reaches the base model's own weights, as without a memory; once an
-        optimizer has changed these, the block has to be entered anew.
+        `weights(memory)` returned to use them again. The base is in evaluation mode meanwhile.
+        Threads that are started inside the block read the memory, too; any other one says for
+        itself what it reads, or gets a ValueError. A backward pass inside reaches the base model's
+        own weights, as without a memory; once an optimizer has changed these, the block has to be
+        entered anew.
         """
-        with share(self._effective(memory), self.layers):
+        with evaluating(self.base), share(self._effective(memory), self.layers):
             yield
 
     def _effective(self, memory: Memory | Sequence[Memory] | Weights | None) -> Weights:
@@ -193,12 +217,12 @@ class StackedModel(nn.Module):
 
         Returns (losses [B, T], memory): each token's −log p in nats, predicted before anything
         was learned from it or a later one; the stream's first is nan. Raises ValueError for
-        arguments of another shape, before anything is learned.
+        arguments of another shape, before anything is learned, and for a layer that has been put
+        out of action since it was stacked.
         """
-        with torch.no_grad():
-            losses, memory = learning.unroll(
-                self, ids, memory, mask, teach=teach, drift=drift, anchor=anchor
-            )
+        losses, memory = learning.unroll(
+            self, ids, memory, mask, teach=teach, drift=drift, anchor=anchor
+        )
         return losses, trees.detach(memory)
 
     @torch.no_grad()
@@ -224,7 +248,6 @@ class StackedModel(nn.Module):
         ):
             own = kernel(self.layers[j])
             own.copy_((wide(own) + delta.dense()[0] - start.dense()[0]).to(own.dtype))
-        self.fingerprint = None
         return self.reset(memory, level)
 
     def reset(self, memory: Memory, level: int) -> Memory:
@@ -236,15 +259,70 @@ class StackedModel(nn.Module):
 
     def memory_bytes(self) -> int:
         """Bytes of one stream's deltas, once every level has written (momentum: twice those)."""
-        shapes = [kernel(self.layers[j]).shape for own in self.owned for j in own]
-        rank = self.config.rank
+        return sum(self._level_bytes(i) for i in range(len(self.owned)))
+
+    def memory_limit(self) -> dict[str, int]:
+        """The most bytes that one stream's memory takes: each level (its deltas, and what it
+        gathers for the next write; momentum; a start value that moves), and the context: the keys
+        and values of a full window, with which it reads on.
+        """
+        config, found = self.config, {}
+        for i, level in enumerate(config.levels):
+            parts = 2 + (level.rule == "momentum") + (config.variant == "nested")
+            found[f"level {i}"] = parts * self._level_bytes(i) if level.chunk is not None else 0
+        each = sum(h * (k + v) * kind.itemsize for h, k, v, kind in learning.cache_shapes(self))
+        return {**found, "context": self.window * (each + 32)}
+
+    def _level_bytes(self, i: int) -> int:
+        rank, shapes = self.config.rank, [kernel(self.layers[j]).shape for j in self.owned[i]]
         numbers = [out * width if rank is None else rank * (out + width) for out, width in shapes]
         return sum(numbers) * self.lr[0].element_size()
+
+    @property
+    def norms(self) -> list[float]:
+        """The norms of the pretrained weights of each layer, as they are now."""
+        known = version_of(kernel(layer) for layer in self.layers)
+        if self._norms is None or self._norms[0] != known:
+            self._norms = (known, [float(wide(kernel(x).detach()).norm()) for x in self.layers])
+        return self._norms[1]
 
     def check_level(self, level: int) -> None:
         """ValueError if there is no such level."""
         if not 0 <= level < len(self.owned):
             raise ValueError(f"level={level}: the model has the levels 0 to {len(self.owned) - 1}")
+
+    def check_adopted(self) -> None:
+        """ValueError if a layer cannot be lent weights any more."""
+        for layer, path in self.paths.items():
+            if not adopted(layer):
+                raise ValueError(
+                    f"the model was unstacked ({path} takes no memory): stack_levels() it again"
+                )
+            check_weight(path, layer)
+
+    def check_ran(self, weights: Weights, ran: dict[nn.Module, int]) -> None:
+        """ValueError if a layer that was lent weights has not run: its memory has no effect."""
+        check_ran({layer: self.paths[layer] for layer in weights}, ran)
+
+    def version(self) -> str:
+        """Another whenever the base model's weights or the start values are."""
+        return version_of([*self.base.state_dict().values(), *self.starts])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedModel:
+        """Move or cast. A cast is the base model's: step sizes, start values and all that is
+        learned keep their type, and the base stays the one that memories know.
+        """
+        same = self.fingerprint is not None and self.fingerprint[0] == self.version()
+        own = [p for name, p in self.named_parameters() if not name.startswith("base.")]
+        before = [p.data for p in own]
+        super()._apply(fn, recurse)
+        for parameter, old in zip(own, before):
+            if parameter.dtype != old.dtype:
+                parameter.data = old.to(parameter.device)
+        if same:
+            assert self.fingerprint is not None
+            self.fingerprint = (self.version(), self.fingerprint[1])
+        return self
 
     # ---------------------------------------------------------------------- effective weights
 
@@ -281,7 +359,8 @@ class StackedModel(nn.Module):
             return tuple(Factors(like.new_zeros(batch, *shape)) for shape in shapes)
         drawn = torch.Generator().manual_seed(i)
         rights = [
-            torch.randn(rank, width, generator=drawn, dtype=torch.float32) / width**0.5
+            torch.randn(rank, width, generator=drawn, dtype=torch.float32, device="cpu")
+            / width**0.5
             for _, width in shapes
         ]
         return tuple(
@@ -291,7 +370,7 @@ class StackedModel(nn.Module):
 
     def effective(self, fasts: dict[int, Fast], *, dense: bool = False) -> Weights:
         """Pretrained weights plus the levels' deltas; low-rank ones beside them unless `dense`."""
-        check_adopted(self.layers[0])
+        self.check_adopted()
         parts: dict[int, list[Factors]] = {}
         for i, fast in fasts.items():
             for j, delta in zip(self.owned[i], fast):

@@ -214,7 +214,7 @@ class StreamingLayer(nn.Module):
             with torch.no_grad():
                 self._template = tree.to(self.init_state(0), "meta")
         check_state(state, self._template, batch, type(self).__name__)
-        return state
+        return state if traced() else tree.trainable(state)
 
 
 def check_state(state: Any, template: Any, batch: int, owner: str) -> None:

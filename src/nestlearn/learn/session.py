@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.hf.anchor import Anchor
-from nestlearn.hf.families import Weights, version
+from nestlearn.hf.families import Weights
 from nestlearn.hf.folder import fingerprint
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import size
@@ -85,7 +85,7 @@ class Session:
         self._history: list[store.Record] = []
         self._digest: str | None = None
         self._base = fingerprint(model)
-        self._ready: tuple[Any, list[int | None], Weights] | None = None
+        self._ready: tuple[Any, str, Weights] | None = None
         self._spoken: tuple[ChatTurn, list[int], int] | None = None  # last reply: ids, their end
         self._held_out: Tensor | None = None
         self._limit = math.inf
@@ -109,6 +109,9 @@ class Session:
         self._may_write()
         if source is not None and not isinstance(source, str):
             raise ValueError(f"source={source!r}: give a str; the history is saved as JSON")
+        if self.memory.position == 0:  # nothing yet that could belong to another base
+            self._base = fingerprint(self.model)
+        self._check_base()
         ids = self._ids(text, first=self.memory.position == 0)
         losses, memory = self.model.learn(
             ids, self.memory, mask, drift=self.drift, anchor=self.anchor
@@ -240,8 +243,7 @@ class Session:
         folder = self.path if path is None else find(path)
         if folder is None:
             raise ValueError("this session has no folder: save(path)")
-        if fingerprint(self.model) != self._base:
-            raise ValueError("the base model has changed under this session (a merge?)")
+        self._check_base()
         known = self._digest if folder == self.path else None
         self._digest = store.save_memory(
             folder, self.model, self.memory, self._history, expected=known
@@ -285,8 +287,7 @@ class Session:
         computes what it did. Other memories of the base model do not fit it any more.
         """
         self._may_write()
-        if fingerprint(self.model) != self._base:
-            raise ValueError("the base model has changed under this session (a merge?)")
+        self._check_base()
         self.memory = self.model.merge(self.memory, level)
         self._base = fingerprint(self.model)
         self._note("merge", level=level)
@@ -319,10 +320,10 @@ class Session:
         return float(self.model.losses(ids, memory)[:, 1:].mean())
 
     def _weights(self) -> Weights:
-        """The effective weights, computed once after every write (of the base model's, too)."""
-        levels, now = self.memory.levels, [version(layer) for layer in self.model.layers]
-        if self._ready is None or self._ready[0] is not levels or self._ready[1] != now:
-            self._ready = (levels, now, self.model.weights(self.memory))
+        """The effective weights, computed once after every write and every change of the base."""
+        levels, version = self.memory.levels, self.model.version()
+        if self._ready is None or self._ready[0] is not levels or self._ready[1] != version:
+            self._ready = (levels, version, self.model.weights(self.memory))
         return self._ready[2]
 
     def _prompt(self, turns: list[ChatTurn], options: dict[str, Any]) -> Tensor:
@@ -343,6 +344,13 @@ class Session:
     def _may_write(self) -> None:
         if self.read_only:
             raise ValueError("this session is read-only: open the memory without read_only")
+
+    def _check_base(self) -> None:
+        if fingerprint(self.model) != self._base:
+            raise ValueError(
+                "the base model has changed under this session (trained, loaded anew, or merged), "
+                "so its memory does not fit: give the model its weights back, or begin a new one"
+            )
 
     def _note(self, what: str, **facts: Any) -> None:
         self._history.append({"what": what, "time": round(time.time()), **facts})

@@ -250,6 +250,9 @@ def _build(tensors: dict[str, Tensor], position: Any, model: StackedModel) -> Me
         fits = len(tensor.shape) == len(shape) and all(
             want is None or want == have for want, have in zip(shape, tensor.shape)
         )
+        # Of a stack in another precision: the same memory, as this one computes it.
+        if tensor.is_floating_point() and dtype.is_floating_point:
+            tensor = tensor.to(dtype)
         if not fits or tensor.dtype != dtype:
             raise ValueError(f"{path} is {tensor.dtype} {list(tensor.shape)}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -276,12 +276,21 @@ class HopeLM(nn.Module):
         return torch.cat(longer, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder, each whole or not at all."""
+        """Write config.json and model.safetensors into the folder, each whole or not at all.
+
+        Parameters that are one (a tied head) are written under each of their names, and are one
+        again when loaded.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        # A copy of its own: safetensors refuses tensors that share storage.
+        weights = {
+            k: v.detach().clone(memory_format=torch.contiguous_format)
+            for k, v in self.state_dict().items()
+        }
+        ties = {"ties": json.dumps(_ties(self))}
         text = json.dumps({"format": FORMAT, **self.config.to_dict()}, indent=2)
-        atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path))
+        atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path, ties))
         atomic_write(
             folder / "config.json", lambda path: path.write_text(text + "\n", encoding="utf-8")
         )
@@ -314,7 +323,12 @@ class HopeLM(nn.Module):
             weights = load_file(folder / "model.safetensors")
             model.load_state_dict(weights)
             model.to(next(iter(weights.values())).dtype)
-        except (SafetensorError, RuntimeError) as error:
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                ties = json.loads((file.metadata() or {}).get("ties", "{}"))
+            for name, first in ties.items():
+                owner, _, own = name.rpartition(".")
+                setattr(model.get_submodule(owner), own, model.get_parameter(first))
+        except (SafetensorError, RuntimeError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{folder / 'model.safetensors'} is damaged or of another model ({reason}): {again}"
@@ -324,6 +338,16 @@ class HopeLM(nn.Module):
     def parameter_count(self) -> int:
         """Number of trained values."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Of parameters with several names each further one, and the first."""
+    first: dict[nn.Parameter, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            found[name] = first[parameter]
+    return found
 
 
 def _choose(

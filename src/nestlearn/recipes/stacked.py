@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,45 @@ def pretrained(name: str, tokenizer: Path | None) -> tuple[Any, Any]:
         return load_llama2c(name), Llama2cTokenizer(tokenizer) if tokenizer else None
     if tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer}: only for llama2.c checkpoints (.bin)")
-    model = AutoModelForCausalLM.from_pretrained(name)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
+    if file := _gguf(name):
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**source)
+    if file:  # its weights are plain numbers now, and are saved as such
+        model = _plain(model)
     try:
-        return model, AutoTokenizer.from_pretrained(name)
+        return model, AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, KeyError) as error:
         say(f"No tokenizer with {name} ({type(error).__name__}): texts cannot be read.", "yellow")
         return model, None
+
+
+def _gguf(name: str) -> Path | None:
+    """The GGUF file that is meant: a file, or the only one of a folder without a model."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"{path} holds several GGUF files: name one of {names}")
+        path = found[0] if found else path
+    if path.suffix.lower() != ".gguf":
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if find_spec("gguf") is None:
+        raise ValueError(f"{path} is a GGUF file; to read it: pip install gguf")
+    return path
+
+
+def _plain(model: Any) -> Any:
+    """The same model, as if it had never been quantised."""
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = type(model)(type(model.config).from_dict(config)).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain.eval()
 
 
 def words_of(folder: Path) -> Any:

@@ -46,7 +46,8 @@ def stack_new(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face model, by its name or folder, or a llama2.c checkpoint (.bin).",
+            help="A Hugging Face model, by its name or folder; a .gguf file (it needs the package "
+            "gguf); or a llama2.c checkpoint (.bin).",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The new folder for the stacked model.")],
@@ -56,7 +57,10 @@ def stack_new(
     ] = None,
     lr: Annotated[
         list[float] | None,
-        typer.Option(min=0.0, help="Step size: one for all levels, or one for each."),
+        typer.Option(
+            min=0.0,
+            help="Step size: one for all levels, or one for each (default: 0.05; low-rank: 0.5).",
+        ),
     ] = None,
     rule: Annotated[
         Literal["gd", "momentum", "dgd"], typer.Option(help="How the levels step.")
@@ -76,7 +80,13 @@ def stack_new(
         list[int] | None, typer.Option(help="Only this block; repeat for more (default: all).")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Low-rank memories, for large models.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rank of what is learned; 0: full. Default: full below 50 million parameters, "
+            "then 4. A full memory is up to four times as large as the MLPs, one of rank 4 about "
+            "12 MB for 135 million parameters; the context of the window comes on top.",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option(min=2, help="Tokens read at once (default: at most 1,024).")
@@ -91,14 +101,17 @@ def stack_new(
     """
     from nestlearn import Level, stack_levels
     from nestlearn.hf.folder import save_stack
+    from nestlearn.hf.plan import rank_of
 
-    chunks, rates = chunk or [64, 512], lr or [0.05]
-    if len(rates) not in (1, len(chunks)):
-        raise ValueError(f"{len(rates)} step sizes for {len(chunks)} levels: give one, or as many")
-    rates = rates * len(chunks) if len(rates) == 1 else rates
+    chunks = chunk or [64, 512]
+    if lr and len(lr) not in (1, len(chunks)):
+        raise ValueError(f"{len(lr)} step sizes for {len(chunks)} levels: give one, or as many")
     if out.exists():
         raise ValueError(f"{out} is there already: choose another folder")
     base, words = pretrained(model, tokenizer)
+    rank = rank_of(base) if rank is None else rank or None
+    rates = lr or [0.05 if rank is None else 0.5]  # a random subspace holds little of a gradient
+    rates = rates * len(chunks) if len(rates) == 1 else rates
     stacked = stack_levels(
         base,
         [Level(c, lr=rate, rule=rule) for c, rate in zip(chunks, rates)],
@@ -109,8 +122,14 @@ def stack_new(
         window=window,
     )
     save_stack(stacked, out, words)
-    full = stacked.memory_bytes() / 1e6
-    say(f"{len(stacked.blocks)} blocks, {len(chunks)} levels; a memory takes {full:,.1f} MB.")
+    limit = stacked.memory_limit()
+    context = limit.pop("context") / 1e6
+    learned = sum(limit.values()) / 1e6
+    say(
+        f"{len(stacked.blocks)} blocks, {len(chunks)} levels; a memory takes {learned:,.1f} MB at "
+        f"most ({'full weights' if rank is None else f'rank {rank}'}), and {context:,.1f} MB for "
+        f"the context, once it has read {stacked.window:,} tokens."
+    )
     say(f"Next:  nestlearn learn {out} --data my_text.txt --memory mine", "green")
 
 
