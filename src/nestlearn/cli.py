@@ -188,7 +188,7 @@ def train(
         Dtype, typer.Option(help="bfloat16 is autocast.", rich_help_panel="Training")
     ] = "float32",
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel="Training")
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps", rich_help_panel="Training")
     ] = "auto",
 ) -> None:
     """Train a model on text.

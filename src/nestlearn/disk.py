@@ -14,6 +14,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+WINDOWS = os.name == "nt"
+_NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
+_FORBIDDEN = {*'<>:"|?*', *map(chr, range(32))}
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{n}" for d in ("COM", "LPT") for n in range(1, 10))}
+
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
@@ -47,6 +52,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
     raised again naming `path`, and for a full disk the remedy.
     """
     path = Path(path)
+    check_name(path)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with disk_errors(path):
@@ -63,9 +69,33 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file, or the folder's list of names, has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until the file, or the folder's list of names, has reached the disk.
+
+    Windows opens no folders, and syncs only what is open for writing; and some file systems of a
+    network sync no folders: there the names go to the disk when the system sees fit.
+    """
+    folder, posix = path.is_dir(), hasattr(os, "O_DIRECTORY")
+    if folder and not posix:
+        return
+    handle = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (folder and error.errno in _NO_FOLDERS):
+            raise
     finally:
         os.close(handle)
+
+
+def check_name(path: Path) -> None:
+    """ValueError, on Windows, for a name that it does not take, or takes for something else."""
+    if not WINDOWS:
+        return
+    for part in path.parts[bool(path.anchor) :]:
+        reserved = part.split(".")[0].rstrip().upper() in _DEVICES
+        bad = reserved or set(part) & _FORBIDDEN or part.endswith((".", " "))
+        if bad and part not in (".", ".."):
+            raise ValueError(
+                f'{part!r} is no file name on Windows: leave out < > : " | ? *, a dot or space at '
+                "the end, and names of devices such as con, nul, com1"
+            )

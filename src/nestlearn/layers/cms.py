@@ -161,7 +161,8 @@ class LevelMLP(Stepping):
                 position=position, run=max(1, size // self.level.chunk), in_kernels=True,
                 remat=False,
             )  # fmt: skip
-            return torch.cat(ys, 1) if len(ys) > 1 else ys[0], state
+            y = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
+            return y.contiguous(), state  # a part of a chunk has strides of its own, and its graph
         past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
         ys, (fast, start) = self._scan(
             (state.fast, state.start), (k, past, *pairs), self.learning, length=x.shape[1],

@@ -27,8 +27,8 @@ CHECKS: dict[str, Check] = {
     "momentum": (_share, "a share of the past from 0 to below 1, e.g. 0.9"),
     "delta": (lambda x: 0 <= x < 2, "a number from 0 to below 2, e.g. 0.5"),
     "betas": (
-        lambda x: len(x) in (2, 3) and all(0 <= b < 1 for b in x),
-        "numbers from 0 to below 1, e.g. (0.9, 0.95)",
+        lambda x: len(x) == 2 and all(0 <= b < 1 for b in x),
+        "two numbers from 0 to below 1, e.g. (0.9, 0.95)",
     ),
     "eps": (lambda x: 0 <= x < math.inf, "a small number of 0 or more, e.g. 1e-8"),
     "alpha": (lambda x: 0 <= x < math.inf, "a weight of 0 or more, e.g. 0.25"),
@@ -54,8 +54,8 @@ class ChainOptimizer(Optimizer):
 
     The state is flat tensors by parameter, `step` among them, so that a state_dict resumes bit for
     bit, the phase of slow memories included. p.grad is read and never changed; a parameter
-    without a gradient is left as it is, its step too. Of half-precision parameters the state is
-    float32. Sharded parameters (FSDP2, DTensor) are stepped in place; a rule that reads whole
+    without a gradient, or without values, is left as it is, its step too. Of half-precision
+    parameters the state is float32. Sharded parameters (FSDP2, DTensor) are stepped in place; a rule that reads whole
     matrices gathers them, and each process computes it for itself.
     """
 
@@ -106,6 +106,10 @@ class ChainOptimizer(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is complex: give "
                     "torch.view_as_real(parameter)"
                 )
+            if p.layout != torch.strided:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is sparse: give parameter.to_dense()"
+                )
             self._layout(p, group)
 
     def _rule(self, p: Tensor, group: Group) -> str:
@@ -136,11 +140,11 @@ class ChainOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        due = [[p for p in g["params"] if _has_gradient(p)] for g in self.param_groups]
+        for group, moving in zip(self.param_groups, due):
             by_rule: dict[str, list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_rule.setdefault(self._rule(p, group), []).append(p)
+            for p in moving:
+                by_rule.setdefault(self._rule(p, group), []).append(p)
             for rule, params in by_rule.items():
                 for portion in _portions(params):
                     self._advance(group, self.chain(group, rule), portion)
@@ -164,15 +168,18 @@ class ChainOptimizer(Optimizer):
         state = self.state[p]
         layout = self._layout(p, group)
         if not state:
-            slot = Slot(local(p), p.shape, 0, p, layout)
-            part = slot.value.shape
-            made = chain.init(slot)
-            state |= {k: like(t, p) if t.shape == part else t for k, t in made.items()}
-            state["step"] = torch.tensor(0.0)
+            state |= self._start(p, group, chain)
         step = int(state["step"])
         return Slot(local(p), p.shape, step, p, layout), {
             name: local(t) for name, t in state.items() if name != "step"
         }
+
+    def _start(self, p: Tensor, group: Group, chain: Transform) -> State:
+        """The state of a parameter before its first step."""
+        slot = Slot(local(p), p.shape, 0, p, self._layout(p, group))
+        made = chain.init(slot)
+        state = {k: like(t, p) if t.shape == slot.value.shape else t for k, t in made.items()}
+        return {**state, "step": torch.tensor(0.0)}
 
     # --------------------------------------------------------------------------------- state
 
@@ -180,20 +187,11 @@ class ChainOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state: its tensors are copied and keep their types (torch shares and casts).
 
-        Options that the saved groups lack (of an older version) stay as they are here. ValueError,
-        before anything is changed, for a bad option, or a memory that the saved state lacks.
+        An option that the saved groups do not have stays as it is here. ValueError, before
+        anything is changed, names a bad value, or what a parameter's state lacks.
         """
-        groups = [
-            {**own, **saved}
-            for own, saved in zip(self.param_groups, state_dict["param_groups"])
-        ]  # fmt: skip
-        if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
-            for own, group in zip(self.param_groups, groups):
-                self._check({**group, "params": own["params"]})
-                for number, p in zip(group["params"], own["params"]):
-                    self._check_state(number, p, group, state_dict["state"].get(number))
-            state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(state_dict)  # a ValueError where the sizes of the groups differ
+        state_dict = self._complete(state_dict)
+        super().load_state_dict(state_dict)
         numbers = [n for g in state_dict["param_groups"] for n in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
         for number, p in zip(numbers, params):
@@ -201,18 +199,29 @@ class ChainOptimizer(Optimizer):
                 value = torch.as_tensor(value).detach().clone()
                 self.state[p][name] = value if name == "step" else value.to(p.device)
 
-    def _check_state(self, number: int, p: Tensor, group: Group, saved: State | None) -> None:
-        """ValueError unless a saved state has all that the group's chain remembers of p."""
-        if not saved:
-            return
-        slot = Slot(local(p), p.shape, 0, p, self._layout(p, group))
-        made = {**self.chain(group, self._rule(p, group)).init(slot), "step": torch.tensor(0.0)}
-        if missing := sorted(made.keys() - saved.keys()):
-            raise ValueError(
-                f"the saved state of parameter {number}, of shape {tuple(p.shape)}, has "
-                f"{sorted(saved)} and lacks {missing}: load it into a {type(self).__name__} with "
-                "the options, and of the version, that it was saved from"
-            )
+    def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The same with all options, brought to today's form; only what can go on."""
+        groups = [dict(g) for g in state_dict["param_groups"]]
+        sizes = ([len(g["params"]) for g in some] for some in (groups, self.param_groups))
+        if len({tuple(size) for size in sizes}) > 1:
+            return state_dict  # torch refuses it, and says why
+        states = {number: dict(state) for number, state in state_dict["state"].items()}
+        for saved, group in zip(groups, self.param_groups):
+            own = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            kept = {n: p for n, p in zip(saved["params"], group["params"]) if states.get(n)}
+            self.upgrade(saved, [states[n] for n in kept])
+            saved.update({**own, **saved})
+            self._check({**saved, "params": group["params"]})
+            for number, p in kept.items():
+                _fits(
+                    states[number],
+                    self._start(p, saved, self.chain(saved, self._rule(p, saved))),
+                    p,
+                )
+        return {**state_dict, "state": states, "param_groups": groups}
+
+    def upgrade(self, group: Group, states: list[State]) -> None:
+        """Bring a group's options and states that an older version saved to today's form."""
 
     def memories(self) -> list[tuple[Memory, int]]:
         """What the optimizer remembers (eq. 6), and of how many parameters: for `levels`."""
@@ -252,18 +261,35 @@ def _passes(ok: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
+def _has_gradient(p: Tensor) -> bool:
+    """Whether there is anything to step; ValueError for a gradient that cannot be read."""
+    if p.grad is None or not p.numel():
+        return False
+    if p.grad.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of a parameter of shape {tuple(p.shape)} is sparse: build the "
+            "embedding with sparse=False, or give that parameter to torch.optim.SparseAdam"
+        )
+    return True
+
+
+def _fits(saved: State, start: State, p: Tensor) -> None:
+    """ValueError where a saved state is not one that these options go on from."""
+    what = f"the saved state of a parameter of shape {tuple(p.shape)}"
+    remedy = "load it into the optimizer, and the model, that saved it"
+    if missing := sorted(start.keys() - saved.keys()):
+        raise ValueError(f"{what} has no {', '.join(missing)}, but {sorted(saved)}: {remedy}")
+    for name, t in start.items():
+        found = tuple(torch.as_tensor(saved[name]).shape)
+        if found != tuple(t.shape):
+            raise ValueError(f"{what} has {name} of shape {found}, not {tuple(t.shape)}: {remedy}")
+
+
 def _gradients(slots: Iterable[Slot], maximize: bool) -> Updates:
     """The gradients as the chain's first updates: of the state's type, downhill; never p.grad's own
     values changed."""
     found = []
     for slot in slots:
-        grad = slot.source.grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise ValueError(
-                f"the gradient of a parameter of shape {tuple(slot.shape)} is sparse: build the "
-                "embedding with sparse=False, or give that parameter to torch.optim.SparseAdam"
-            )
         g = gradient_of(slot.source)
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         found.append(g.neg() if maximize else g)

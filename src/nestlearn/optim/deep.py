@@ -11,7 +11,8 @@ from torch import Tensor
 from nestlearn.memory import ResidualMLP, Weights, dot_product, l2
 
 from .chain import At, Memory, Slot, State, Transform, Updates
-from .sharded import own_part, reduced, whole_of
+from .sharded import greatest, own_part, reduced, whole_of
+from .sizes import near
 
 Tokens = Literal["element", "row"]
 OBJECTIVES = {"l2": l2, "dot": dot_product}
@@ -92,8 +93,8 @@ def deep_momentum(
     """
 
     def init(slot: Slot) -> State:
-        size = slot.zeros().new_zeros(())
-        return {"momentum": slot.zeros(), "size": size, **memory.start(slot, quiet=True)}
+        rms = slot.zeros().new_zeros(())
+        return {"momentum": slot.zeros(), "rms": rms, **memory.start(slot, quiet=True)}
 
     def update(u: Updates, states: list[State], at: At) -> Updates:
         return [one(g, s, slot) for g, s, slot in zip(u, states, at.slots)]
@@ -101,9 +102,9 @@ def deep_momentum(
     def one(g: Tensor, state: State, slot: Slot) -> Tensor:
         mlp = memory.mlp(slot.shape, slot.layout.stacked)
         W, mu = memory.weights(state), state["momentum"]
-        power = reduced(g.square().sum(), slot.source) / max(1, slot.shape.numel())
-        state["size"].lerp_(power, 1 - alpha)
-        unit = (state["size"] / (1 - alpha ** (slot.step + 1))).sqrt() + 1e-30
+        rms = state["rms"]
+        rms.copy_(torch.hypot(alpha**0.5 * rms, (1 - alpha) ** 0.5 * _rms(g, slot)))
+        unit = rms / (1 - alpha ** (slot.step + 1)) ** 0.5 + 1e-30
         whole = whole_of(g, slot.source) / unit
         if slot.step and inner_lr:
             before = whole_of(mu, slot.source) / unit
@@ -120,6 +121,13 @@ def deep_momentum(
         Memory(f"deep momentum m, {memory.depth} matrices", form, "m ← a m − η ∇L"),
     )
     return Transform(init, update, memories)
+
+
+def _rms(g: Tensor, slot: Slot) -> Tensor:
+    """The root mean square of the whole gradient, a tensor without axes."""
+    scale = near(greatest(g, slot.source))
+    squares = reduced((g / scale).square().sum(), slot.source)
+    return scale * (squares / slot.shape.numel()).sqrt()
 
 
 def literal_deep_momentum(memory: DeepMemory, *, alpha: float) -> Transform:

@@ -74,7 +74,7 @@ def mean_square(seen: list[Tap]) -> Tensor | None:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
         dist.all_reduce(count)
-    return total / count
+    return total / count.clamp(min=1)  # of an empty batch: zero
 
 
 def inputs(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
@@ -91,7 +91,7 @@ def inputs(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
             patches = F.unfold(padded, module.kernel_size, module.dilation, padding, module.stride)
             yield patches.reshape(module.groups, -1, patches.shape[-1]).mT
     else:
-        yield x.reshape(1, -1, x.shape[-1])
+        yield x.reshape(1, x.shape[:-1].numel(), x.shape[-1])  # also of no inputs, of no width
 
 
 def _padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
@@ -124,7 +124,8 @@ class DGD(ChainOptimizer):
     Call `zero_grad` of the optimizer: it forgets what was read. Processes of a running
     torch.distributed group are taken for data-parallel, and share their C.
 
-    Not for tensor parallelism, nor for layers so wide that K³ per step is too much ("trace").
+    Not for tensor parallelism, nor for layers so wide that K³ per step is too much ("trace"), nor
+    in float32 for inputs of a size of 1000 and more, beside which the I of I + η C has few digits.
     """
 
     checks: ClassVar[dict[str, Check]] = {

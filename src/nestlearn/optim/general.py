@@ -94,13 +94,7 @@ def written(
 ) -> Tensor:
     """The memory m [k, m, n] after the gradient g, by eq. 60."""
     if solve == "exact":
-        step = alpha * m - lr * g
-        if objective == "dot":
-            return step
-        if g.shape[-2] >= g.shape[-1]:
-            return torch.linalg.solve(_one_and(lr * g.mT @ g), step, left=False)
-        # Woodbury: the smaller of the two squares
-        return step - lr * (step @ g.mT) @ torch.linalg.solve(_one_and(lr * g @ g.mT), g)
+        return alpha * m - lr * g if objective == "dot" else _implicit(alpha * m, g, lr)
     loss = objective if callable(objective) else _MEMORY_LOSSES[objective]
     slope = torch.func.grad(loss)
     if solve == "explicit":
@@ -112,8 +106,21 @@ def written(
     return x
 
 
-def _one_and(square: Tensor) -> Tensor:
-    return square + torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
+def _implicit(m: Tensor, g: Tensor, lr: float) -> Tensor:
+    """(m − η g)(I + η gᵀg)⁻¹ by the singular values of g; NaN where g is not finite.
+
+    gᵀg itself has no digit left for the I beside a large gradient, and a difference of large terms
+    has none for a small memory.
+    """
+    finite = g.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    known = torch.where(finite, g, 0)
+    exact = g.dtype if g.device.type == "mps" else torch.float64  # Apple's has no float64
+    U, s, Vh = torch.linalg.svd(known.to(exact), full_matrices=False)
+    m = m.to(exact)
+    held, fading = m @ Vh.mT, 1 + lr * s.square()[..., None, :]
+    inside = held / fading - U * (lr * s[..., None, :] / fading)
+    written = m - held @ Vh + inside @ Vh
+    return torch.where(finite, written.to(g.dtype), torch.nan)
 
 
 def _l2_memory(m: Tensor, g: Tensor) -> Tensor:

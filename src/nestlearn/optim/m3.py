@@ -63,7 +63,8 @@ def multiscale(
             torch._foreach_add_(one, slow.directions(states), alpha=alpha)
         if modulation:
             one = modulation.update(one, states, at)
-        factors = [a / (b + 1e-12) for a, b in zip(length, at.norms(one))]
+        tiny = torch.finfo(one[0].dtype).tiny  # a direction over a large √V is small, not zero
+        factors = [a / b.clamp(min=tiny) for a, b in zip(length, at.norms(one))]
         torch._foreach_mul_(one, factors)
         return one
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch.optim.optimizer import ParamsT
 
 from .base import ChainOptimizer, Check, Group
-from .chain import Transform, chain
+from .chain import State, Transform, chain
 from .deep import OBJECTIVES, DeepMemory, Tokens, deep_momentum, literal_deep_momentum
 from .m3 import literal_m3, multiscale
 from .orthogonal import (
@@ -165,6 +166,12 @@ class DeepMomentum(ChainOptimizer):
             weight_decay=weight_decay,
             maximize=maximize,
         )
+
+    def upgrade(self, group: Group, states: list[State]) -> None:
+        """Before, the mean square was kept, not its root."""
+        for state in states:
+            if "size" in state:
+                state["rms"] = torch.as_tensor(state.pop("size")).sqrt()
 
     def chain(self, group: Group, rule: str) -> Transform:
         """The deep memory alone."""
@@ -371,6 +378,12 @@ class M3(_Orthogonal):
             exact=exact,
             maximize=maximize,
         )
+
+    def upgrade(self, group: Group, states: list[State]) -> None:
+        """What each state keeps says whether it is `exact`, where the group does not."""
+        slow = [state for state in states if "slow" in state]
+        if slow and "exact" not in group:
+            group["exact"] = all("direction" in state for state in slow)
 
     def matrices(self, group: Group) -> Transform:
         """The two scales."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .chain import At, Memory, State, Transform, Updates, stateless
+from .sizes import near
 
 Coefficients = tuple[float, float, float]
 QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)  # Muon's: steepest at zero, ends in 0.7 to 1.2
@@ -91,13 +92,12 @@ def _work_type(m: Tensor, precision: Precision) -> torch.dtype:
 
 def _prepared(g: list[Tensor], eps: float, dtype: torch.dtype) -> Tensor:
     """The matrices as one batch [k, m, n] of Frobenius norm 1."""
-    if len(g) == 1 and len(g[0]) == 1:
-        x = g[0].to(dtype, copy=True)
-        norm = torch.linalg.vector_norm(x)  # without axes: the faster call
-    else:
-        x = torch.cat([m.to(dtype) for m in g])
-        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x.mul_(norm.clamp_(min=eps).reciprocal_())
+    alone = len(g) == 1 and len(g[0]) == 1  # without axes: the faster call
+    x = g[0].to(dtype, copy=True) if alone else torch.cat([m.to(dtype) for m in g])
+    over: dict[str, Any] = {} if alone else {"dim": (-2, -1), "keepdim": True}
+    scale = near(torch.linalg.vector_norm(x, math.inf, **over))
+    norm = torch.linalg.vector_norm(x.div_(scale), **over)
+    return x.mul_(torch.maximum(norm, eps / scale).reciprocal_())
 
 
 def _iterated(x: Tensor, steps: int, coefficients: Coefficients, size: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .chain import At, Memory, Slot, State, Transform, Updates, stateless
+from .sizes import unit
 
 Elementwise = Callable[[Tensor], Tensor]
 FEATURES: dict[str, Elementwise] = {
@@ -138,7 +139,7 @@ def _seen(ms: list[Tensor], gs: list[Tensor], literal: bool, eps: float) -> list
     seen = []
     for m, g in zip(ms, gs):
         if not literal:
-            g = g / (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) + eps)
+            g = unit(g, eps)
         wide = g.shape[-2] <= g.shape[-1]
         seen.append((m @ g.mT) @ g if wide else m @ (g.mT @ g))  # the smaller square between
     return seen
@@ -149,12 +150,13 @@ def second_moment(
 ) -> Transform:
     """u / (√v + ε), v the running mean of g² (of the *gradients*, whatever u is), unbiased.
 
-    total: the growing sum v ← v + β g² of algorithm 1 instead.
+    total: the growing sum v ← v + β g² of algorithm 1 instead. A gradient whose square its type
+    does not hold (1e19 in float32) counts as 1e17: an infinite v would stay, and stop everything.
     """
 
     def update(u: Updates, states: list[State], at: At) -> Updates:
         v = [s[name] for s in states]
-        g = list(at.gradients)
+        g = [_with_a_square(x) for x in at.gradients]
         if not total:
             torch._foreach_mul_(v, beta)
         torch._foreach_addcmul_(v, g, g, value=beta if total else 1 - beta)
@@ -166,6 +168,11 @@ def second_moment(
 
     rule = f"v ← v + {beta:g} g²" if total else f"v ← {beta:g} v + {1 - beta:g} g²"
     return Transform(lambda slot: {name: slot.zeros()}, update, (Memory(name, "½‖v − g²‖²", rule),))
+
+
+def _with_a_square(g: Tensor) -> Tensor:
+    most = torch.finfo(g.dtype).max ** 0.45
+    return g.clamp(-most, most)
 
 
 def adam(betas: tuple[float, float], eps: float = 1e-8) -> Transform:

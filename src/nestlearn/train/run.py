@@ -52,7 +52,8 @@ class TrainConfig:
     weight_decay: on matrices only (ndim >= 2, without `no_decay = True`). clip: the largest
     gradient norm. eval_every, checkpoint_every: in steps; the last step always does both.
     dtype: "float32", or "bfloat16" (autocast; weights stay float32). device: "auto" is CUDA
-    where there is one, else the CPU. cuda_graph: on CUDA, capture a step's forward and backward.
+    where there is one, else Apple's GPU where it works, else the CPU. cuda_graph: on CUDA, capture
+    a step's forward and backward.
     stream: windows that a row of the batch reads one after another with the model's memory carried
     from step to step, before it starts anew elsewhere (1: every window starts anew). So a model
     learns to go on in streams much longer than its windows. The gradient stays within a step: what
@@ -422,7 +423,9 @@ def adamw(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.
 def resolve_device(name: str) -> torch.device:
     """Return the device that a name means, "auto" included; ValueError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if _apple_works() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -430,6 +433,19 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} is not usable ({reason}); try auto or cpu") from error
     return device
+
+
+def _apple_works() -> bool:
+    """Whether Apple's GPU is there, and runs, forward and backward, what memories are made of."""
+    if not torch.backends.mps.is_available():
+        return False
+    try:
+        x = torch.eye(4, device="mps").requires_grad_()
+        y = torch.linalg.solve_triangular(x, x, upper=False, unitriangular=True)
+        (y.cumsum(0).exp() @ torch.linalg.vector_norm(x, dim=0)).sum().backward()
+        return bool(x.grad is not None and x.grad.isfinite().all())
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
 
 
 @torch.no_grad()
@@ -448,7 +464,7 @@ def evaluate(
         total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
         for part in windows.split(batch):
             losses, _ = _nats(model, part.to(device), dtype)
-            total += losses.double().sum(0).cpu()
+            total += losses.cpu().double().sum(0)  # Apple's GPU has no float64
     by_position = total / windows.shape[0]
     return float(by_position.mean()), by_position.float()
 
