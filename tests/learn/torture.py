@@ -136,8 +136,8 @@ if __name__ == "__main__":
         first, second = kill(kills, Path(place, "killed"))
         took = time.perf_counter() - begin
         print(
-            f"{kills} saves killed in {took:.0f} s: {first} times the one memory stood there whole, "
-            f"{second} times the other"
+            f"{kills} saves killed in {took:.0f} s: {first} times the one memory stood there "
+            f"whole, {second} times the other"
         )
         begin = time.perf_counter()
         damage(wounds, Path(place))

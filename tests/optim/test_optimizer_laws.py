@@ -234,7 +234,7 @@ def test_an_older_state_is_completed_or_refused(entry):
     del broken["state"][number][name]
     broken["state"][number]["foreign"] = torch.zeros(())
     before = copy.deepcopy(two.state_dict())
-    with pytest.raises(ValueError, match=f"of parameter {number}, .* lacks .*{name}"):
+    with pytest.raises(ValueError, match=f"of a parameter of shape .* has no .*{name}"):
         two.load_state_dict(broken)
     after = two.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -247,7 +247,7 @@ def test_another_optimizers_state_is_refused():
     model = network()
     adam = torch.optim.AdamW(model.parameters())
     train(model, adam, 2)
-    with pytest.raises(ValueError, match=r"has .*exp_avg.* and lacks"):
+    with pytest.raises(ValueError, match="has no .*, but .*exp_avg"):
         ENTRIES["M3"](model).load_state_dict(adam.state_dict())
     bad = ENTRIES["Muon"](model)
     state = bad.state_dict()

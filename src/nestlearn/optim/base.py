@@ -55,8 +55,8 @@ class ChainOptimizer(Optimizer):
     The state is flat tensors by parameter, `step` among them, so that a state_dict resumes bit for
     bit, the phase of slow memories included. p.grad is read and never changed; a parameter
     without a gradient, or without values, is left as it is, its step too. Of half-precision
-    parameters the state is float32. Sharded parameters (FSDP2, DTensor) are stepped in place; a rule that reads whole
-    matrices gathers them, and each process computes it for itself.
+    parameters the state is float32. Sharded parameters (FSDP2, DTensor) are stepped in place; a
+    rule that reads whole matrices gathers them, and each process computes it for itself.
     """
 
     checks: ClassVar[dict[str, Check]] = {}
