@@ -247,7 +247,7 @@ def test_another_optimizers_state_is_refused():
     model = network()
     adam = torch.optim.AdamW(model.parameters())
     train(model, adam, 2)
-    with pytest.raises(ValueError, match="has no .*, but .*exp_avg"):
+    with pytest.raises(ValueError, match=r"has no .*, but .*exp_avg"):
         ENTRIES["M3"](model).load_state_dict(adam.state_dict())
     bad = ENTRIES["Muon"](model)
     state = bad.state_dict()
