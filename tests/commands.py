@@ -97,7 +97,15 @@ FORMS: dict[str, Form] = {
     "nestlearn reproduce fig12 --device cuda": Form(why="needs a GPU"),
     **{
         f"nestlearn reproduce {name}": Form(reproduced(name))
-        for name in ("fig4", "fig11", "fig12", "lm-optimizers", "orthogonal-tasks", "update-size")
+        for name in (
+            "fig4",
+            "fig11",
+            "fig12",
+            "lm-optimizers",
+            "orthogonal-tasks",
+            "switching",
+            "update-size",
+        )
     },
     "python -m bench": Form("cd {root} && python -m bench --quick --out {here}/bench"),
     "python -m bench --flat": Form("cd {root} && python -m bench --quick --out {here}/bench"),
