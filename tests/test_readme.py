@@ -7,8 +7,9 @@ import shlex
 import sys
 from pathlib import Path
 
-import commands
 import pytest
+
+import commands
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)

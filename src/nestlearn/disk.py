@@ -96,6 +96,6 @@ def check_name(path: Path) -> None:
         bad = reserved or set(part) & _FORBIDDEN or part.endswith((".", " "))
         if bad and part not in (".", ".."):
             raise ValueError(
-                f"{part!r} is no file name on Windows: leave out < > : \" | ? *, a dot or space at "
+                f'{part!r} is no file name on Windows: leave out < > : " | ? *, a dot or space at '
                 "the end, and names of devices such as con, nul, com1"
             )

@@ -55,8 +55,8 @@ class ChainOptimizer(Optimizer):
     The state is flat tensors by parameter, `step` among them, so that a state_dict resumes bit for
     bit, the phase of slow memories included. p.grad is read and never changed; a parameter
     without a gradient, or without values, is left as it is, its step too. Of half-precision
-    parameters the state is float32. Sharded parameters (FSDP2, DTensor) are stepped in place; a rule that reads whole
-    matrices gathers them, and each process computes it for itself.
+    parameters the state is float32. Sharded parameters (FSDP2, DTensor) are stepped in place; a
+    rule that reads whole matrices gathers them, and each process computes it for itself.
     """
 
     checks: ClassVar[dict[str, Check]] = {}
@@ -213,10 +213,12 @@ class ChainOptimizer(Optimizer):
             saved.update({**own, **saved})
             self._check({**saved, "params": group["params"]})
             for number, p in kept.items():
-                _fits(states[number], self._start(p, saved, self.chain(saved, self._rule(p, saved))), p)
+                chain = self.chain(saved, self._rule(p, saved))
+                _fits(states[number], self._start(p, saved, chain), p)
         return {**state_dict, "state": states, "param_groups": groups}
 
-    def upgrade(self, group: Group, states: list[State]) -> None:
+    @staticmethod
+    def upgrade(group: Group, states: list[State]) -> None:
         """Bring a group's options and states that an older version saved to today's form."""
 
     def memories(self) -> list[tuple[Memory, int]]:
