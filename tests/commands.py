@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DATA = ROOT.parent / "shared" / "data"
 TINY = "--quick --workers 0"
-INSIDE = re.compile(r"`((?:nestlearn\s[a-z]|python -m (?:bench|nestlearn)|python tests/)[^`]*)`")
+BEGINS = r"nestlearn\s[a-z]|python -m (?:bench|nestlearn)|python tests/learn"
+INSIDE = re.compile(f"`((?:{BEGINS})[^`]*)`")
 
 
 class Form(NamedTuple):

@@ -26,9 +26,8 @@ def server() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "transformers.models.llama.modeling_llama", "nestlearn.hf"]
-    )
+    llama = "transformers.models.llama.modeling_llama"
+    context.set_forkserver_preload(["pytest", llama, "nestlearn.hf"])
     return context
 
 
@@ -136,8 +135,8 @@ if __name__ == "__main__":
         first, second = kill(kills, Path(place, "killed"))
         took = time.perf_counter() - begin
         print(
-            f"{kills} saves killed in {took:.0f} s: {first} times the one memory stood there "
-            f"whole, {second} times the other"
+            f"{kills} saves killed in {took:.0f} s: {first} times the one memory stood "
+            f"there whole, {second} times the other"
         )
         begin = time.perf_counter()
         damage(wounds, Path(place))

@@ -7,6 +7,7 @@ their own, in Triton's interpreter where there is no card.
 from collections import Counter
 from typing import Any, NamedTuple
 
+import interpreted
 import pytest
 import torch
 from test_triton import DEVICE, away, poisoned  # noqa: F401 - a fixture
@@ -69,6 +70,8 @@ def kernels(case):
 
     launches = Counter()
     launch = given._launch
+    if DEVICE == "cpu":
+        interpreted.prepare()
 
     def counted(kernel, *args):
         launches[kernel.__name__] += 1

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
+import interpreted
 import pytest
 import torch
 
@@ -122,23 +122,8 @@ def kernels(case):
     given._empty = poisoned
     given.PRECISION = case.precision
     if DEVICE == "cpu":
-        summed_wide()
+        interpreted.prepare()
     return given
-
-
-def summed_wide():
-    """The interpreter's products summed in float64, and rounded once.
-
-    In float32 their error is that of the processor's BLAS, in the order that it likes to sum in:
-    where 64 reflections follow one another, 1e-5 on one machine and 5e-5 on the next.
-    """
-    from triton.runtime import interpreter
-
-    def dot(self, a, b, d, *precision):
-        wide = np.matmul(a.data, b.data, dtype=np.float64) + d.data
-        return interpreter.TensorHandle(wide.astype(d.data.dtype), d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = dot
 
 
 def errors(case):
@@ -307,6 +292,13 @@ def away():
         yield lambda f, *args: pool.submit(f, *args).result()
 
 
+@pytest.fixture(scope="module")
+def compiler():
+    """The same in a process without the interpreter."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda f, *args: pool.submit(f, *args).result()
+
+
 def check(away, case, tolerance=1e-5):
     found = away(errors, case)
     assert all(e <= tolerance for e in found), found  # false for NaN, too
@@ -340,9 +332,8 @@ def test_widths_that_fill_their_tiles_and_widths_that_do_not(away):
 
 
 @pytest.mark.parametrize(("widths", "number"), [((16, 32, 16), 8), ((16, 48, 24), 6)])
-def test_every_kernel_compiles_for_widths_of_different_tiles(widths, number):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(typed, *widths).result() == number
+def test_every_kernel_compiles_for_widths_of_different_tiles(compiler, widths, number):
+    assert compiler(typed, *widths) == number
 
 
 @pytest.mark.parametrize("read", ["token", "boundary", None])
@@ -368,7 +359,7 @@ def test_any_axes_are_shared(away, lead, shared):
 @pytest.mark.parametrize(
     ("memory", "eta", "tolerance"),
     # 64 reflections of one vector: `chunk` itself is off by 1.9e-5 in float32, the kernels by 6e-6
-    # in the interpreter (`summed_wide`) and 1.6e-5 on a card
+    # in the interpreter (`interpreted`) and 1.6e-5 on a card
     [(Matrix(16, 16), 1.0, 1e-5), (Matrix(16, 16), 2.0, 4e-5), (MLP, 1.0, 1e-5)],
 )
 def test_keys_that_are_all_alike(away, memory, eta, tolerance):

@@ -213,14 +213,12 @@ class ChainOptimizer(Optimizer):
             saved.update({**own, **saved})
             self._check({**saved, "params": group["params"]})
             for number, p in kept.items():
-                _fits(
-                    states[number],
-                    self._start(p, saved, self.chain(saved, self._rule(p, saved))),
-                    p,
-                )
+                chain = self.chain(saved, self._rule(p, saved))
+                _fits(states[number], self._start(p, saved, chain), p)
         return {**state_dict, "state": states, "param_groups": groups}
 
-    def upgrade(self, group: Group, states: list[State]) -> None:
+    @staticmethod
+    def upgrade(group: Group, states: list[State]) -> None:
         """Bring a group's options and states that an older version saved to today's form."""
 
     def memories(self) -> list[tuple[Memory, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -128,6 +128,13 @@ def _rms(g: Tensor, slot: Slot) -> Tensor:
     scale = near(greatest(g, slot.source))
     squares = reduced((g / scale).square().sum(), slot.source)
     return scale * (squares / slot.shape.numel()).sqrt()
+
+
+def take_roots(group: dict[str, Any], states: list[State]) -> None:
+    """Of states of before, which hold the mean square, make such as hold its root."""
+    for state in states:
+        if "size" in state:
+            state["rms"] = state.pop("size").sqrt()
 
 
 def literal_deep_momentum(memory: DeepMemory, *, alpha: float) -> Transform:

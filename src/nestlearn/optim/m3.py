@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,13 @@ def multiscale(
         (Memory("slow momentum", "−⟨m, g⟩", rule, period),) if alpha else ()
     )
     return Transform(init, update, memories + (modulation.memories if modulation else ()))
+
+
+def say_form(group: dict[str, Any], states: list[State]) -> None:
+    """Of a saved group without `exact`: what its states hold says which form they have."""
+    slow = ["direction" in state for state in states if "slow" in state]
+    if slow:
+        group.setdefault("exact", all(slow))
 
 
 class Exact:

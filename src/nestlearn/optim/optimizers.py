@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch.optim.optimizer import ParamsT
 
 from .base import ChainOptimizer, Check, Group
-from .chain import State, Transform, chain
-from .deep import OBJECTIVES, DeepMemory, Tokens, deep_momentum, literal_deep_momentum
-from .m3 import literal_m3, multiscale
+from .chain import Transform, chain
+from .deep import OBJECTIVES, DeepMemory, Tokens, deep_momentum, literal_deep_momentum, take_roots
+from .m3 import literal_m3, multiscale, say_form
 from .orthogonal import (
     QUINTIC,
     Adjust,
@@ -167,11 +166,7 @@ class DeepMomentum(ChainOptimizer):
             maximize=maximize,
         )
 
-    def upgrade(self, group: Group, states: list[State]) -> None:
-        """Before, the mean square was kept, not its root."""
-        for state in states:
-            if "size" in state:
-                state["rms"] = torch.as_tensor(state.pop("size")).sqrt()
+    upgrade = staticmethod(take_roots)
 
     def chain(self, group: Group, rule: str) -> Transform:
         """The deep memory alone."""
@@ -379,11 +374,7 @@ class M3(_Orthogonal):
             maximize=maximize,
         )
 
-    def upgrade(self, group: Group, states: list[State]) -> None:
-        """What each state keeps says whether it is `exact`, where the group does not."""
-        slow = [state for state in states if "slow" in state]
-        if slow and "exact" not in group:
-            group["exact"] = all("direction" in state for state in slow)
+    upgrade = staticmethod(say_form)
 
     def matrices(self, group: Group) -> Transform:
         """The two scales."""
