@@ -7,9 +7,9 @@ def prepare() -> None:
     """Half the time, and products whose rounding is not the processor's.
 
     The interpreter puts its language in place at every call of a function by a kernel; once for
-    each launch and module is enough. Products are summed in float64 and rounded once: in float32 their error is that of
-    the processor's BLAS, in the order that it likes to sum in; where 64 reflections follow one
-    another, 1e-5 on one machine and 5e-5 on the next.
+    each launch and module is enough. Products are summed in float64 and rounded once: in float32
+    their error is that of the processor's BLAS, in the order that it likes to sum in; where 64
+    reflections follow one another, 1e-5 on one machine and 5e-5 on the next.
     """
     from triton.runtime import interpreter
 
