@@ -68,7 +68,8 @@ def test_trl_trains(kind, tmp_path, tokenizer):
     other = {"ref_model": model(vocab_size=259).float()} if kind == "DPO" else {}
     config = getattr(trl, f"{name}Config")(
         str(tmp_path), max_steps=5, per_device_train_batch_size=2, learning_rate=1e-2, bf16=False,
-        logging_steps=1, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True, **options,
+        logging_steps=1, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
+        **options,
     )  # fmt: skip
     trainer = getattr(trl, f"{name}Trainer")(
         model(vocab_size=259).float(), args=config, processing_class=tokenizer,

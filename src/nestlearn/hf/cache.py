@@ -68,7 +68,8 @@ class HopeCache(Cache):
                 "length, so take them by select([...]).state"
             )
         rows, state = self.groups[0]
-        return _select(state, sorted(range(len(rows)), key=rows.__getitem__))
+        assert state is not None  # it has read
+        return tree.select(state, sorted(range(len(rows)), key=rows.__getitem__))
 
     def select(self, rows: Sequence[int]) -> HopeCache:
         """A cache of its own for these rows, reordered and repeated at will."""
@@ -169,8 +170,8 @@ def read(
     together, so a batch costs one pass for each distinct length. Padding gives zeros.
     """
     if real is None and len(groups) == 1 and groups[0].rows == list(range(len(x))):
-        said, state = _run(model, x, groups[0].state, output)
-        return said, [Rows(groups[0].rows, state)]
+        said, now = _run(model, x, groups[0].state, output)
+        return said, [Rows(groups[0].rows, now)]
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
     counts = real.sum(1).tolist()
     parts, after = [], []
@@ -201,8 +202,8 @@ def _run(
     model: HopeLM, x: Tensor, state: HopeState | None, output: str
 ) -> tuple[tuple[Tensor, ...], HopeState]:
     ids, embeds = (None, x) if x.is_floating_point() else (x, None)
-    said, state = model(ids, state, embeds=embeds, output=output)
-    return said if isinstance(said, tuple) else (said,), state
+    said, after = model(ids, state, embeds=embeds, output=output)
+    return said if isinstance(said, tuple) else (said,), after
 
 
 def _select(state: HopeState | None, rows: list[int]) -> HopeState | None:

@@ -21,7 +21,7 @@ _ELSE = {
     "name_or_path", "num_labels", "quantization_config", "torch_dtype",
 }  # fmt: skip
 LOADER = "loads_by_nestlearn.py"
-_LOADER_TEXT = '''"""This folder's model is loaded by the library that wrote it: nothing is computed here."""
+_LOADER_TEXT = '''"""Loads this folder's model by the library that wrote it."""
 
 try:
     from nestlearn.hf import HopeConfig, HopeForCausalLM, HopeModel

@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
+    PreTrainedConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -106,7 +107,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         """The `HopeModel` of the same parameters; no part of this one, which has them already."""
         body = self.__dict__.get("_body")
         if body is None or body.model is not self.model:
-            body = self.__dict__["_body"] = HopeModel(self.config, self.model)
+            body = self.__dict__["_body"] = HopeModel(self.config, self.model)  # type: ignore[arg-type]
         body.training = self.training
         return body
 
@@ -116,7 +117,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.head = new_embeddings
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """What `forward` takes of what transformers prepares."""
@@ -198,12 +199,12 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         return output if _or(return_dict, self.config.return_dict) else output.to_tuple()
 
 
-def _or(given: bool | None, otherwise: bool) -> bool:
-    return otherwise if given is None else given
+def _or(given: bool | None, otherwise: bool | None) -> bool:
+    return bool(otherwise if given is None else given)
 
 
 def _refuse(
-    config: HopeConfig, types: Tensor | None, attentions: bool | None, places: Tensor | None
+    config: PreTrainedConfig, types: Tensor | None, attentions: bool | None, places: Tensor | None
 ) -> None:
     """ValueError for what a Hope has not, rather than None in silence."""
     if _or(attentions, config.output_attentions):

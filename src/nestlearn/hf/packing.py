@@ -73,9 +73,11 @@ def packed(positions: Tensor | None, more: dict[str, Any]) -> Tensor | None:
     if unknown:
         raise TypeError(f"forward takes no {unknown}")
     ends, texts = more.get("cu_seq_lens_q"), more.get("seq_idx")
-    if positions is not None or (ends is None and texts is None):
+    if positions is not None:
         return positions
     if texts is None:
+        if ends is None:
+            return None
         places = torch.arange(int(ends[-1]), device=ends.device)
         texts = torch.searchsorted(ends, places, right=True).unsqueeze(0)
     places = torch.arange(texts.shape[1], device=texts.device).expand_as(texts)

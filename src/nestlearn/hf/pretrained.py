@@ -64,7 +64,7 @@ class HopePreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @staticmethod
-    def _load_pretrained_model(
+    def _load_pretrained_model(  # type: ignore[override]
         model: PreTrainedModel, state_dict: dict | None, files: list[str] | None, *args: Any,
         **options: Any,
     ) -> Any:  # fmt: skip
@@ -83,7 +83,7 @@ class HopePreTrainedModel(PreTrainedModel):
                 parameter.data = parameter.data.reshape(1)
         return done
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self, save_directory: Any, is_main_process: bool = True, state_dict: dict | None = None,
         **options: Any,
     ) -> None:  # fmt: skip

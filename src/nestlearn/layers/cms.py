@@ -135,7 +135,7 @@ class LevelMLP(Stepping):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """What the level says; its gate open half, its momentum's, too."""
+        """Step sizes and scale as the level says, the gates' inputs zero."""
         starts = {"gate": 0.0, "theta": 0.0, "lr": self.level.lr, "meta_lr": self.level.meta_lr}
         for name, value in {**starts, "scale": self.level.scale}.items():
             if isinstance(getattr(self, name, None), nn.Parameter) and value is not None:
@@ -144,7 +144,7 @@ class LevelMLP(Stepping):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         for name, own in self.named_parameters(recurse=False):
             given = state_dict.get(prefix + name)
-            if given is not None and given.ndim < own.ndim:  # until 0.2 these had no axis
+            if given is not None and given.ndim < own.ndim:  # in older files these have no axis
                 state_dict[prefix + name] = given.reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -168,7 +168,7 @@ class HopeLM(nn.Module):
         said = {"hidden": x, "layers": (*layers, x)}
         return (said[output] if output in said else self.head(x)), HopeState(tuple(states))
 
-    def _at_free_length(self, x: Tensor, state: HopeState | None, output: str) -> tuple[Any, None]:
+    def _at_free_length(self, x: Tensor, state: HopeState | None, output: str) -> tuple[Any, Any]:
         """For torch.export: a loop over chunks has no free number of them, so x is filled up to the
         greatest length. Causality keeps that out of the answers; it would be in the memories, so
         there is no state.
