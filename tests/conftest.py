@@ -19,6 +19,7 @@ def pytest_addoption(parser):
         "--data", type=Path, default=ROOT.parent / "shared" / "data",
         help="folder with models/stories260K.bin, books/ ... (default: ../shared/data)",
     )  # fmt: skip
+    parser.addoption("--transformers", type=Path, help="folder of transformers' unpacked sdist")
 
 
 @pytest.fixture(scope="session")

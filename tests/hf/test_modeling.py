@@ -13,6 +13,7 @@ import nestlearn
 from nestlearn import HopeLM, Level, state
 from nestlearn.hf import HopeCache, HopeConfig, HopeForCausalLM
 from nestlearn.hf.cache import CACHE
+from nestlearn.hf.config import LOADER
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 TINY = {
@@ -57,7 +58,7 @@ def test_saved_and_loaded_it_is_the_same_and_nothing_is_pickled(tmp_path):
     lm = model(bound=None, adapt=("k", "v"))
     lm.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    assert files == {"config.json", "generation_config.json", "model.safetensors", LOADER}
     for auto in (HopeForCausalLM, AutoModelForCausalLM):
         again = auto.from_pretrained(tmp_path)
         assert type(again) is HopeForCausalLM

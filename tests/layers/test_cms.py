@@ -53,7 +53,7 @@ def test_a_scale_is_a_learned_factor_of_the_output_alone(chunk):
                 assert torch.equal(a, b)
     small.square().sum().backward()
     expected = (2 * small * (y - x())).sum()
-    torch.testing.assert_close(scaled.mlps[0].scale.grad, expected.detach(), **TOLERANCE)
+    torch.testing.assert_close(scaled.mlps[0].scale.grad[0], expected.detach(), **TOLERANCE)
     assert all(float(w.grad.abs().max()) > 0 for w in scaled.mlps[0].start)
 
 

@@ -182,3 +182,71 @@ def test_prefill_then_decode_in_training_mode_keeps_gradients_out():
     ids = lm.generate(torch.zeros(1, 3, dtype=torch.int64), 2)
     assert not ids.requires_grad
     assert lm.training
+
+
+def test_what_stands_before_the_head_and_in_place_of_ids():
+    lm, ids = model(), torch.randint(0, 17, (2, 9))
+    logits, state = lm(ids)
+    hidden, same = lm(None, embeds=lm.embed(ids), output="hidden")
+    layers, _ = lm(ids, output="layers")
+    assert torch.equal(lm.head(hidden), logits)
+    assert [x.shape for x in layers] == [(2, 9, 16)] * 3
+    assert torch.equal(layers[0], lm.embed(ids))
+    assert torch.equal(layers[-1], hidden)
+    assert torch.equal(lm(ids, state)[0], lm(ids, same)[0])
+    for call, message in (
+        (lambda: lm(None), "one of the two"),
+        (lambda: lm(ids, embeds=hidden), "one of the two"),
+        (lambda: lm(ids, output="words"), "output='words'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_head_tied_to_the_embedding_stays_so(tmp_path):
+    lm = model()
+    lm.head.weight = lm.embed.weight
+    lm.save_pretrained(tmp_path)
+    again = HopeLM.from_pretrained(tmp_path)
+    assert again.tied
+    assert torch.equal(again.embed.weight, lm.embed.weight)
+    model().save_pretrained(tmp_path)
+    assert not HopeLM.from_pretrained(tmp_path).tied
+
+
+def test_each_parameter_keeps_its_type(tmp_path):
+    lm = model()
+    lm.embed.bfloat16()
+    lm.blocks[0].double()
+    lm.save_pretrained(tmp_path)
+    again = HopeLM.from_pretrained(tmp_path)
+    assert [p.dtype for p in again.parameters()] == [p.dtype for p in lm.parameters()]
+
+
+def test_a_state_dict_from_before_parameters_had_axes_still_loads():
+    lm = model()
+    old = {k: v[0] if k.endswith((".lr", ".scale")) else v for k, v in lm.state_dict().items()}
+    again = HopeLM(TINY)
+    again.load_state_dict(old)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), lm.parameters()))
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"mixer": "attention", "channel": "mlp"}])
+def test_it_can_be_exported(free, kind, unchecked):
+    lm = model(layers=1, levels=(Level(chunk=4),), **kind)
+    tokens = {1: torch.export.Dim("tokens", min=2, max=6)}
+    ids = torch.randint(0, 17, (1, 5))
+    with torch.no_grad():
+        program = torch.export.export(lm, (ids,), dynamic_shapes=(tokens,) if free else None)
+    for length in (2, 5, 6) if free else (5,):
+        ids = torch.randint(0, 17, (1, length))
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                logits, state = program.module()(ids)
+                torch.testing.assert_close(logits, lm(ids)[0])
+        assert (state is None) == (free and not kind)  # what fills up would be in it
+    if free and not kind:
+        tokens = {1: torch.export.Dim("tokens", min=2)}
+        with pytest.raises(ValueError, match="needs a greatest length"):
+            torch.export.export(lm, (ids,), dynamic_shapes=(tokens,))

@@ -6,6 +6,7 @@ if find_spec("transformers") is None:
     raise ImportError('nestlearn.hf needs transformers 5: pip install "nestlearn[hf]"')
 
 from .cache import HopeCache
-from .modeling import HopeConfig, HopeForCausalLM
+from .config import HopeConfig
+from .modeling import HopeForCausalLM, HopeModel
 
-__all__ = ["HopeCache", "HopeConfig", "HopeForCausalLM"]
+__all__ = ["HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel"]

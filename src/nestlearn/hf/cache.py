@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,13 @@ CACHE = next(
 
 
 class Rows(NamedTuple):
-    """Rows of a batch that have read equally many tokens, and their states in that order."""
+    """Rows of a batch that have read equally many tokens, and their states in that order.
+
+    state: None before the first token.
+    """
 
     rows: list[int]
-    state: HopeState
+    state: HopeState | None
 
 
 class HopeCache(Cache):
@@ -65,6 +68,7 @@ class HopeCache(Cache):
                 "length, so take them by select([...]).state"
             )
         rows, state = self.groups[0]
+        assert state is not None  # it has read
         return tree.select(state, sorted(range(len(rows)), key=rows.__getitem__))
 
     def select(self, rows: Sequence[int]) -> HopeCache:
@@ -121,7 +125,8 @@ class HopeCache(Cache):
         return [False]
 
     def __len__(self) -> int:
-        return len(self.groups[0].state.blocks) if self.groups else 0
+        state = self.groups[0].state if self.groups else None
+        return 0 if state is None else len(state.blocks)
 
     def __repr__(self) -> str:
         read = {position(group.state): group.rows for group in self.groups}
@@ -137,44 +142,72 @@ class HopeCache(Cache):
             here = [(i, place[row]) for i, row in enumerate(rows) if row in place]
             if here:
                 after, before = zip(*here)
-                taken.append(Rows(list(after), tree.select(group.state, list(before))))
+                taken.append(Rows(list(after), _select(group.state, list(before))))
         return taken
 
 
-def position(state: HopeState) -> int:
+def position(state: HopeState | None) -> int:
     """The number of tokens that a state has read."""
-    return state.blocks[0][0].position
+    return 0 if state is None else state.blocks[0][0].position
+
+
+def chosen(group: Rows, names: Mapping[int, int]) -> Rows:
+    """Those rows of the group that have a name, under it."""
+    here = [i for i, row in enumerate(group.rows) if row in names]
+    state = group.state if len(here) == len(group.rows) else _select(group.state, here)
+    return Rows([names[group.rows[i]] for i in here], state)
 
 
 @torch.compiler.disable(recursive=False)  # which rows go together is no matter for a graph
 def read(
-    model: HopeLM, ids: Tensor, groups: list[Rows], real: Tensor | None = None
-) -> tuple[Tensor, list[Rows]]:
-    """Read the real tokens of each row after what it has read: logits [B, T, V], the groups then.
+    model: HopeLM, x: Tensor, groups: list[Rows], real: Tensor | None, output: str
+) -> tuple[tuple[Tensor, ...], list[Rows]]:
+    """Read the real tokens of each row after what it has read: what `HopeLM` calls "hidden" or
+    "layers", each [B, T, dim], and the groups then.
 
-    ids [B, T]; groups: every row in one of them; real [B, T] bool: which tokens are no padding
-    (None: all). Rows of one group with equally many real tokens run together, so a batch costs
-    one pass for each distinct length. Logits at padding are zero.
+    x: ids [B, T] or embeddings [B, T, dim]; groups: every row in one of them; real [B, T] bool:
+    which tokens are no padding (None: all). Rows of one group with equally many real tokens run
+    together, so a batch costs one pass for each distinct length. Padding gives zeros.
     """
-    if real is None and len(groups) == 1 and groups[0].rows == list(range(len(ids))):
-        logits, state = model(ids, groups[0].state)
-        return logits, [Rows(groups[0].rows, state)]
-    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+    if real is None and len(groups) == 1 and groups[0].rows == list(range(len(x))):
+        said, now = _run(model, x, groups[0].state, output)
+        return said, [Rows(groups[0].rows, now)]
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
     counts = real.sum(1).tolist()
-    logits = model.head.weight.new_zeros(*ids.shape, model.config.vocab_size)
-    after = []
+    parts, after = [], []
     for rows, state in groups:
         for count in sorted({counts[row] for row in rows}):
             local = [i for i, row in enumerate(rows) if counts[row] == count]
             alike = [rows[i] for i in local]
-            part = state if alike == rows else tree.select(state, local)
+            part = state if alike == rows else _select(state, local)
             if count > 0:
                 row, column = real[alike].nonzero(as_tuple=True)
-                row = torch.tensor(alike, device=ids.device)[row]
-                said, part = model(ids[row, column].view(len(alike), count), part)
-                logits[row, column] = said.flatten(0, 1).to(logits.dtype)
+                row = torch.tensor(alike, device=x.device)[row]
+                some = x[row, column].view(len(alike), count, *x.shape[2:])
+                said, part = _run(model, some, part, output)
+                parts.append((row, column, said))
+            elif part is None:
+                part = model.init_state(len(alike))
             after.append(Rows(alike, part))
-    return logits, _joined(after)
+    if not parts:
+        raise ValueError("attention_mask is 0 everywhere: give at least one token")
+    out = [y.new_zeros(*real.shape, y.shape[-1]) for y in parts[0][2]]
+    for row, column, said in parts:
+        for whole, y in zip(out, said):
+            whole[row, column] = y.flatten(0, 1)
+    return tuple(out), _joined(after)
+
+
+def _run(
+    model: HopeLM, x: Tensor, state: HopeState | None, output: str
+) -> tuple[tuple[Tensor, ...], HopeState]:
+    ids, embeds = (None, x) if x.is_floating_point() else (x, None)
+    said, after = model(ids, state, embeds=embeds, output=output)
+    return said if isinstance(said, tuple) else (said,), after
+
+
+def _select(state: HopeState | None, rows: list[int]) -> HopeState | None:
+    return None if state is None else tree.select(state, rows)
 
 
 def _joined(groups: list[Rows]) -> list[Rows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights, objective
 from ..memory.linalg import unit
 from ..scan import FastWeights, Span, Writer, spans
-from .mixers import Stepping, StreamingLayer, check_input, check_truncate, wide
+from .mixers import Device, Starts, Stepping, StreamingLayer, check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
@@ -112,11 +113,10 @@ class LevelMLP(Stepping):
         self.truncate, self.remat = truncate, remat
         self.memory = ResidualMLP(dim, hidden, gain=math.sqrt(hidden), residual=False)
         self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.start = nn.ParameterList(
-            torch.randn(shape) / math.sqrt(hidden) for shape in self.memory.shapes()
-        )
-        self.scale = None if level.scale is None else nn.Parameter(torch.tensor(float(level.scale)))
+        self.start = Starts(partial(_fresh, self.memory))
+        self.scale = None if level.scale is None else nn.Parameter(torch.empty(1))
         if level.chunk is None:
+            self.reset_parameters()
             return
         with_momentum = level.rule == "momentum"
         rule = GradientRule(delta=level.rule == "dgd", momentum=with_momentum, normalize=True)
@@ -128,15 +128,30 @@ class LevelMLP(Stepping):
             bound_every=-(-BOUND_EVERY // level.chunk) * level.chunk if self.linear else None,
         )  # fmt: skip
         self.value = nn.Linear(dim, dim, bias=False)
-        self.lr = nn.Parameter(torch.tensor(float(level.lr)))
-        self.gate = nn.Parameter(torch.zeros(dim))
-        self.theta = nn.Parameter(torch.zeros(())) if with_momentum else None
-        self.meta_lr = None if parent is None else nn.Parameter(torch.tensor(float(level.meta_lr)))
+        self.lr = nn.Parameter(torch.empty(1))
+        self.gate = nn.Parameter(torch.empty(dim))
+        self.theta = nn.Parameter(torch.empty(1)) if with_momentum else None
+        self.meta_lr = None if parent is None else nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Step sizes and scale as the level says, the gates' inputs zero."""
+        starts = {"gate": 0.0, "theta": 0.0, "lr": self.level.lr, "meta_lr": self.level.meta_lr}
+        for name, value in {**starts, "scale": self.level.scale}.items():
+            if isinstance(getattr(self, name, None), nn.Parameter) and value is not None:
+                nn.init.constant_(getattr(self, name), value)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name, own in self.named_parameters(recurse=False):
+            given = state_dict.get(prefix + name)
+            if given is not None and given.ndim < own.ndim:  # in older files these have no axis
+                state_dict[prefix + name] = given.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def learning(self) -> Weights:
         """Start values of the matrices that learn."""
-        return tuple(self.start)[1:] if self.linear else tuple(self.start)
+        return self.start()[1:] if self.linear else self.start()
 
     def init_state(self, batch: int) -> LevelState | None:
         """The state before the first token; None for a level that never updates."""
@@ -147,10 +162,18 @@ class LevelMLP(Stepping):
         return LevelState(last, fast, None if self.parent is None else fast.start)
 
     def forward(
+        self, x: Tensor, state: LevelState | None, position: int, onto: Tensor, mix: Tensor | None
+    ) -> tuple[Tensor, LevelState | None]:
+        """onto [B, T, D] and what the level adds to it; its state then (None: from the start)."""
+        o, state = self._answer(x, state, position)
+        return self._outside("_joined", onto, o, mix), state
+
+    def _answer(
         self, x: Tensor, state: LevelState | None, position: int
     ) -> tuple[Tensor, LevelState | None]:
         if self.level.chunk is None:
             return self._outside("_static", x), None
+        state = self.init_state(x.shape[0]) if state is None else state
         assert state is not None
         k, *pairs = self._outside("_features", x)
         chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
@@ -177,7 +200,7 @@ class LevelMLP(Stepping):
         k = z
         if self.linear:
             gain = self.memory.gain
-            k = F.silu(gain * (z @ self.start[0].to(z.dtype).mT)) / gain
+            k = F.silu(gain * (z @ self.start()[0].to(z.dtype).mT)) / gain
         gate = 2 * torch.sigmoid(wide(z @ self.gate.to(z.dtype)) * math.sqrt(self.dim))
         eta = (self.lr * gate).clamp(0.0, 1.0)
         log_theta = None
@@ -188,7 +211,7 @@ class LevelMLP(Stepping):
     def _static(self, x: Tensor) -> Tensor:
         """The answer of a level that never updates."""
         z = unit(self.norm(x))[0]
-        return self.memory.read(tuple(w.to(z.dtype) for w in self.start), z)
+        return self.memory.read(tuple(w.to(z.dtype) for w in self.start()), z)
 
     def _joined(self, x: Tensor, o: Tensor, mix: Tensor | None) -> Tensor:
         """x and what the level adds to it."""
@@ -268,9 +291,15 @@ class ContinuumMemory(StreamingLayer):
             )
             for level, parent in zip(levels, parents)
         )  # fmt: skip
-        self.mix = nn.Parameter(torch.ones(len(levels))) if variant == "independent" else None
+        self.mix = nn.Parameter(torch.empty(len(levels))) if variant == "independent" else None
+        self.reset_parameters()
 
-    def init_state(self, batch: int) -> ContinuumState:
+    def reset_parameters(self) -> None:
+        """Every level counts once."""
+        if self.mix is not None:
+            nn.init.ones_(self.mix)
+
+    def init_state(self, batch: int, device: Device = None) -> ContinuumState:
         """The state before the first token."""
         return ContinuumState(0, tuple(mlp.init_state(batch) for mlp in self._chain()))
 
@@ -281,13 +310,20 @@ class ContinuumMemory(StreamingLayer):
         self, x: Tensor, state: ContinuumState | None = None
     ) -> tuple[Tensor, ContinuumState]:
         check_input(x, self.dim)
-        state = self.begin(state, x.shape[0])
+        if state is None:  # each level begins in its own forward, where its weights are at hand
+            position, before = 0, [None] * len(self.mlps)
+        else:
+            position, before = self.begin(state, x)
         y, states = x, []
         for i, mlp in enumerate(self._chain()):
-            o, after = mlp(y if self.mix is None else x, state.levels[i], state.position)
-            y = mlp._outside("_joined", y, o, None if self.mix is None else self.mix[i])
+            mix = None if self.mix is None else self.mix[i]
+            y, after = mlp(y if mix is None else x, before[i], position, y, mix)
             states.append(after)
-        return y, ContinuumState(state.position + x.shape[1], tuple(states))
+        return y, ContinuumState(position + x.shape[1], tuple(states))
+
+
+def _fresh(memory: ResidualMLP) -> list[Tensor]:
+    return [torch.randn(shape) / math.sqrt(memory.hidden) for shape in memory.shapes()]
 
 
 def _share(dim: int, levels: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 from zlib import crc32
@@ -193,49 +193,62 @@ def _with_any_batch(x: Tensor) -> Tensor:
 class StreamingLayer(nn.Module):
     """A layer whose state is `init_state(batch)` before the first token, checked after that."""
 
-    _template: Any = None
+    _template: Template | None = None
 
-    def init_state(self, batch: int) -> Any:
-        """The state before the first token, for `batch` samples."""
+    def init_state(self, batch: int, device: Device = None) -> Any:
+        """The state before the first token, for `batch` samples; device: None, the parameters'."""
         raise NotImplementedError
 
     def compile(self, **options: Any) -> None:
         """Compile, in place, the step of one chunk and what is around it: `Stepping.compile`."""
         compile_steps(self, **options)
 
-    def begin(self, state: Any, batch: int) -> Any:
-        """`state`, or the first one if it is None.
+    def begin(self, state: Any, x: Tensor) -> Any:
+        """`state`, or the first one if it is None, for the samples of x.
 
-        Raises ValueError unless it has this layer's structure and shapes, and `batch` rows.
+        Raises ValueError unless it has this layer's structure and shapes, and a row for each.
         """
         if state is None:
-            return self.init_state(batch)
+            # an offloaded parameter is on no device that could be told from it
+            return self.init_state(x.shape[0], x.device)
         if self._template is None:
             with torch.no_grad():
-                self._template = tree.to(self.init_state(0), "meta")
-        check_state(state, self._template, batch, type(self).__name__)
+                first = self.init_state(0, x.device)
+            shapes = {path: shape_of(leaf) for path, leaf in tree.leaves(first)}
+            self._template = type(first), shapes
+        check_state(state, self._template, x.shape[0], type(self).__name__)
         return state if traced() else tree.trainable(state)
 
 
-def check_state(state: Any, template: Any, batch: int, owner: str) -> None:
+# What a state is: its type, and of each leaf the shape (None: it is no tensor). No tensors: these
+# would be neither parameters nor buffers of the layer.
+Template = tuple[type, dict[str, tuple[int, ...] | None]]
+Device = torch.device | str | None
+
+
+def shape_of(leaf: Any) -> tuple[int, ...] | None:
+    """The shape of a state's leaf; None for one that is no tensor."""
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else None
+
+
+def check_state(state: Any, template: Template, batch: int, owner: str) -> None:
     """Raise ValueError unless `state` fits the template; axes of length 0 there are free."""
     foreign = f"this is a state of another layer or configuration: give {owner} one of its own"
-    if type(state) is not type(template):
+    kind, expected = template
+    if type(state) is not kind:
         raise ValueError(f"state is a {type(state).__name__}; {foreign}")
-    given, expected = dict(tree.leaves(state)), dict(tree.leaves(template))
+    given = dict(tree.leaves(state))
     for path in sorted(given.keys() ^ expected.keys()):
         raise ValueError(
             f"state.{path} is {'missing' if path in expected else 'too much'}; {foreign}"
         )
     for path, like in expected.items():
         leaf = given[path]
-        if not isinstance(leaf, Tensor) or not isinstance(like, Tensor):
-            if isinstance(leaf, Tensor) or isinstance(like, Tensor):
+        if not isinstance(leaf, Tensor) or like is None:
+            if isinstance(leaf, Tensor) or like is not None:
                 raise ValueError(f"state.{path} is a {type(leaf).__name__}; {foreign}")
             continue
-        fits = leaf.ndim == like.ndim and all(
-            b in (0, a) for a, b in zip(leaf.shape[1:], like.shape[1:])
-        )
+        fits = leaf.ndim == len(like) and all(b in (0, a) for a, b in zip(leaf.shape[1:], like[1:]))
         if not fits:
             raise ValueError(f"state.{path} has shape {tuple(leaf.shape)}; {foreign}")
         if leaf.shape[0] != batch:
@@ -243,6 +256,40 @@ def check_state(state: Any, template: Any, batch: int, owner: str) -> None:
                 f"state.{path} has {leaf.shape[0]} rows for {batch} samples: choose them with "
                 "nestlearn.state.select"
             )
+
+
+class Starts(nn.ParameterList):
+    """The start values of a memory's matrices, made by `make()`. Called, it gives them: what
+    fetches a module's parameters when the module runs (offloading) then fetches these.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]]):
+        super().__init__(make())
+        self._make = make
+
+    __call__ = nn.Module.__call__  # a ParameterList refuses to be called
+
+    def forward(self) -> Weights:
+        return tuple(self)
+
+    def reset_parameters(self) -> None:
+        """Draw the start values anew."""
+        with torch.no_grad():
+            for weight, start in zip(self, self._make()):
+                weight.copy_(start)
+
+
+class BiasedLinear(nn.Linear):
+    """A linear map of dim whose bias starts at `biases`, each for so many heads."""
+
+    def __init__(self, dim: int, biases: Sequence[float], heads: int = 1):
+        self.biases, self.heads = tuple(biases), heads  # Linear's own constructor resets
+        super().__init__(dim, len(biases) * heads)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.bias.copy_(torch.tensor(self.biases).repeat_interleave(self.heads))
 
 
 class ShortConvolution(nn.Module):
@@ -253,14 +300,21 @@ class ShortConvolution(nn.Module):
         if width < 1:
             raise ValueError(f"width={width}: a convolution has 1 tap or more")
         self.width = width
-        self.weight = nn.Parameter(torch.randn(dim, width) / math.sqrt(width))
+        self.weight = nn.Parameter(torch.empty(dim, width))
+        self.reset_parameters()
 
-    def init_state(self, batch: int) -> Tensor:
+    def reset_parameters(self) -> None:
+        """Taps whose answer to noise has its size."""
+        with torch.no_grad():
+            self.weight.normal_().div_(math.sqrt(self.width))
+
+    def init_state(self, batch: int, device: Device = None) -> Tensor:
         """Zeros: before the first token there is nothing."""
-        return self.weight.new_zeros(batch, self.weight.shape[0], self.width - 1)
+        dim, width = self.weight.shape
+        return self.weight.new_zeros(batch, dim, width - 1, device=device)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        past = self.init_state(x.shape[0]) if state is None else state
+        past = self.init_state(x.shape[0], x.device) if state is None else state
         seen = torch.cat([past.to(x.dtype), x.mT], -1)
         y = F.conv1d(seen, self.weight.to(x.dtype).unsqueeze(1), groups=x.shape[2])
         return F.silu(y).mT, seen[..., seen.shape[-1] - self.width + 1 :].contiguous()
@@ -330,17 +384,18 @@ class Attention(StreamingLayer):
         self.readout = Readout(dim, heads) if gate else None
         self.out = None if gate else nn.Linear(dim, dim, bias=False)
 
-    def init_state(self, batch: int) -> AttentionState:
+    def init_state(self, batch: int, device: Device = None) -> AttentionState:
         """The state before the first token: an empty cache."""
-        conv = None if self.conv is None else self.conv.init_state(batch)
-        empty = self.qkv.weight.new_zeros(batch, self.heads, 0, self.dim // self.heads)
+        conv = None if self.conv is None else self.conv.init_state(batch, device)
+        size = (batch, self.heads, 0, self.dim // self.heads)
+        empty = self.qkv.weight.new_zeros(size, device=device)
         return AttentionState(0, conv, empty, empty)
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState]:
         check_input(x, self.dim)
-        state = self.begin(state, x.shape[0])
+        state = self.begin(state, x)
         T, past = x.shape[1], state.position
         z, conv = x, None
         if self.conv is not None:
@@ -406,11 +461,7 @@ class StaticProjections(StreamingLayer, Stepping):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConvolution(dim, conv) if conv else None
         kinds = 1 + rule.decay + getattr(rule, "momentum", False)
-        self.gates = nn.Linear(dim, kinds * heads)
-        with torch.no_grad():
-            self.gates.bias.copy_(
-                torch.tensor([0.0, *[5.0] * rule.decay, 0.0][:kinds]).repeat_interleave(heads)
-            )
+        self.gates = BiasedLinear(dim, [0.0, *[5.0] * rule.decay, 0.0][:kinds], heads)
         if not isinstance(writer.memory, Matrix | ResidualMLP):
             raise ValueError(f"memory {writer.memory!r}: give a Matrix or a ResidualMLP")
         if isinstance(writer.memory, Matrix) and writer.bound is not None:
@@ -419,20 +470,20 @@ class StaticProjections(StreamingLayer, Stepping):
             )
         if not 0 < eta_max <= 2:
             raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
-        self.start = nn.ParameterList(start_weights(writer.memory, heads))
+        self.start = Starts(partial(start_weights, writer.memory, heads))
         self.readout = Readout(dim, heads)
 
-    def init_state(self, batch: int) -> MixerState:
+    def init_state(self, batch: int, device: Device = None) -> MixerState:
         """The state before the first token."""
-        conv = None if self.conv is None else self.conv.init_state(batch)
-        return MixerState(0, conv, self.writer.begin(tuple(self.start), batch))
+        conv = None if self.conv is None else self.conv.init_state(batch, device)
+        return MixerState(0, conv, self.writer.begin(self.start(), batch))
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         check_input(x, self.dim)
-        state = self.begin(state, x.shape[0])
+        state = self.begin(state, x)
         pairs, conv = self._outside("_inputs", x, state.conv)
         ys, memory = self._scan(
-            state.memory, pairs, tuple(self.start), length=x.shape[1],
+            state.memory, pairs, self.start(), length=x.shape[1],
             chunks=(self.writer.chunk,), position=state.position, axis=2,
         )  # fmt: skip
         y = self._outside("_outputs", torch.cat(ys, 2), x)
@@ -460,12 +511,12 @@ class StaticProjections(StreamingLayer, Stepping):
         return self.writer.write(memory, q, k, v, gates, span, W0)
 
 
-def start_weights(memory: Matrix | ResidualMLP, *lead: int) -> Sequence[nn.Parameter]:
+def start_weights(memory: Matrix | ResidualMLP, *lead: int) -> list[Tensor]:
     """Start values of a memory: zeros for a matrix, unit pre-activations for an MLP."""
     weights = []
     for out, into in memory.shapes():
         scale = 0.0 if isinstance(memory, Matrix) else 1 / math.sqrt(max(out, into))
-        weights.append(nn.Parameter(torch.randn(*lead, out, into) * scale))
+        weights.append(torch.randn(*lead, out, into) * scale)
     return weights
 
 

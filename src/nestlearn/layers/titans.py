@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,10 @@ from ..scan.loop import RUN
 from ..scan.writer import constants
 from .mixers import (
     AROUND,
+    Device,
     Readout,
     ShortConvolution,
+    Starts,
     Stepping,
     StreamingLayer,
     check_heads,
@@ -45,7 +48,7 @@ class Group(NamedTuple):
     heads: slice
 
 
-class Starts(NamedTuple):
+class Given(NamedTuple):
     """What a group's step needs of the parameters: the start values, stacked, and `constants` for
     every sample, if the layer's chunks run by `Writer.generate`.
     """
@@ -155,7 +158,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
             {
-                n: nn.ParameterList(_fresh(memory, heads))
+                n: Starts(partial(_fresh, memory, heads))
                 for n in names
                 if weight_decay or n != "alpha"
             }
@@ -188,19 +191,17 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         return tuple(torch.stack(ws, 1) for ws in zip(*starts))
 
     def _start(self, name: str) -> Weights:
-        weights = self.start[name]
-        assert isinstance(weights, nn.ParameterList)
-        return tuple(weights)
+        return self.start[name]()
 
-    def init_state(self, batch: int) -> TitansState:
+    def init_state(self, batch: int, device: Device = None) -> TitansState:
         """The state before the first token."""
-        conv = None if self.conv is None else self.conv.init_state(batch)
+        conv = None if self.conv is None else self.conv.init_state(batch, device)
         memories = (g.writer.begin(self.start_weights(g), batch) for g in self.groups)
         return TitansState(0, conv, tuple(memories))
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         check_input(x, self.dim)
-        state = self.begin(state, x.shape[0])
+        state = self.begin(state, x)
         inputs, conv = self._outside("_inputs", x, state.conv)
         z, q, _ = inputs
         before = tree.tree_map(wide, state.memories)
@@ -223,14 +224,14 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             for group, fast in zip(self.groups, memories)
         )
 
-    def _starts(self, group: Group, batch: int, in_kernels: bool) -> Starts:
+    def _starts(self, group: Group, batch: int, in_kernels: bool) -> Given:
         """For one call."""
         weights = self.start_weights(group)
         if not in_kernels:
-            return Starts(weights, None)
+            return Given(weights, None)
         readouts = (self.eta,) if self.alpha is None else (self.eta, self.alpha)
-        scalars = [p[group.heads] for scalar in readouts for p in scalar.parameters()]
-        return Starts(weights, wide(constants(scalars, weights)).expand(batch, -1, -1))
+        scalars = [p[group.heads] for scalar in readouts for p in scalar()]
+        return Given(weights, wide(constants(scalars, weights)).expand(batch, -1, -1))
 
     def _inputs(self, x: Tensor, conv: Tensor | None):
         """z [B, H, T, d] of unit norm, the static query, the momentum's gate; the convolution."""
@@ -247,7 +248,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     def _outputs(self, o: Tensor, x: Tensor) -> Tensor:
         return self.readout(o.to(x.dtype), x)
 
-    def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Starts, ...]):
+    def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Given, ...]):
         """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
         z, q, log_theta = xs
         if starts[0].constants is not None and span.start % self.groups[0].writer.chunk == 0:
@@ -298,7 +299,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         return tuple(after)
 
     def _step_in_kernels(
-        self, memories: tuple, z: Tensor, q: Tensor, span: Span, starts: tuple[Starts, ...]
+        self, memories: tuple, z: Tensor, q: Tensor, span: Span, starts: tuple[Given, ...]
     ):
         """`_step` for whole chunks or the beginning of one."""
         heads = [group.heads.stop - group.heads.start for group in self.groups]
@@ -313,14 +314,25 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
 
 
 class Scalar(nn.Module):
-    """A scalar per head from a memory's answer: [B, H, T, d] -> [B, H, T]."""
+    """A scalar per head from a memory's answer: [B, H, T, d] -> [B, H, T]; or of None its weight
+    and bias, for a kernel.
+    """
 
     def __init__(self, heads: int, width: int, bias: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(heads, width))
-        self.bias = nn.Parameter(torch.full((heads,), bias))
+        self.first = bias
+        self.weight = nn.Parameter(torch.empty(heads, width))
+        self.bias = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def reset_parameters(self) -> None:
+        """The bias at its start value."""
+        nn.init.normal_(self.weight)
+        nn.init.constant_(self.bias, self.first)
+
+    def forward(self, x: Tensor | None = None) -> Any:
+        if x is None:
+            return self.weight, self.bias
         return torch.einsum("bhtd,hd->bht", x, self.weight.to(x.dtype)) + self.bias.unsqueeze(-1)
 
 
@@ -338,10 +350,10 @@ def _joined(heads: list[Tensor]) -> Tensor:
     return heads[0] if len(heads) == 1 else torch.cat(heads, 1)
 
 
-def _fresh(memory: Matrix | ResidualMLP, heads: int) -> list[nn.Parameter]:
+def _fresh(memory: Matrix | ResidualMLP, heads: int) -> list[Tensor]:
     """Identity for a matrix; for an MLP, pre-activations and answers of about unit norm."""
     if isinstance(memory, Matrix):
         eye = torch.eye(memory.value_dim, memory.key_dim).repeat(heads, 1, 1)
-        return [nn.Parameter(eye + 0.02 * torch.randn_like(eye))]
+        return [eye + 0.02 * torch.randn_like(eye)]
     scale = 1 / math.sqrt(memory.hidden)
-    return [nn.Parameter(scale * torch.randn(heads, *shape)) for shape in memory.shapes()]
+    return [scale * torch.randn(heads, *shape) for shape in memory.shapes()]

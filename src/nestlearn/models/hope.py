@@ -7,121 +7,28 @@ The same skeleton carries the baselines: `mixer="attention", channel="mlp"` is a
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..disk import atomic_write
 from ..layers import (
     Attention,
     ContinuumMemory,
-    Level,
     SelfModifyingTitans,
     gated_deltanet,
     linear_attention,
     static_titans,
 )
-from ..layers.mixers import compile_steps, traced
+from ..layers.mixers import Stepping, compile_steps, traced
+from .config import FORMAT, TYPE, WEIGHTS, HopeConfig, saved_config, weight_files
 
-FORMAT = "nestlearn-hope-1"
-MIXERS = ("hope", "attention", "titans", "deltanet", "linear")
-SIZES = {  # dim, layers, heads
-    "tiny": (128, 3, 4),
-    "small": (256, 6, 4),
-    "medium": (512, 12, 8),
-    "large": (768, 12, 12),
-}
-
-
-@dataclass(frozen=True)
-class HopeConfig:
-    """All that defines a model; `HopeConfig.size("tiny")` derives it from one dial.
-
-    mixer: "hope" (self-modifying Titans), "attention", "titans", "deltanet" or "linear".
-    channel: "cms" or "mlp" (SwiGLU). mlp_hidden: width of the SwiGLU. levels: of the CMS, fast to
-    slow. conv: taps of the short convolution (0: none). rotary: positions of the attention (False:
-    none). The other fields are the options of the same name of `nestlearn.SelfModifyingTitans` and
-    `nestlearn.ContinuumMemory`.
-    """
-
-    vocab_size: int = 256
-    dim: int = 128
-    layers: int = 3
-    heads: int = 4
-    mixer: str = "hope"
-    channel: str = "cms"
-    chunk: int = 64
-    projection_chunk: int | None = None
-    hidden: int | None = None
-    depth: int = 1
-    dgd: float = True
-    weight_decay: bool = True
-    objective: str = "dot"
-    momentum: bool = False
-    eta_max: float = 1.0
-    read: str = "token"
-    bound: tuple[float, float] | None = (0.25, 1.0)
-    half_life: int | None = 2048
-    adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
-    conv: int = 4
-    rotary: bool = True
-    levels: tuple[Level, ...] = (Level(chunk=4), Level(chunk=16), Level())
-    variant: str = "independent"
-    meta_gradient: str = "full"
-    mlp_hidden: int | None = None
-    truncate: int | None = None
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mixer not in MIXERS:
-            raise ValueError(f"mixer={self.mixer!r}: use one of {MIXERS}")
-        if self.mlp_hidden is not None and self.mlp_hidden < 1:
-            raise ValueError(f"mlp_hidden={self.mlp_hidden}: give a width of 1 or more")
-        if self.channel not in ("cms", "mlp"):
-            raise ValueError(f"channel={self.channel!r}: use 'cms' or 'mlp'")
-        for name in ("vocab_size", "dim", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
-
-    @classmethod
-    def size(cls, name: str, **changes: Any) -> HopeConfig:
-        """The configuration of that size ("tiny", "small", "medium", "large"), with changes."""
-        if name not in SIZES:
-            raise ValueError(f"size {name!r} is unknown: use one of {sorted(SIZES)}")
-        dim, layers, heads = SIZES[name]
-        return cls(**{"dim": dim, "layers": layers, "heads": heads, **changes})
-
-    def with_half_life(self, tokens: int | None) -> HopeConfig:
-        """The same model with memories and levels that fade to their start by half in so long."""
-        levels = tuple(replace(level, half_life=tokens) for level in self.levels)
-        return replace(self, half_life=tokens, levels=levels)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> HopeConfig:
-        """The inverse of `to_dict`; ValueError names a field that this version does not know."""
-        unknown = set(data) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)} in the model's configuration")
-        data = {"half_life": None, **data}  # before there was a default, nothing faded
-        if "levels" in data:
-            # before there was a choice, both matrices of a level learned
-            data["levels"] = tuple(Level(**{"learns": "all", **_tuples(x)}) for x in data["levels"])
-        return cls(**_tuples(data))
-
-
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that a configuration holds."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+OUTPUTS = ("logits", "hidden", "layers")
 
 
 class HopeState(NamedTuple):
@@ -161,9 +68,13 @@ class HopeBlock(nn.Module):
         """The (mixer, channel) states before the first token."""
         return self.mixer.init_state(batch), self.channel.init_state(batch)
 
-    def forward(self, x: Tensor, state: tuple[Any, Any]) -> tuple[Tensor, tuple[Any, Any]]:
-        mixed, mixer = self.mixer(self.norm(x), state[0])
-        y, channel = self.channel(x + mixed, state[1])
+    def forward(
+        self, x: Tensor, state: tuple[Any, Any] | None = None
+    ) -> tuple[Tensor, tuple[Any, Any]]:
+        # the first state is made by whom it is of: a sharded model has its weights at hand there
+        before = (None, None) if state is None else state
+        mixed, mixer = self.mixer(self.norm(x), before[0])
+        y, channel = self.channel(x + mixed, before[1])
         return y, (mixer, channel)
 
 
@@ -195,7 +106,11 @@ def _channel(c: HopeConfig) -> nn.Module:
 
 
 class HopeLM(nn.Module):
-    """A language model of Hope blocks: ids [B, T] -> (logits [B, T, vocab_size], state)."""
+    """A language model of Hope blocks: ids [B, T] -> (logits [B, T, vocab_size], state).
+
+    embeds [B, T, dim]: what `embed` would say, in place of ids (None). output: "logits"; "hidden",
+    the [B, T, dim] that the head reads; or "layers", the stream before each block and then that.
+    """
 
     def __init__(self, config: HopeConfig):
         super().__init__()
@@ -203,7 +118,7 @@ class HopeLM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(HopeBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head: nn.Module = nn.Linear(config.dim, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=1.0)
 
     def init_state(self, batch: int) -> HopeState:
@@ -217,19 +132,59 @@ class HopeLM(nn.Module):
     def _chain(self) -> list[HopeBlock]:
         return [block for block in self.blocks if isinstance(block, HopeBlock)]
 
-    def forward(self, ids: Tensor, state: HopeState | None = None) -> tuple[Tensor, HopeState]:
-        self._check_ids(ids)
-        state = self.init_state(ids.shape[0]) if state is None else state
-        if not isinstance(state, HopeState) or len(state.blocks) != len(self.blocks):
+    def forward(
+        self,
+        ids: Tensor | None,
+        state: HopeState | None = None,
+        *,
+        embeds: Tensor | None = None,
+        output: str = "logits",
+    ) -> tuple[Any, HopeState]:
+        if (ids is None) == (embeds is None):
+            raise ValueError("give ids or embeds, one of the two")
+        if output not in OUTPUTS:
+            raise ValueError(f"output={output!r}: use one of {OUTPUTS}")
+        if state is not None and not (
+            isinstance(state, HopeState) and len(state.blocks) == len(self.blocks)
+        ):
             raise ValueError(
                 f"state is of another model: give a HopeState of {len(self.blocks)} blocks, as "
                 "an earlier call returned it"
             )
-        x, states = self.embed(ids), []
-        for block, before in zip(self._chain(), state.blocks, strict=True):
+        if ids is not None:
+            self._check_ids(ids)
+        x = self.embed(ids) if embeds is None else embeds
+        if isinstance(x.shape[1], torch.SymInt) and any(
+            isinstance(m, Stepping) for m in self.modules()
+        ):
+            return self._at_free_length(x, state, output)
+        layers, states = [], []
+        befores = [None] * len(self.blocks) if state is None else state.blocks
+        for block, before in zip(self.blocks, befores, strict=True):
+            layers += [x] if output == "layers" else []
             x, after = block(x, before)
             states.append(after)
-        return self.head(self.norm(x)), HopeState(tuple(states))
+        x = self.norm(x)
+        said = {"hidden": x, "layers": (*layers, x)}
+        return (said[output] if output in said else self.head(x)), HopeState(tuple(states))
+
+    def _at_free_length(self, x: Tensor, state: HopeState | None, output: str) -> tuple[Any, Any]:
+        """For torch.export: a loop over chunks has no free number of them, so x is filled up to the
+        greatest length. Causality keeps that out of the answers; it would be in the memories, so
+        there is no state.
+        """
+        length: Any = x.shape[1]
+        most = length.node.shape_env.bound_sympy(length.node.expr).upper
+        if state is not None or not most.is_Integer:
+            raise ValueError(
+                "export at a free number of tokens takes no state and needs a greatest length: "
+                'give torch.export.Dim("tokens", max=...), or a fixed length'
+            )
+        filled = F.pad(x, (0, 0, 0, int(most) - length))
+        said, _ = self(None, embeds=filled, output=output)
+        if isinstance(said, tuple):
+            return tuple(y[:, :length] for y in said), None
+        return said[:, :length], None
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.numel() == 0:
@@ -275,29 +230,34 @@ class HopeLM(nn.Module):
             longer.append(new)
         return torch.cat(longer, 1)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding, `lm.head.weight = lm.embed.weight`."""
+        return getattr(self.head, "weight", None) is self.embed.weight
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into the folder, each whole or not at all.
 
-        Parameters that are one (a tied head) are written under each of their names, and are one
-        again when loaded.
+        `nestlearn.hf.HopeForCausalLM` reads them, too.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # A copy of its own: safetensors refuses tensors that share storage.
-        weights = {
-            k: v.detach().clone(memory_format=torch.contiguous_format)
-            for k, v in self.state_dict().items()
-        }
-        ties = {"ties": json.dumps(_ties(self))}
-        text = json.dumps({"format": FORMAT, **self.config.to_dict()}, indent=2)
-        atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path, ties))
+        seen: set[int] = set()  # a file holds each name's own copy of what several names share
+        weights = {}
+        for name, weight in self.state_dict().items():
+            shared = weight.data_ptr() in seen
+            seen.add(weight.data_ptr())
+            weights[name] = weight.clone() if shared else weight.contiguous()
+        said = {"format": "pt", **({"tied": "head"} if self.tied else {})}
+        text = json.dumps({"format": FORMAT, "model_type": TYPE, **self.config.to_dict()}, indent=2)
+        atomic_write(folder / WEIGHTS, lambda path: save_file(weights, path, said))
         atomic_write(
             folder / "config.json", lambda path: path.write_text(text + "\n", encoding="utf-8")
         )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, half_life: int | None = None) -> HopeLM:
-        """The model that `save_pretrained` wrote.
+        """The model that `save_pretrained` wrote, or that of `nestlearn.hf.HopeForCausalLM`.
 
         half_life: let its memories fade to their start by half in so many tokens; for streams much
         longer than those that it was trained on (see `docs/results.md`).
@@ -305,49 +265,37 @@ class HopeLM(nn.Module):
         Raises FileNotFoundError if there is none, ValueError if a file is damaged or does not fit.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder / name} is missing: give a folder that save_pretrained wrote"
-                )
+        files = weight_files(folder)
         again = "save the model again, or take it from a checkpoint"
         try:
-            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if data.pop("format", None) != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
-            config = HopeConfig.from_dict(data)
+            config = saved_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             model = cls(config if half_life is None else config.with_half_life(half_life))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'config.json'} is damaged ({error}): {again}") from error
         try:
-            weights = load_file(folder / "model.safetensors")
+            weights: dict[str, Tensor] = {}
+            tied = False
+            for file in files:
+                with safe_open(file, "pt") as tensors:
+                    tied |= "tied" in (tensors.metadata() or {})
+                    # transformers' own model calls this one "model"
+                    for name in tensors.keys():  # noqa: SIM118 (no dict)
+                        weights[name.removeprefix("model.")] = tensors.get_tensor(name)
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(weights.get(name, parameter).dtype)
             model.load_state_dict(weights)
-            model.to(next(iter(weights.values())).dtype)
-            with safe_open(folder / "model.safetensors", "pt") as file:
-                ties = json.loads((file.metadata() or {}).get("ties", "{}"))
-            for name, first in ties.items():
-                owner, _, own = name.rpartition(".")
-                setattr(model.get_submodule(owner), own, model.get_parameter(first))
-        except (SafetensorError, RuntimeError, ValueError, AttributeError) as error:
+        except (SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{folder / 'model.safetensors'} is damaged or of another model ({reason}): {again}"
+                f"{folder / WEIGHTS} is damaged or of another model ({reason}): {again}"
             ) from error
+        if tied:
+            model.head.weight = model.embed.weight
         return model
 
     def parameter_count(self) -> int:
         """Number of trained values."""
         return sum(p.numel() for p in self.parameters())
-
-
-def _ties(model: nn.Module) -> dict[str, str]:
-    """Of parameters with several names each further one, and the first."""
-    first: dict[nn.Parameter, str] = {}
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(parameter, name) != name:
-            found[name] = first[parameter]
-    return found
 
 
 def _choose(

@@ -400,6 +400,8 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
     a, b = a.flatten(0, -3), b.flatten(0, -3)
     into = None if out is None else out.flatten(0, -3)
     mixed = {} if a.dtype == dtype else {"out_dtype": dtype}
+    if into is not None and torch.compiler.is_exporting():  # the program may run with gradients on
+        return into.copy_(torch.bmm(a, b, **mixed, out=None)).unflatten(0, lead)
     return torch.bmm(a, b, **mixed, out=into).unflatten(0, lead)
 
 

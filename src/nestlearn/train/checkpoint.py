@@ -122,6 +122,8 @@ def load_checkpoint(
     """
     saved = load_file(path / "model.safetensors")
     current = model.state_dict()
+    older = {n for n, t in saved.items() if t.ndim == 0 and n in current and current[n].ndim == 1}
+    saved |= {name: saved[name].reshape(1) for name in older}  # these had no axis once
     for name in sorted(saved.keys() | current.keys()):
         shapes = [tuple(ts[name].shape) if name in ts else "missing" for ts in (saved, current)]
         if shapes[0] != shapes[1]:
@@ -139,6 +141,8 @@ def load_checkpoint(
                 f"{path}: the optimizer has a state for {name}, which the model does not train; "
                 "resume with the model that the run was started with"
             )
+        if name in older and part != "step" and tensor.ndim == 0:
+            tensor = tensor.reshape(1)
         state.setdefault(numbers[name], {})[part] = tensor
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
