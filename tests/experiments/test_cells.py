@@ -47,6 +47,9 @@ def test_a_finished_cell_is_never_run_again(tmp_path, cells):
     changed = {**cells[2], "lr": 0.1}  # another cell, for all its name
     assert cell_path(folder, changed) != cell_path(folder, cells[2])
     assert cell_path(folder, {**cells[2], "device": "cuda"}) == cell_path(folder, cells[2])
+    assert cell_path(folder, {**cells[2], "folder": "/data"}) == cell_path(folder, cells[2])
+    sized = {**cells[2], "data": {"train": 8}}  # what it is trained on is no place
+    assert cell_path(folder, sized) != cell_path(folder, cells[2])
 
 
 def test_a_failed_cell_is_told_of_and_tried_again(tmp_path, cells, capsys):

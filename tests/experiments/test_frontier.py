@@ -54,7 +54,7 @@ def test_methods_read(name, shared_data, tmp_path, monkeypatch):
     dial = (*METHODS[name].dial, 0.0)[0]
     cell = {
         "task": "novel", "model": name, "lr": 0.1, "dial": dial, "seed": 0,
-        "data": str(shared_data), "out": str(tmp_path),
+        "folder": str(shared_data), "out": str(tmp_path),
     }  # fmt: skip
     said = []
     found = frontier.work(cell, lambda *a: said.append(a))

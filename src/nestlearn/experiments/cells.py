@@ -36,7 +36,7 @@ Cell = dict[str, Any]
 Tell = Callable[[float, str], None]
 Work = Callable[[Cell, Tell], dict[str, Any]]
 
-_PLACES = ("device", "out", "data")  # where it runs and its files stand, not what it is
+_PLACES = ("device", "out", "folder")  # where it runs and its files stand, not what it is
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

@@ -98,7 +98,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    corpus, _ = books(Path(cell["data"]))
+    corpus, _ = books(Path(cell["folder"]))
     quick = cell["steps"] <= QUICK_STEPS
     sizes = {"dim": 32, "layers": 1, "heads": 2} if quick else {"dim": 256, "layers": 6, "heads": 4}
     steps = cell["steps"] if quick else cell["steps"] // 8

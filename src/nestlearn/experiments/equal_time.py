@@ -71,7 +71,7 @@ def text_of(data: str | None) -> dict[str, str]:
     """A cell's part: the folder of books, and a hash of them; ValueError if they are not there."""
     if data is None or not all((Path(data) / name).is_file() for name in BOOKS):
         raise ValueError(f"--data {data}: give a folder with {', '.join(BOOKS)}")
-    return {"data": data, "books": fingerprint(Path(data) / name for name in BOOKS)}
+    return {"folder": data, "books": fingerprint(Path(data) / name for name in BOOKS)}
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -117,7 +117,7 @@ def losses(
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train and measure one cell; "value" is minus the validation loss at the trained length."""
-    corpus, test = books(Path(cell["data"]))
+    corpus, test = books(Path(cell["folder"]))
     steps, T, batch = cell["steps"], cell["length"], cell["batch"]
     on_card = cell["device"].startswith("cuda")
     settings = TrainConfig(

@@ -148,7 +148,7 @@ def grid(asked: Options) -> list[Cell]:
         {
             "task": "digits" if asked.data is None else name, "model": optimizer,
             "steps": asked.steps or usual, "dim": dim, "depth": depth, "batch": batch,
-            "data": asked.data, "set": name,
+            "folder": asked.data, "set": name,
         }
         for optimizer in GRIDS
     ]  # fmt: skip
@@ -158,7 +158,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One training; "log": the mean loss of each 20 steps."""
     torch.manual_seed(cell["seed"])
     device = torch.device(cell["device"])
-    x, y, test_x, test_y = (t.to(device) for t in load(cell["data"], cell["set"]))
+    x, y, test_x, test_y = (t.to(device) for t in load(cell["folder"], cell["set"]))
     model = ViT(x.shape[1], x.shape[2], int(y.max()) + 1, cell["dim"], cell["depth"]).to(device)
     optimizer = build(cell["model"], model, cell["lr"])
     steps, every = cell["steps"], 20

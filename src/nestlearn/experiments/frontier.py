@@ -94,7 +94,7 @@ def measure(model: Any, memory: Any, later: Tensor, own: Tensor) -> tuple[float,
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One reading: later loss; "own", "before": both without a memory, "seconds" to read."""
-    data, out = Path(cell["data"]), Path(cell["out"])
+    data, out = Path(cell["folder"]), Path(cell["out"])
     method, own = METHODS[cell["model"]], own_texts(data, out)
     if cell["task"] == "meta-training":
         return meta_train(cell, tell, data, out)
@@ -188,7 +188,7 @@ def _names(asked: Options) -> tuple[str, ...]:
 
 def _places(asked: Options) -> dict[str, str]:
     assert asked.data is not None
-    return {"data": asked.data, "out": str(asked.out.resolve())}
+    return {"folder": asked.data, "out": str(asked.out.resolve())}
 
 
 def prepare(asked: Options) -> None:

@@ -113,7 +113,7 @@ def cells(
     return [
         {
             "task": corpus.name, "model": e.name, "config": e.config.to_dict(), "train": own,
-            "sha256": corpus.describe()["sha256"], "prompt": prompt, "peak": e.lr, "data": paths,
+            "sha256": corpus.describe()["sha256"], "prompt": prompt, "peak": e.lr, "folder": paths,
             "out": str(out.resolve()),
         }
         for e in matched(entries)
@@ -159,13 +159,13 @@ def check_folder(cell: Cell) -> None:
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
-    said = {k: v for k, v in cell.items() if k not in ("device", "out", "data", "rates")}
+    said = {k: v for k, v in cell.items() if k not in ("device", "out", "folder", "rates")}
     return json.loads(json.dumps(said))  # the same types as when read back
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One model, one seed: trained in a folder of its own, measured, sampled."""
-    corpus, folder = corpus_of(tuple(cell["data"])), place(cell)
+    corpus, folder = corpus_of(tuple(cell["folder"])), place(cell)
     check_folder(cell)
     own = {**cell["train"], "betas": tuple(cell["train"]["betas"])}
     config = TrainConfig(**own, lr=cell["lr"], seed=cell["seed"], device=cell["device"])

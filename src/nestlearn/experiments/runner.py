@@ -261,7 +261,7 @@ def report(about: Experiment, records: Sequence[Record]) -> str:
     parts = [table(records, about.columns(records), about.by, about.below)]
     if about.notes:
         parts.append(about.notes(records))
-    rules = sorted({r.rule for r in records} - {"nothing is chosen"})
+    rules = sorted({r.rule for r in records} - {"", "nothing is chosen"})
     most = max(
         len({r.seed for r in records if about.by(r) == row}) for row in map(about.by, records)
     )

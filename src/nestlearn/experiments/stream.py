@@ -57,7 +57,7 @@ def grid(asked: Options) -> list[Cell]:
         raise ValueError(f"--data {asked.data}: give the folder of a finished run")
     return [
         {
-            "task": Path(asked.data).name, "model": name, "data": asked.data,
+            "task": Path(asked.data).name, "model": name, "folder": asked.data,
             "weights": fingerprint([weights]), "tokens": asked.pick(5000, 100_000),
         }
         for name in chosen(asked.models, tuple(SETTINGS), "memory")
@@ -67,7 +67,7 @@ def grid(asked: Options) -> list[Cell]:
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One reading of the stream."""
     half_life, restart = SETTINGS[cell["model"]]
-    model = HopeLM.from_pretrained(Path(cell["data"]) / "model", half_life=half_life).eval()
+    model = HopeLM.from_pretrained(Path(cell["folder"]) / "model", half_life=half_life).eval()
     losses = stream_loss(model, _text()[: cell["tokens"] + 1].long(), restart)
     loss = float(losses.mean())
     tenths = [float(part.mean()) for part in losses.chunk(10)]
