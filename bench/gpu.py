@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans, state
 from nestlearn.disk import atomic_write
+from nestlearn.experiments.models import with_parameters
 from nestlearn.layers import gated_deltanet
-from nestlearn.recipes.language import with_parameters
 
 VOCABULARY = 256
 WARM = 1024  # tokens of the passes before the one that is captured: one run of 16 chunks

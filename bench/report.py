@@ -22,8 +22,10 @@ def write(document: Document, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, ensure_ascii=False)
-    atomic_write(out / "bench.json", lambda path: path.write_text(text + "\n"))
-    atomic_write(out / "table.md", lambda path: path.write_text(table(document) + "\n"))
+    atomic_write(out / "bench.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    atomic_write(
+        out / "table.md", lambda path: path.write_text(table(document) + "\n", encoding="utf-8")
+    )
     if drawn(document):
         draw(document, out / "bench.png")
 
@@ -31,7 +33,7 @@ def write(document: Document, out: Path) -> None:
 def read(path: Path) -> Document:
     """The document in a bench.json; ValueError if it is none."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         table(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no bench.json ({error!r}): measure again") from error

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nestlearn.experiments.language import quick_models
+from nestlearn.experiments.models import with_parameters
 from nestlearn.models.hope import HopeLM
-from nestlearn.recipes.language import quick_models, with_parameters
 from nestlearn.train import TrainConfig
 from nestlearn.train.run import adamw
 

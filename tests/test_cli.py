@@ -296,7 +296,7 @@ def long_text(tmp_path):
 
 @pytest.fixture
 def language(hope, monkeypatch):
-    language = importlib.import_module("nestlearn.recipes.language")
+    language = importlib.import_module("nestlearn.experiments.language")
     monkeypatch.setitem(hope.SIZES, "tiny", (32, 1, 2))
     return language
 
@@ -314,11 +314,12 @@ def test_quickstart_trains_shows_and_reads_back(
         assert part in shown
     records = json.loads((out / "results.json").read_text())
     assert [record["model"] for record in records] == ["Hope", "Transformer"]
+    assert all(record["commit"] and record["config"]["code"] for record in records)
     for record in records:
-        assert f"{record['bits_per_byte']['512']:.3f}" in shown
+        assert f"{record['detail']['bits_per_byte']['512']:.3f}" in shown
         assert f"{record['parameters']:,}" in shown
         assert f"─ {record['model']} ─" in shown
-        assert f"│ {record['sample'].split()[0]} " in shown
+        assert f"│ {record['detail']['sample'].split()[0]} " in shown
     assert all(c.isprintable() or c == "\n" for c in shown)  # whatever bytes a model draws
     assert (out / "comparison.png").stat().st_size > 10_000
     assert f"nestlearn levels {out}/hope-seed0" in shown
@@ -364,7 +365,11 @@ def test_experiments_are_listed(call):
     for arguments in (("reproduce",), ("reproduce", "--list")):
         code, out, _ = call(*arguments)
         assert code == 0
-        assert {"table4", "fig4", "frontier"} < {line.split()[0] for line in out.splitlines()}
+        lines = {line.split()[0]: line for line in out.splitlines()}
+        assert {"table4", "fig4", "frontier", "language", "stream"} < lines.keys()
+        assert re.search(
+            r"(hours?|minutes?) .* (hours?|minutes?) .*compression, recall", lines["table4"]
+        )
     for command in ("eval", "reproduce"):
         code, out, _ = call(command, "--help")
         assert code == 0

@@ -144,3 +144,20 @@ def test_unknown_names_and_sizes_are_refused():
         formal.task("dyck")
     with pytest.raises(ValueError, match="test=0: give 1"):
         formal.task("parity", test=0)
+
+
+@pytest.mark.parametrize("name", formal.LANGUAGES)
+def test_validation_strings_are_of_another_draw(name):
+    """None of bin0's is trained on or tested, where the language has others."""
+    task = formal.task(name, train=40, test=10)
+    assert task.validation.keys() == task.tests.keys()
+
+    def strings(examples):
+        return {tuple(row[:n].tolist()) for row, n in zip(examples.inputs, examples.lengths)}
+
+    if formal.LANGUAGES[name].repeats:
+        assert len(strings(task.validation["bin0"])) == 10
+    else:
+        assert not strings(task.validation["bin0"]) & strings(task.train)
+        assert strings(task.validation["bin1"]) != strings(task.tests["bin1"])
+        assert not strings(task.validation["bin0"]) & strings(task.tests["bin0"])

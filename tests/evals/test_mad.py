@@ -254,3 +254,15 @@ class Reader:
 def test_a_perfect_recaller_scores_100():
     task = mad.task("recall", **SMALL)
     assert score(Reader(), task)["test"] == 100
+
+
+@pytest.mark.parametrize("name", mad.MAD)
+def test_validation_sequences_are_of_another_draw_of_one_map(name):
+    task = mad.task(name, train=8, test=8)
+    held, tested = task.validation["test"], task.tests["test"]
+    assert held.inputs.shape == tested.inputs.shape
+    assert not torch.equal(held.inputs, tested.inputs)
+    if name == "memorization":
+        values = mad.memorization_map(task.vocab)
+        asked = held.targets[:, 1::2]
+        assert torch.equal(asked, torch.from_numpy(values)[held.inputs[:, 0::2]])

@@ -97,3 +97,9 @@ def test_a_perfect_reader_scores_100_and_noise_is_at_chance():
 def test_what_does_not_fit_is_refused(length, pairs, vocab, message):
     with pytest.raises(ValueError, match=message):
         mqar.task(length, pairs, vocab=vocab)
+
+
+def test_validation_sequences_are_of_another_draw():
+    task = mqar.task(64, 4, **SMALL)
+    check(task.validation["test"], 64, 4, 64)
+    assert not torch.equal(task.validation["test"].inputs, task.tests["test"].inputs)

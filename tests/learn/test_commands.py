@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nestlearn import Session, cli
+from nestlearn.cli import stacked
 from nestlearn.hf.folder import load_stack
-from nestlearn.recipes import stacked
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_from_a_pretrained_model_to_one_that_remembers(call, folder, monkeypatch
 
 
 def test_a_text_of_several_blocks_is_also_measured_as_it_is_met(call, folder, monkeypatch):
-    monkeypatch.setattr("nestlearn.recipes.reading.BLOCK", 64)
-    monkeypatch.setattr("nestlearn.recipes.reading.SAMPLE", 64)
+    monkeypatch.setattr("nestlearn.cli.reading.BLOCK", 64)
+    monkeypatch.setattr("nestlearn.cli.reading.SAMPLE", 64)
     out = folder / "stacked"
     call("stack", folder / "model", "--out", out, "--chunk", 16, "--lr", 0.3)
     for _ in range(2):

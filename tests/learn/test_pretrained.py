@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nestlearn import Level, Session, stack_levels
-from nestlearn.recipes.llama2c import Llama2cTokenizer, load_llama2c
+from nestlearn.hf.llama2c import Llama2cTokenizer, load_llama2c
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODELS = DATA / "models"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .tasks import Examples, Task, padded, stream
+from .tasks import VALIDATION, Examples, Task, padded, stream
 
 Rows = list[np.ndarray]
 
@@ -42,7 +42,9 @@ class Language:
 def task(name: str, *, train: int | None = None, test: int | None = None, seed: int = 0) -> Task:
     """The task of that language (see LANGUAGES); train, test: strings, where the paper's are many.
 
-    Sizes and lengths as in `LANGUAGES`. Metric: whole sequences. ValueError if it is unknown.
+    Sizes and lengths as in `LANGUAGES`. Metric: whole sequences. Validation strings are of another
+    seed; bin0's are none of the others, except where a language has no more strings than its test.
+    ValueError if the language is unknown.
     """
     if name not in LANGUAGES:
         raise ValueError(f"language {name!r} is unknown: use one of {sorted(LANGUAGES)}")
@@ -61,7 +63,22 @@ def task(name: str, *, train: int | None = None, test: int | None = None, seed: 
         part, bin0 = rows[:n], rows[n:]
     bin1 = c.draw(stream(seed, "formal", name, "bin1"), m, c.longer)
     tests = {"bin0": _examples(c, bin0), "bin1": _examples(c, bin1)}
-    return Task("formal", name, c.vocab, c.classes, _examples(c, part), tests, "sequence")
+    used = set() if c.repeats else {row.tobytes() for row in (*part, *bin0)}
+    held = _validation(c, name, m, seed + VALIDATION, used)
+    return Task(
+        "formal", name, c.vocab, c.classes, _examples(c, part), tests, "sequence", validation=held
+    )
+
+
+def _validation(
+    c: Language, name: str, number: int, seed: int, used: set[bytes]
+) -> dict[str, Examples]:
+    """Strings of both lengths, those of bin0 not among `used`."""
+    rng = stream(seed, "formal", name, "bin0")
+    rows = c.draw(rng, c.lengths[1] if c.repeats else 2 * number + 100, c.lengths)
+    bin0 = [rows[i] for i in rng.permutation(len(rows)) if rows[i].tobytes() not in used][:number]
+    bin1 = c.draw(stream(seed, "formal", name, "bin1"), number, c.longer)
+    return {"bin0": _examples(c, bin0), "bin1": _examples(c, bin1)}
 
 
 def _examples(language: Language, rows: Rows) -> Examples:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .tasks import IGNORED, Examples, Task, stream
+from .tasks import IGNORED, VALIDATION, Examples, Task, stream
 
 SEED = 12345  # the benchmark's
 Sizes = dict[str, float]
@@ -67,15 +67,17 @@ def task(
     if number < 1 or test < 1:
         raise ValueError(f"train={number}, test={test}: give 1 sequence or more of each")
 
-    def make(n: int, training: bool) -> Examples:
-        rng = stream(seed, "mad", name, setting, "train" if training else "test")
-        sized = {**sizes, "seed": seed}
+    def make(n: int, training: bool, other: int = 0) -> Examples:
+        rng = stream(seed + other, "mad", name, setting, "train" if training else "test")
+        sized = {**sizes, "seed": seed}  # the map to memorise is one for all parts
         inputs, targets = c.make(rng, n, sized, training)
         return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
 
     vocab = int(sizes["vocab"])
-    tests = {"test": make(test, False)}
-    return Task("mad", name, vocab, vocab, make(number, True), tests, "token", c.causal)
+    return Task(
+        "mad", name, vocab, vocab, make(number, True), {"test": make(test, False)}, "token",
+        c.causal, {"test": make(test, False, VALIDATION)},
+    )  # fmt: skip
 
 
 def _benchmark(name: str) -> _Benchmark:

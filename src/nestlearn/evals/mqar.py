@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .tasks import IGNORED, Examples, Task, stream
+from .tasks import IGNORED, VALIDATION, Examples, Task, stream
 
 POWER = 0.01  # of the law by which queries come soon rather than late
 
@@ -37,16 +37,18 @@ def task(
     if train < 1 or test < 1:
         raise ValueError(f"train={train}, test={test}: give 1 sequence or more of each")
 
-    def make(number: int, part: str) -> Examples:
-        rng = stream(seed, "mqar", length, pairs, vocab, part)
+    def make(number: int, part: str, other: int = 0) -> Examples:
+        rng = stream(seed + other, "mqar", length, pairs, vocab, part)
         inputs, targets = _make(rng, number, length, pairs, vocab)
         if random_fillers:
             empty = inputs == 0
             inputs[empty] = rng.integers(0, vocab, int(empty.sum()))
         return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
 
-    tests = {"test": make(test, "test")}
-    return Task("mqar", f"L={length},K={pairs}", vocab, vocab, make(train, "train"), tests, "token")
+    return Task(
+        "mqar", f"L={length},K={pairs}", vocab, vocab, make(train, "train"),
+        {"test": make(test, "test")}, "token", validation={"test": make(test, "test", VALIDATION)},
+    )  # fmt: skip
 
 
 def _make(

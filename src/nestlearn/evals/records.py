@@ -27,7 +27,10 @@ class Record:
     setting: the test set or variant of the task. value: in percent where the metric is an accuracy.
     parameters: trained values. steps: optimizer steps. tokens: read in training, padding not
     counted. seconds: of training and testing. config: of model and training. versions, commit: of
-    the code. note: what a reader must know, e.g. that the run diverged.
+    the code. note: what a reader must know, e.g. that the run diverged. rule: by what data
+    learning rate and checkpoint were chosen ("": of before it was said). detail: what else the
+    training left, such as curves, in the first of its records alone. A file of before may lack the
+    fields that have a default.
     """
 
     benchmark: str
@@ -45,6 +48,8 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
     note: str = ""
+    rule: str = ""
+    detail: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for f in fields(self):

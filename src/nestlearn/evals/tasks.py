@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from .protocol import Scorable, predict
 
 IGNORED = -100  # a target that neither the loss nor the metric sees; torch's default, too
 METRICS = ("sequence", "token")
+VALIDATION = 1_000_003  # on top of the seed of a generator: data to choose by
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Task:
 
     vocab: input ids are below it. classes: targets are. tests: sets by name. metric: "sequence"
     (an example counts if every target is met) or "token" (the share of all targets met). causal:
-    False where the model reads the whole input before it answers.
+    False where the model reads the whole input before it answers. validation: sets of the same
+    names, of another seed of the generator, by which rates and checkpoints are chosen.
     """
 
     benchmark: str
@@ -71,11 +73,13 @@ class Task:
     tests: dict[str, Examples]
     metric: str
     causal: bool = True
+    validation: dict[str, Examples] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r}: use one of {METRICS}")
-        for name, part in {"train": self.train, **self.tests}.items():
+        held = {f"validation {name}": part for name, part in self.validation.items()}
+        for name, part in {"train": self.train, **self.tests, **held}.items():
             low, high = int(part.inputs.min()), int(part.inputs.max())
             if low < 0 or high >= self.vocab:
                 raise ValueError(f"{name}: input {low if low < 0 else high} is not in [0, vocab)")
@@ -105,11 +109,19 @@ def _counts(predictions: Tensor, targets: Tensor, metric: str) -> tuple[int, int
 
 
 def score(
-    model: Scorable, task: Task, *, batch: int = 64, device: torch.device | str = "cpu"
+    model: Scorable,
+    task: Task,
+    *,
+    sets: Mapping[str, Examples] | None = None,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Percent right on each test set of the task. The caller puts the model into eval mode."""
+    """Percent right on each of the sets (default: the task's tests).
+
+    The caller puts the model into eval mode.
+    """
     scores = {}
-    for name, test in task.tests.items():
+    for name, test in (task.tests if sets is None else sets).items():
         right = of = 0
         for part in test.batches(batch):
             said = predict(model, part.inputs.to(device), task.classes).cpu()

@@ -52,7 +52,7 @@ def loss_by_position(curves: Mapping[str, torch.Tensor], path: str | Path) -> No
 def comparison(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw models side by side: loss over the training, and over the position in the context.
 
-    records: as `nestlearn.recipes.language.compare` returns them, one for each model and seed;
+    records: dicts with model, seed, log, value_at, loss_by_position, one for each model and seed;
     of several seeds the mean is drawn and their range shaded. On the left training loss (thin)
     and validation loss (marks); on the right the mean loss in every eighth of the context, with a
     line at the length that the models were trained on. ValueError without records, or where their

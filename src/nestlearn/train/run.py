@@ -37,6 +37,7 @@ from nestlearn.disk import atomic_write
 from nestlearn.scan import Writer
 from nestlearn.train.checkpoint import Record, RunFolder
 from nestlearn.train.data import Corpus, keyed_seed, restarts
+from nestlearn.train.optimize import Captured, adamw, schedule
 from nestlearn.train.plots import loss_curves
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -332,14 +333,13 @@ def _periods(model: nn.Module) -> list[int]:
 class _Gradients:
     """The loss of a batch, with its gradients in `.grad`; and what is carried, carried on.
 
-    On CUDA forward and backward are captured once and replayed as one graph: a memory's chunk is
-    some hundred small kernels, which take longer to launch from Python than to run.
+    On CUDA forward and backward are one graph.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, carried: _Carried | None) -> None:
         self.model, self.dtype, self.carried = model, config.dtype, carried
         self.captures = config.cuda_graph and next(model.parameters()).is_cuda
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Captured | None = None
 
     def __call__(self, ids: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
         """ids [B, T + 1]. anew: the rows that start anew, bool [B]."""
@@ -347,12 +347,9 @@ class _Gradients:
             self.carried.starts(anew)
         if not self.captures:
             return self._step(ids)
-        if self._graph is None:
-            self._capture(ids)
-        assert self._graph is not None
-        self._ids.copy_(ids)
-        self._graph.replay()
-        return self._loss
+        if self._graph is None:  # the runs before the capture carry nothing on
+            self._graph = Captured(self.model, self._step, ids, first=self._run)
+        return self._graph(ids)
 
     def _step(self, ids: torch.Tensor) -> torch.Tensor:
         loss, state = self._run(ids)
@@ -369,18 +366,6 @@ class _Gradients:
         loss.backward()
         return loss.detach(), state
 
-    def _capture(self, ids: torch.Tensor) -> None:
-        self._ids = ids.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is made at the first call is made outside the graph
-            for _ in range(2):
-                self._run(self._ids)  # carries nothing on: the step is still to come
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = self._step(self._ids)
-
 
 def _nats(
     model: nn.Module, windows: torch.Tensor, dtype: str, state: Any = None
@@ -394,30 +379,7 @@ def _nats(
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the rate of the update after `step` others: linear to lr, then cosine to the end."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step + 1 - config.warmup) / (config.steps - config.warmup)
-    return config.lr * (
-        config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
-    )
-
-
-def adamw(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, with decay on matrices only."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and not getattr(parameter, "no_decay", False)
-            (decayed if matrix else plain).append(parameter)
-    if not decayed and not plain:
-        raise ValueError("the model has no trainable parameters; set requires_grad on some")
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    return config.lr * schedule(step, config.steps, config.warmup, final=config.final_lr)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,0 +1,397 @@
+"""The command line: typed signatures over the library; nobody imports this room.
+
+A new command is one function under `@app.command()`. Imports of the library stand inside the
+commands, so that `nestlearn --help` answers at once. `main` shows every error that the library
+foresees (a wrong value, a missing file, a full disk) as one line and exits with 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from nestlearn.cli import commands, memory_commands, stacking
+from nestlearn.cli.commands import say as _say
+
+if TYPE_CHECKING:
+    from nestlearn.train import Corpus
+
+Mixer = Literal["hope", "attention", "titans", "deltanet", "linear"]
+Channel = Literal["cms", "mlp"]
+Dtype = Literal["float32", "bfloat16"]
+
+app = typer.Typer(
+    name="nestlearn",
+    help="Models that keep learning: Nested Learning and Hope in PyTorch.",
+    epilog=(
+        "Start here:  nestlearn quickstart --quick   then   "
+        "nestlearn train --data my_texts/ --out runs/first"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from nestlearn import __version__
+
+        typer.echo(f"nestlearn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+# ------------------------------------------------------------------------------- quickstart
+
+
+@app.command()
+def quickstart(
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Your own text; without it, the standard library of this Python."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="For models, figure, table (default: runs/quickstart, runs/quick)."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Half a minute in all.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps (default: 200, or 30 with --quick).")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 1,
+    every_model: Annotated[
+        bool, typer.Option("--all", help="Seven models instead of Hope and a Transformer.")
+    ] = False,
+    size: Annotated[str, typer.Option(help="tiny, small, ...: width and depth.")] = "tiny",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Windows of a step (default: 8).")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Bytes of a window (default: 256).")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of all (default: tuned for tiny).")
+    ] = None,
+) -> None:
+    """Train Hope beside a Transformer, and compare them.
+
+    The same command again goes on where it was stopped; what is done is read back in seconds.
+
+    Example:  nestlearn quickstart --quick
+    """
+    from nestlearn.cli.quickstart import report, run, settings
+
+    config = settings(steps, quick=quick)
+    config = replace(config, batch=batch or config.batch, length=length or config.length)
+    out = out or Path("runs", "quick" if quick else "quickstart")
+    try:
+        records = run(
+            data or [],
+            out,
+            config,
+            seeds=seeds,
+            every_model=every_model,
+            size=size,
+            lr=lr,
+            say=_say,
+        )
+    except KeyboardInterrupt:
+        _say("Stopped and saved: the same command goes on from here.", "yellow")
+        raise typer.Exit(130) from None
+    report(records, out, Console())
+
+
+# ------------------------------------------------------------------------------------ train
+
+
+@app.command()
+def train(
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="A text file or a folder of them (.gz too); repeat the option for more.",
+            rich_help_panel="Data and place",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The run's folder: log, loss.png, checkpoints/ and the finished model/.",
+            rich_help_panel="Data and place",
+        ),
+    ],
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest whole checkpoint in --out: the same command again.",
+            rich_help_panel="Data and place",
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A tokenizer.json; without it every byte is a token.",
+            rich_help_panel="Data and place",
+        ),
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="tiny, small, ...: width and depth.", rich_help_panel="Model")
+    ] = "tiny",
+    mixer: Annotated[
+        Mixer, typer.Option(help="What mixes tokens along time.", rich_help_panel="Model")
+    ] = "hope",
+    channel: Annotated[
+        Channel,
+        typer.Option(
+            help="What follows it: a continuum memory (cms) or a plain MLP.",
+            rich_help_panel="Model",
+        ),
+    ] = "cms",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel="Training")] = 500,
+    batch: Annotated[int, typer.Option(help="Windows per step.", rich_help_panel="Training")] = 8,
+    length: Annotated[
+        int, typer.Option(help="Tokens per window.", rich_help_panel="Training")
+    ] = 256,
+    stream: Annotated[
+        int,
+        typer.Option(
+            help=(
+                "Windows that one stream of text goes on for, with its memory carried from step "
+                "to step; 1: every window starts anew. For texts much longer than a window."
+            ),
+            rich_help_panel="Training",
+        ),
+    ] = 1,
+    lr: Annotated[
+        float, typer.Option(help="The peak learning rate.", rich_help_panel="Training")
+    ] = 3e-3,
+    seed: Annotated[
+        int, typer.Option(help="Of weights, batches and split.", rich_help_panel="Training")
+    ] = 0,
+    dtype: Annotated[
+        Dtype, typer.Option(help="bfloat16 is autocast.", rich_help_panel="Training")
+    ] = "float32",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps", rich_help_panel="Training")
+    ] = "auto",
+) -> None:
+    """Train a model on text.
+
+    The run can be stopped at any moment (Ctrl-C, a crash, kill -9): the same command with
+    [bold]--resume[/bold] goes on bit for bit from the newest checkpoint.
+
+    Example:  nestlearn train --data my_texts/ --out runs/first --size tiny --steps 500
+    """
+    from nestlearn.train import TrainConfig, load_text
+    from nestlearn.train import train as run
+
+    config = TrainConfig(
+        steps=steps,
+        batch=batch,
+        length=length,
+        stream=stream,
+        lr=lr,
+        warmup=min(TrainConfig.warmup, max(steps, 0) // 10),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    corpus = load_text(data, tokenizer=tokenizer, seed=seed)
+    model = _new_model(corpus, size, mixer, channel, seed)
+    _introduce(corpus, model)
+    try:
+        log = run(model, corpus, config, out, resume=resume)
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "stopped", "yellow")
+        raise typer.Exit(130) from None
+    last = next((record for record in reversed(log) if "val_loss" in record), None)
+    if last:
+        bits = last["val_bits_per_byte"]
+        _say(f"Validation loss {last['val_loss']:.3f} nats per token, {bits:.3f} bits per byte.")
+    _say(f'The model is in {out / "model"}. Try: nestlearn generate {out} --prompt "..."', "green")
+
+
+def _new_model(corpus: Corpus, size: str, mixer: str, channel: str, seed: int) -> Any:
+    import torch
+
+    from nestlearn.models.hope import HopeConfig, HopeLM
+
+    torch.manual_seed(seed)
+    config = HopeConfig.size(size, vocab_size=corpus.vocab_size, mixer=mixer, channel=channel)
+    return HopeLM(config)
+
+
+def _introduce(corpus: Corpus, model: Any) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    why = "".join(f"; {each}" for each in corpus.no_text[:3])
+    skipped = f" ({corpus.skipped} skipped: hidden or no UTF-8 text{why})" if corpus.skipped else ""
+    _say(
+        f"Text files: {corpus.files}{skipped}; {corpus.train.numel():,} tokens to train on, "
+        f"{corpus.val.numel():,} to validate; {parameters:,} parameters."
+    )
+
+
+# --------------------------------------------------------------------------------- generate
+
+
+@app.command()
+def generate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A finished run's folder, or a model's.")
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Continue a prompt with a trained model.
+
+    Example:  nestlearn generate runs/first --prompt "def main" --tokens 300
+    """
+    import torch
+
+    from nestlearn.models.hope import HopeLM
+    from nestlearn.train.data import load_tokenizer
+    from nestlearn.train.run import resolve_device
+
+    if not prompt:
+        raise ValueError("the prompt is empty: pass at least one character, --prompt TEXT")
+    place = resolve_device(device)
+    source = _model_folder(folder)
+    model = HopeLM.from_pretrained(source).to(place).eval()
+    tokenizer = load_tokenizer(source, model.config.vocab_size)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=place)
+    generator = torch.Generator(place).manual_seed(seed)
+    with torch.no_grad():
+        longer = model.generate(
+            ids,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            top_k=top_k,
+            generator=generator,
+        )
+    typer.echo(tokenizer.decode(longer[0].tolist()))
+
+
+def _model_folder(folder: Path) -> Path:
+    if (folder / "model").is_dir():
+        return folder / "model"
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"the run in {folder} is not finished, so it has no model/ yet; finish it with "
+            "nestlearn train ... --resume (fewer --steps end it sooner)"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {folder}; pass the --out of a finished training run")
+    return folder
+
+
+# ----------------------------------------------------------------------------------- levels
+
+
+@app.command()
+def levels(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run's folder, finished or not, or a model's.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Show what learns in a model, on what, and how often: its nested levels.
+
+    Of a run's folder in training, with its optimizer; of a model's folder in use.
+
+    Example:  nestlearn levels runs/first
+    """
+    import json
+
+    import torch
+
+    from nestlearn.levels import levels as of
+    from nestlearn.levels import render, to_json
+    from nestlearn.models.hope import HopeLM
+
+    config, training = _settings(folder)
+    with torch.device("meta"):  # the shapes are enough
+        model = HopeLM(config)
+    step = training["batch"] * training["length"] if training else None
+    found = of(model, tokens_per_step=step)
+    if as_json:
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        typer.echo(json.dumps(to_json(found), indent=2, ensure_ascii=plain))
+        return
+    Console().print(render(found))
+    for component in (c for level in found for c in level.components if c.kind == "memory"):
+        if training and (component.period or 0) > training["length"]:
+            _say(
+                f"{component.name} is never written in training: its period of {component.period} "
+                f"is longer than the windows of {training['length']} tokens.",
+                "yellow",
+            )
+
+
+def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
+    """The model's configuration and, of a run, how it is trained."""
+    import json
+
+    from nestlearn.models.hope import FORMAT, HopeConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run or model in {folder}: it has no config.json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        training, model = (data["train"], data["model"]) if "train" in data else (None, data)
+        if training is None and model.pop("format", None) != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        return HopeConfig.from_dict(model), training
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} describes no run or model of nestlearn ({error})") from error
+
+
+# ---------------------------------------------------------------------------- eval, reproduce
+
+app.command("eval")(commands.evaluate)
+app.command()(commands.reproduce)
+
+
+# ------------------------------------------------------------- stack, learn, chat, memory
+
+app.add_typer(stacking.stack, name="stack")
+app.command()(stacking.learn)
+app.command()(stacking.chat)
+app.add_typer(memory_commands.memory, name="memory")
+
+
+# ------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    """Run the command line; foreseen errors are one red line and exit code 2."""
+    commands.forgive_encodings()
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        _say(f"Error: {' '.join(str(error).split())}", "bold red")
+        sys.exit(2)

@@ -1,0 +1,5 @@
+"""python -m nestlearn.cli"""
+
+from nestlearn.cli import main
+
+main()

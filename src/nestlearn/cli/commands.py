@@ -1,0 +1,144 @@
+"""The commands `nestlearn eval` and `nestlearn reproduce`: typed signatures over the experiments.
+
+Like `nestlearn.cli`, this imports the library inside the commands, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+Seeds = Annotated[
+    int | None,
+    typer.Option(min=1, help="Trainings with the best learning rate (default: 3 to 5)."),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TASK", help="This task alone; repeat the option for more."),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Optimizer steps of a training (default: its own).")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Trainings side by side (default: one for each core; CUDA: 1)."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A minute in all: shows that it runs, not how good it is.")
+]
+
+
+def evaluate(
+    suite: Annotated[
+        Literal["formal", "mad", "mqar"],
+        typer.Argument(metavar="SUITE", help="formal (table 5), mad (table 4) or mqar."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="hope, hope-attention, titans, deltanet, transformer, lstm ...")
+    ] = "hope",
+    out: Annotated[
+        Path | None, typer.Option(help="For results and cells (default: runs/eval-SUITE).")
+    ] = None,
+    only: Only = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with the best learning rate.")] = 1,
+    steps: Steps = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    quick: Quick = False,
+) -> None:
+    """Train a model from scratch on each task of a suite, and print its scores.
+
+    Every task is trained with several learning rates; the best on validation data counts. Stopped
+    at any moment, the same command goes on with what is missing.
+
+    Example:  nestlearn eval formal --model hope --only parity
+    """
+    from nestlearn.experiments import runner
+
+    _print_result(
+        lambda: runner.evaluate(
+            suite, model, out, only=tuple(only or ()), seeds=seeds, steps=steps, workers=workers,
+            device=None if device == "auto" else device, quick=quick,
+        )
+    )  # fmt: skip
+
+
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="An experiment of --list.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="For results, table, figure, cells (default: results/NAME).")
+    ] = None,
+    only: Only = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="This model alone; repeat the option for more."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of a data set, for an experiment that reads one.")
+    ] = None,
+    seeds: Seeds = None,
+    steps: Steps = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    quick: Quick = False,
+) -> None:
+    """Run one of the paper's experiments, and print what came out beside the paper's figures.
+
+    Without a name, lists the experiments and their price. Writes results.json, table.md and a
+    figure; into results/ only from a clean commit. Stopped at any moment, the same command goes on
+    with the trainings that are missing; with --only or --models, what others left in the folder
+    stays in the table.
+
+    Example:  nestlearn reproduce table5 --quick
+    """
+    from nestlearn import experiments
+    from nestlearn.experiments import runner
+
+    if show or name is None:
+        typer.echo(f"{'experiment':<18}{'on two cores':<16}{'on a card':<16}what it shows")
+        for about in map(experiments.named, experiments.NAMES):
+            cores, card = about.price
+            typer.echo(f"{about.name:<18}{cores:<16}{card:<16}{about.shows}")
+        return
+    _print_result(
+        lambda: runner.run(
+            name, out, quick=quick, only=tuple(only or ()), models=tuple(models or ()),
+            data=None if data is None else str(data), seeds=seeds, steps=steps, workers=workers,
+            device=None if device == "auto" else device,
+        )
+    )  # fmt: skip
+
+
+def _print_result(run: Callable[[], str]) -> None:
+    from rich.markdown import Markdown
+
+    try:
+        text = run()
+    except KeyboardInterrupt:
+        say("Stopped: the same command goes on with what is missing.", "yellow")
+        raise typer.Exit(130) from None
+    console = Console()
+    console.print(Markdown(text)) if console.is_terminal else typer.echo(text)
+
+
+def say(text: str, style: str = "") -> None:
+    """One line on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style=style))
+
+
+def forgive_encodings() -> None:
+    """What a console cannot show, or say, is replaced: by then the work is done."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

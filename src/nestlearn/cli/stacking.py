@@ -1,0 +1,306 @@
+"""The commands `nestlearn stack`, `learn` and `chat`: typed signatures over the library.
+
+Like `nestlearn.cli`, this imports the library inside the commands, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from nestlearn.cli.commands import say
+from nestlearn.cli.stacked import encode, open_session, place, pretrained, words_of
+
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="A stacked model's folder.")]
+Memory = Annotated[str, typer.Option(help="The memory's name; it is made if it is not there.")]
+Data = Annotated[
+    list[Path],
+    typer.Option(help="A text file (.gz too) or a folder of them; repeat the option for more."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+
+
+class _NewByDefault(TyperGroup):
+    """`nestlearn stack MODEL ...` is `nestlearn stack new MODEL ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["new", *args]
+        return super().parse_args(ctx, args)
+
+
+stack = typer.Typer(
+    cls=_NewByDefault,
+    no_args_is_help=True,
+    help="Let a pretrained model's MLPs go on learning from what it reads.\n\n"
+    "Example:  nestlearn stack gpt2 --out stacked/ --chunk 64 --chunk 512 --lr 0.05",
+)
+
+
+@stack.command("new")
+def stack_new(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face model, by its name or folder; a .gguf file (it needs the package "
+            "gguf); or a llama2.c checkpoint (.bin).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The new folder for the stacked model.")],
+    chunk: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens between two updates of a level; once for each level."),
+    ] = None,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.0,
+            help="Step size: one for all levels, or one for each (default: 0.05; low-rank: 0.5).",
+        ),
+    ] = None,
+    rule: Annotated[
+        Literal["gd", "momentum", "dgd"], typer.Option(help="How the levels step.")
+    ] = "gd",
+    variant: Annotated[
+        Literal["sequential", "nested", "independent"],
+        typer.Option(
+            help="What a slower level's end brings: it takes over what the faster one learned; "
+            "the faster one starts again; nothing."
+        ),
+    ] = "sequential",
+    spread: Annotated[
+        Literal["block", "depth"],
+        typer.Option(help="All levels in every block, or the blocks shared out among them."),
+    ] = "block",
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Only this block; repeat for more (default: all).")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rank of what is learned; 0: full. Default: full below 50 million parameters, "
+            "then 4. A full memory is up to four times as large as the MLPs, one of rank 4 about "
+            "12 MB for 135 million parameters; the context of the window comes on top.",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens read at once (default: at most 1,024).")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.bin of a llama2.c checkpoint.")
+    ] = None,
+) -> None:
+    """Make a stacked model of a pretrained one (the default command: `new` may be left out).
+
+    Example:  nestlearn stack gpt2 --out stacked/ --chunk 64 --chunk 512 --lr 0.05
+    """
+    from nestlearn import Level, stack_levels
+    from nestlearn.hf.folder import save_stack
+    from nestlearn.hf.plan import rank_of
+
+    chunks = chunk or [64, 512]
+    if lr and len(lr) not in (1, len(chunks)):
+        raise ValueError(f"{len(lr)} step sizes for {len(chunks)} levels: give one, or as many")
+    if out.exists():
+        raise ValueError(f"{out} is there already: choose another folder")
+    base, words = pretrained(model, tokenizer)
+    rank = rank_of(base) if rank is None else rank or None
+    rates = lr or [0.05 if rank is None else 0.5]  # a random subspace holds little of a gradient
+    rates = rates * len(chunks) if len(rates) == 1 else rates
+    stacked = stack_levels(
+        base,
+        [Level(c, lr=rate, rule=rule) for c, rate in zip(chunks, rates)],
+        layers=layer,
+        spread=spread,
+        variant=variant,
+        rank=rank,
+        window=window,
+    )
+    save_stack(stacked, out, words)
+    limit = stacked.memory_limit()
+    context = limit.pop("context") / 1e6
+    learned = sum(limit.values()) / 1e6
+    say(
+        f"{len(stacked.blocks)} blocks, {len(chunks)} levels; a memory takes {learned:,.1f} MB at "
+        f"most ({'full weights' if rank is None else f'rank {rank}'}), and {context:,.1f} MB for "
+        f"the context, once it has read {stacked.window:,} tokens."
+    )
+    say(f"Next:  nestlearn learn {out} --data my_text.txt --memory mine", "green")
+
+
+@stack.command("train")
+def stack_train(
+    folder: Dir,
+    data: Data,
+    keep: Annotated[
+        list[Path] | None, typer.Option(help="Texts that are not to be forgotten meanwhile.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Streams side by side.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 512,
+    reach: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the outer gradient reaches back.")
+    ] = None,
+    start_values: Annotated[
+        bool, typer.Option("--start-values", help="Train where the levels start, too.")
+    ] = False,
+    first_order: Annotated[
+        bool, typer.Option("--first-order", help="Not through the inner gradients: cheaper.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the windows.")] = 0,
+) -> None:
+    """Train how the levels learn: their step sizes and, by choice, their start values.
+
+    Each step reads windows of the text with new memories, and moves the step sizes against the
+    loss on the way (and on --keep). Memories from before do not fit new start values.
+
+    Example:  nestlearn stack train stacked/ --data books/ --keep own_kind.txt --steps 100
+    """
+    import torch
+
+    from nestlearn.hf.folder import load_stack, save_rates
+    from nestlearn.hf.meta import MetaConfig, train_stack
+
+    model = load_stack(folder)
+    words = words_of(folder)
+    config = MetaConfig(
+        steps=steps,
+        batch=batch,
+        length=length,
+        reach=reach or length,
+        start_lr=1e-3 if start_values else None,
+        graph="first-order" if first_order else "full",
+        seed=seed,
+    )
+    kept = torch.tensor(encode(words, keep)) if keep else None
+
+    def tell(step: int, learning: float, keeping: float) -> None:
+        beside = f", on the text to keep {keeping:.4f}" if keep else ""
+        say(f"step {step}/{steps}: loss while learning {learning:.4f}{beside}")
+
+    train_stack(model, torch.tensor(encode(words, data)), config, keep=kept, say=tell)
+    save_rates(model, folder)
+    for i, rate in enumerate(model.lr):
+        say(f"level {i}: step sizes {float(rate.min()):.2g} to {float(rate.max()):.2g}", "green")
+
+
+def learn(
+    folder: Dir,
+    data: Data,
+    memory: Memory,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Read so many tokens of the text only.")
+    ] = None,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option(help="Texts to measure forgetting on (default: the model's own samples)."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Take back what makes --keep worse by more than this share."),
+    ] = None,
+    drift: Annotated[
+        float | None,
+        typer.Option(help="Largest size of a level, as a share of the pretrained weights."),
+    ] = None,
+    anchor: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Hold the model to its own samples, so strongly (try 4): "
+            "it forgets far less, and reads about three times slower.",
+        ),
+    ] = 0.0,
+    device: Device = "auto",
+) -> None:
+    """Read a text, learn from it, and remember it under a name.
+
+    Shows the loss on the text before and after, what that cost elsewhere, the time, and the
+    memory's size. Ctrl-C stops and saves.
+
+    Example:  nestlearn learn stacked/ --data diary.txt --memory mine
+    """
+    from nestlearn.cli.reading import introduction, read_and_learn
+    from nestlearn.hf.anchor import Anchor
+    from nestlearn.learn.store import check_place
+
+    session = open_session(folder, memory, device, drift=drift)
+    check_place(place(folder, memory))
+    say(introduction(session, memory))
+    if anchor:
+        length = min(128, session.model.window - 1)
+        session.anchor = Anchor.sampled(session.model, length=length, strength=anchor, seed=1)
+    ids = encode(session.tokenizer, data)[:tokens]
+    kept = encode(session.tokenizer, keep) if keep else None
+    source = ", ".join(path.name for path in data)
+    begin = session.memory.position
+    read = read_and_learn(session, ids, kept, tolerance, source, say)
+    session.save()
+    held, now = sum(session.bytes.values()) / 1e6, session.memory.position - begin
+    say(
+        f"Saved {session.path} ({held:,.1f} MB): {now:,} tokens learned in {read.seconds:,.1f} "
+        f"seconds, {session.memory.position:,} in all.",
+        "green",
+    )
+    if read.stopped:
+        raise typer.Exit(130)
+
+
+def chat(
+    folder: Dir,
+    memory: Memory,
+    learn: Annotated[
+        Literal["user", "assistant", "both", "nothing"] | None,
+        typer.Option(help="Whose words are learned from (default: user)."),
+    ] = None,
+    read_only: Annotated[
+        bool,
+        typer.Option("--read-only", help="Learn and save nothing; the memory must be there."),
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same replies.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Talk with a model that remembers; every exchange is saved. An empty line ends it.
+
+    Example:  nestlearn chat stacked/ --memory mine
+    """
+    import torch
+
+    from nestlearn.cli.reading import introduction
+    from nestlearn.learn.store import check_place
+
+    if read_only and learn not in (None, "nothing"):
+        raise ValueError(f"--learn {learn} with --read-only: leave one of them out")
+    side = "nothing" if read_only else learn or "user"
+    session = open_session(folder, memory, device, read_only=read_only)
+    if side != "nothing":
+        check_place(place(folder, memory))
+    words = {"user": "your words", "assistant": "its own words", "both": "all that is said"}
+    say(f"{introduction(session, memory)} It learns from {words.get(side, 'nothing')}.")
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    while True:
+        try:
+            message = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not message:
+            break
+        try:
+            typer.echo(session.chat(message, learn=side, **options))
+        except ValueError as error:  # such as a message that is too long: the talk goes on
+            say(f"Error: {error}", "bold red")
+            continue
+        if side != "nothing":
+            session.save()
+    if side != "nothing":
+        say(introduction(session, memory), "green")

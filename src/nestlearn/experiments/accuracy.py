@@ -1,0 +1,68 @@
+"""What tables 4 and 5 share: columns of tasks, the paper's rows below ours, the best rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nestlearn.evals import Record
+from nestlearn.experiments.figures import Values
+from nestlearn.experiments.models import contender
+from nestlearn.experiments.tables import PARAMETERS, Column, at, mean, number, table, words
+
+Pair = tuple[str, str]  # task, setting
+TITLE = words("model", lambda r: contender(r.model).title)
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """heads: of columns, with the pairs in their cells. paper: by row of its table, then pair."""
+
+    heads: Mapping[str, Sequence[Pair]]
+    paper: Mapping[str, Mapping[Pair, float]]
+
+    def columns(self, records: Sequence[Record]) -> list[Column]:
+        """The model's title, then accuracies in percent, where there is a record."""
+        there = {(r.task, r.setting) for r in records}
+        columns = [TITLE]
+        for head, pairs in self.heads.items():
+            if there & set(pairs):
+                text = mean(head, *(at(*pair) for pair in pairs), digits=1).text
+                columns.append(Column(head, text, pairs))
+        return columns
+
+    def below(self, rows: Sequence[Record], columns: Sequence[Column]) -> list[str] | None:
+        """The paper's row."""
+        name = contender(rows[0].model).paper
+        if name is None or name not in self.paper:
+            return None
+        told = (" / ".join(number(self.paper[name].get(p)) for p in c.key) for c in columns[1:])
+        return [f"*{name}, paper*", *told]
+
+    def rates(self, records: Sequence[Record]) -> str:
+        """The best learning rates, and the parameters."""
+        columns = [TITLE, PARAMETERS]
+        for c in self.columns(records)[1:]:
+
+            def text(rows: Sequence[Record], pairs: Sequence[Pair] = c.key) -> str:
+                own = [r.config["lr"] for r in rows if (r.task, r.setting) in pairs]
+                return " / ".join(dict.fromkeys(f"{lr:g}" for lr in own))
+
+            columns.append(Column(c.head, text))
+        return f"Best learning rates:\n\n{table(records, columns)}"
+
+    def values(
+        self, records: Sequence[Record], names: Mapping[Pair, str]
+    ) -> tuple[dict[str, Values], dict[str, dict[str, float]]]:
+        """For a picture: ours by title and name of the pair, and the paper's likewise."""
+        ours: dict[str, dict[str, list[float]]] = {}
+        paper: dict[str, dict[str, float]] = {}
+        for r in records:
+            if (name := names.get((r.task, r.setting))) is None:
+                continue
+            about = contender(r.model)
+            ours.setdefault(about.title, {}).setdefault(name, []).append(r.value)
+            told = self.paper.get(about.paper or "", {})
+            if (r.task, r.setting) in told:
+                paper.setdefault(about.title, {})[name] = told[r.task, r.setting]
+        return dict(ours), paper

@@ -1,0 +1,176 @@
+"""One default for every task: levels and steps chosen on data that no table is measured on.
+
+Each candidate, a change of `HopeConfig`, trains once (seed 0) on language (bytes of books), the
+five tasks of MAD, MQAR and two formal languages, all drawn with another seed than the tables' own.
+The score of a candidate is the mean over tasks of its rank.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nestlearn.evals import Record, formal, mad, mqar
+from nestlearn.experiments import table4
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.equal_time import books, losses, text_of
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.fit import settings, train_cell
+from nestlearn.experiments.tables import Column, model
+from nestlearn.layers import Level
+from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.train import TrainConfig, train
+
+SEED = 777  # of the data: no table is drawn with it
+LR = {"language": (4e-3, 8e-3), "mad": (3e-3,), "mqar": (3e-3,), "formal": (3e-3,)}
+STEPS, QUICK_STEPS = 2000, 3
+LANGUAGES = ("parity", "anbncn")
+
+
+def levels(*chunks: int | None, **options: Any) -> tuple[Level, ...]:
+    """A level for each chunk."""
+    return tuple(Level(chunk=chunk, **options) for chunk in chunks)
+
+
+DOT: dict[str, Any] = {"objective": "dot"}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "l2, 16 and 64": {"levels": levels(16, 64, None, objective="l2")},
+    "dot, 16 and 64": {"levels": levels(16, 64, None, **DOT)},
+    "dot, 16 and 64, lr 0.1": {"levels": levels(16, 64, None, lr=0.1, **DOT)},
+    "dot, 4 and 64": {"levels": levels(4, 64, None, **DOT)},
+    "dot, 1 and 16": {"levels": levels(1, 16, None, **DOT)},
+    "dot, 4 and 16, side by side": {
+        "levels": levels(4, 16, None, **DOT), "variant": "independent",
+    },
+    "l2, 4 and 16, side by side": {
+        "levels": levels(4, 16, None, objective="l2"), "variant": "independent",
+    },
+    "dot, 4 and 64, half gd, steps to 2": {
+        "levels": levels(4, 64, None, **DOT), "dgd": 0.5, "eta_max": 2.0,
+    },
+}  # fmt: skip
+
+
+def grid(asked: Options) -> list[Cell]:
+    """Every candidate on everything; language where there is a folder of books."""
+    tasks = [("mad", name) for name in table4.TASKS] + [("mqar", "K=16")]
+    tasks += [("formal", name) for name in LANGUAGES]
+    text = text_of(asked.data) if asked.data else {}
+    cells = []
+    for kind, task in ([("language", "books")] if asked.data else []) + asked.pick(
+        tasks[:2], tasks
+    ):
+        for name in chosen(asked.models, tuple(CANDIDATES), "candidate"):
+            change = CANDIDATES[name]
+            plain = {**change, "levels": [asdict(level) for level in change["levels"]]}
+            cells.append({
+                "benchmark": kind, "task": task, "model": name, "changes": plain, "seeded": SEED,
+                "steps": asked.pick(QUICK_STEPS, STEPS), **(text if kind == "language" else {}),
+            })  # fmt: skip
+    return cells
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train and measure one cell."""
+    # Nothing fades here, as when the choice was made: the default half-life came after it.
+    changes = {**cell["changes"], "depth": 1, "half_life": None}
+    if cell["benchmark"] == "language":
+        return _language(cell, changes, tell)
+    skeleton, steps, wrap = table4.SKELETON | {"chunk": 64}, cell["steps"], None
+    fit = settings(steps, False)
+    if cell["benchmark"] == "mad":
+        task = mad.task(cell["task"], seed=SEED)
+        wrap = None if task.causal else table4.auto_encoder
+    elif cell["benchmark"] == "mqar":
+        task = mqar.task(128, 16, vocab=512, train=20_000, test=1000, seed=SEED)
+        skeleton |= {"dim": 64, "heads": 2}
+    else:
+        task = formal.task(cell["task"], seed=SEED)
+        skeleton |= {"dim": 64, "conv": 0, "rotary": False}
+        fit |= {"schedule": "constant", "weight_decay": 0.0, "eval_every": 50}
+    made = {"model": "hope", "match": False, "skeleton": {**skeleton, **changes}, "fit": fit}
+    return train_cell({**cell, **made}, task, tell, wrap=wrap)
+
+
+def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    corpus, _ = books(Path(cell["folder"]))
+    quick = cell["steps"] <= QUICK_STEPS
+    sizes = {"dim": 32, "layers": 1, "heads": 2} if quick else {"dim": 256, "layers": 6, "heads": 4}
+    steps = cell["steps"] if quick else cell["steps"] // 8
+    config = TrainConfig(
+        steps=steps, batch=2 if quick else 32, length=128 if quick else 512, lr=cell["lr"],
+        warmup=steps // 5, eval_every=steps, device=cell["device"],
+        dtype="bfloat16" if cell["device"].startswith("cuda") else "float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = HopeLM(HopeConfig.from_dict({**sizes, **changes}))
+    log = train(model, corpus, config, None, progress=False)
+    count = 2 if quick else 32
+    near, far = losses(model, corpus.val, config.length, count, config.batch, config.dtype)
+    norms = sorted(r["grad_norm"] for r in log[config.warmup :])
+    tell(1.0, f"{near:.3f} {far:.3f}")
+    return {
+        "value": -(near + far) / 2, "scores": {"near": near, "far": far}, "steps": steps,
+        "grad_norm": norms[len(norms) // 2] if norms else None,
+        "headline": f"{near:.3f} {far:.3f} at {cell['lr']:g}",
+    }  # fmt: skip
+
+
+def ranks(records: Sequence[Record]) -> dict[str, float]:
+    """The mean over tasks of each candidate's rank, the better ones first."""
+    found: dict[str, list[float]] = {r.model: [] for r in records}
+    for task in dict.fromkeys(r.task for r in records):
+        values = {
+            name: statistics.fmean(-r.value if r.benchmark == "language" else r.value
+                                   for r in records if (r.model, r.task) == (name, task))
+            for name in found if any((r.model, r.task) == (name, task) for r in records)
+        }  # fmt: skip
+        for name, value in values.items():
+            above = sum(v > value for v in values.values())
+            equal = sum(v == value for v in values.values())
+            found[name].append(above + (equal + 1) / 2)
+    return {name: statistics.fmean(some) for name, some in found.items()}
+
+
+def best_first(records: Sequence[Record]) -> list[Record]:
+    """The candidates by rank."""
+    place = ranks(records)
+    return sorted(records, key=lambda r: place[r.model])
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Candidates by tasks, at the best rate of each, and the mean rank."""
+    place = ranks(records)
+
+    def scores(task: str) -> Column:
+        def text(rows: Sequence[Record]) -> str:
+            own = [f"{r.value:.{3 if r.benchmark == 'language' else 1}f}" for r in rows
+                   if r.task == task]  # fmt: skip
+            return " / ".join(own) or "–"
+
+        return Column(task, text)
+
+    tasks = dict.fromkeys(r.task for r in records)
+    mean_rank = Column("mean rank", lambda rows: f"{place[rows[0].model]:.1f}")
+    return [model("levels"), *map(scores, tasks), mean_rank]
+
+
+EXPERIMENT = Experiment(
+    name="defaults",
+    shows="how the default levels were chosen",
+    price=("–", "~3 hours"),
+    takes=("data", "models", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=lambda cell: LR[cell["benchmark"]],
+    quick_rates=(0, None),
+    seeds=1,
+    columns=columns,
+    order=best_first,
+    sources=("experiments/table4.py", "experiments/equal_time.py"),
+)

@@ -1,0 +1,284 @@
+"""One supervised training loop for the benchmarks' fixed training sets.
+
+Batches are keyed by (seed, epoch); sequences of like length share a batch, so that little padding
+is computed. A loss that is not finite ends the run with a mark, not with an exception: in a table
+a model that diverges is a result.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestlearn.evals import IGNORED, Examples, Logits, Task, score
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.models import build
+from nestlearn.train.data import keyed_seed
+from nestlearn.train.optimize import Captured, adamw, schedule
+from nestlearn.train.run import resolve_device
+
+_SCHEDULES = ("constant", "cosine")
+_POOL = 16  # batches whose sequences are sorted by length together
+_FLOOD = "x has NaN or infinity"  # how layers begin their complaint about such an input
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train: AdamW, a linear warm-up, then lr constant or to zero along a cosine.
+
+    steps: optimizer steps. batch: sequences of a step. warmup: steps of the linear rise. clip: the
+    largest gradient norm. smoothing: of the labels, by which a loss does not vanish where all is
+    right. weight_decay: on matrices only. eval_every: steps between two tests on
+    all sets. stop: percent at which, on every validation set, training ends early. eval_batch:
+    sequences of a test batch. device: as for `nestlearn train`.
+    """
+
+    steps: int = 2000
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: int = 50
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    smoothing: float = 0.0
+    eval_every: int = 200
+    eval_batch: int = 128
+    stop: float = 100.0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "eval_every", "eval_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: give a positive learning rate, e.g. 1e-3")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup}: give 0 steps or more")
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r}: use one of {_SCHEDULES}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing}: give a share in [0, 1)")
+        if self.clip <= 0:
+            raise ValueError(f"clip={self.clip}: give a positive norm (math.inf: no clipping)")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to, as plain data.
+
+    checks: what each test found: {"step", "loss": of training since the last test, "validation",
+    "scores": percent by set}; of step 0, with zeros, if none came. steps, tokens, seconds: spent,
+    padding and what nobody asks for not counted. diverged: the step whose loss or gradient was not
+    finite, else None.
+    """
+
+    checks: list[dict[str, Any]]
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    diverged: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+
+def fit(
+    module: nn.Module,
+    task: Task,
+    config: FitConfig,
+    tell: Callable[[float, str], None] | None = None,
+) -> Outcome:
+    """Train the module in place on the task, testing it as it goes.
+
+    module: ids [B, T] -> logits [B, T, V ≥ classes], alone or first of a tuple. tell: called with
+    (share done, text) at every test. Afterwards the weights are those of the last step.
+    """
+    device = resolve_device(config.device)
+    began = time.perf_counter()
+    model = Logits(module).to(device).train()
+    update = _Update(model, task, config, device)
+    checks: list[dict[str, Any]] = []
+    losses: list[float] = []
+    step, tokens, diverged = 0, 0, None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        batches = _batches(task, config)
+        while step < config.steps:
+            batch = next(batches)
+            loss = update(batch, step)
+            step += 1
+            tokens += int(batch.lengths.sum())
+            if loss is None:
+                diverged = step
+                break
+            losses.append(loss)
+            if step % config.eval_every == 0 or step == config.steps:
+                held, scores = (
+                    _test(model, task, sets, config, device)
+                    for sets in (task.validation, task.tests)
+                )
+                loss = sum(losses) / len(losses)
+                checks.append({"step": step, "loss": loss, "validation": held, "scores": scores})
+                losses = []
+                if tell:
+                    tell(step / config.steps, _line(held))
+                if min(held.values()) >= config.stop:
+                    break
+    none = dict.fromkeys(task.tests, 0.0)
+    untested = {"step": 0, "loss": 0.0, "validation": none, "scores": none}
+    return Outcome(
+        checks=checks or [untested],
+        parameters=sum(p.numel() for p in model.parameters()),
+        steps=step,
+        tokens=tokens,
+        seconds=round(time.perf_counter() - began, 2),
+        diverged=diverged,
+    )
+
+
+class _Update:
+    """One optimizer step on a batch; on CUDA its forward and backward pass as one graph.
+
+    Lengths are rounded up there, so that few graphs serve all batches.
+    """
+
+    def __init__(self, model: Logits, task: Task, config: FitConfig, device: torch.device) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.optimizer = adamw(model, config, device)
+        recurrent = any(isinstance(part, nn.RNNBase) for part in model.modules())
+        self.captures = device.type == "cuda" and not recurrent
+        self.pads = self.captures and task.causal
+        self.graphs: dict[tuple[int, ...], Captured] = {}
+
+    def __call__(self, batch: Examples, step: int) -> float | None:
+        """The batch's loss, or None, and no update, where loss or gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = _rate(self.config, step)
+        try:
+            loss = float(self._gradients(batch))
+        except ValueError as error:  # a layer met what the step before has made
+            if _FLOOD in str(error):
+                return None
+            raise
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return None
+        self.optimizer.step()
+        return loss
+
+    def _gradients(self, batch: Examples) -> Tensor:
+        inputs, targets = batch.inputs, batch.targets
+        if self.pads:
+            more = _shape(inputs.shape[1]) - inputs.shape[1]
+            inputs, targets = F.pad(inputs, (0, more)), F.pad(targets, (0, more), value=IGNORED)
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        if not self.captures or len(inputs) != self.config.batch:
+            return self.run(inputs, targets)
+        if (key := tuple(inputs.shape)) not in self.graphs:
+            self.graphs[key] = Captured(self.model, self.run, inputs, targets)
+        return self.graphs[key](inputs, targets)
+
+    def run(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss, with fresh gradients in `.grad`."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        logits = self.model.logits(inputs).flatten(0, 1).float()
+        loss = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=self.config.smoothing
+        )
+        loss.backward()
+        return loss.detach()
+
+
+def _shape(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: at most a third is padding."""
+    power = 1 << max(4, (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
+
+
+def _test(
+    model: Logits,
+    task: Task,
+    sets: Mapping[str, Examples],
+    config: FitConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    model.eval()
+    try:
+        return score(model, task, sets=sets, batch=config.eval_batch, device=device)
+    except ValueError as error:
+        if _FLOOD not in str(error):
+            raise
+        return dict.fromkeys(task.tests, 0.0)  # on longer sequences than the trained ones
+    finally:
+        model.train()
+
+
+def _line(scores: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.1f}" for name, value in scores.items())
+
+
+def _rate(config: FitConfig, step: int) -> float:
+    """The learning rate of the update after `step` others."""
+    return config.lr * schedule(
+        step, config.steps, config.warmup, kind=config.schedule, lands=False
+    )
+
+
+def _batches(task: Task, config: FitConfig) -> Iterator[Examples]:
+    """Batches without end: every example once an epoch, those of like length together."""
+    lengths, size = task.train.lengths, config.batch
+    epoch = 0
+    while True:
+        rng = torch.Generator().manual_seed(keyed_seed(config.seed, epoch, 2))
+        order = torch.randperm(len(task.train), generator=rng)
+        pools = order.split(size * _POOL)
+        cut = [part for pool in pools for part in pool[lengths[pool].argsort()].split(size)]
+        for i in torch.randperm(len(cut), generator=rng).tolist():
+            yield task.train.rows(cut[i])
+        epoch += 1
+
+
+def train_cell(
+    cell: Cell, task: Task, tell: Tell, *, wrap: Callable[[Any, Task], nn.Module] | None = None
+) -> dict[str, Any]:
+    """Train and test one cell: an Outcome's fields, metric and headline.
+
+    cell: model, skeleton, fit (fields of FitConfig), lr, seed, device, and match (see `build`) if
+    not True. wrap: makes of the model what answers the task, where that is not the model itself.
+    """
+    size = max(task.vocab, task.classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell["seed"])
+        model = build(cell["model"], size, cell["skeleton"], match=cell.get("match", True))
+        module = wrap(model, task) if wrap else model
+    own = {key: cell[key] for key in ("lr", "seed", "device")}
+    out = fit(module, task, FitConfig(**{**cell["fit"], **own}), tell)
+    line = _line(out.checks[-1]["validation"])
+    if out.diverged:
+        line += f", diverged at step {out.diverged}"
+    return {
+        **out.to_dict(),
+        "headline": f"{line} after {out.steps} steps, {out.seconds:.0f} s",
+        "metric": f"{task.metric} accuracy (%)",
+    }
+
+
+def settings(steps: int, quick: bool, **own: Any) -> dict[str, Any]:
+    """The fit of a table's cell: fields of FitConfig, as most have them."""
+    return {
+        "steps": steps, "batch": 8 if quick else 32, "warmup": min(100, steps // 10),
+        "schedule": "cosine", "weight_decay": 0.1, "eval_every": max(1, steps // 10),
+        "stop": 99.9, **own,
+    }  # fmt: skip

@@ -1,0 +1,132 @@
+"""The quickstart's Hope and Transformer under AdamW, Muon, M3 and delta momentum.
+
+Bytes of the standard library, width 128, 3 layers, 200 steps of 8 × 256, the schedule and clipping
+of `nestlearn train` for all. Every pair of model and optimizer takes the best of four learning
+rates by its validation loss on one seed, and then runs three others. The grids differ in place,
+because the units do, not in number or ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nestlearn import optim
+from nestlearn.evals import Record
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.language import corpus_of, matched, quick_models, settings
+from nestlearn.experiments.tables import RATE, SEEDS, Column, detail, mean, metric, model
+from nestlearn.models.hope import HopeLM
+from nestlearn.train import TrainConfig, train
+
+MODELS = ("Hope", "Transformer")
+GRIDS = {
+    "AdamW": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "Muon": (5e-3, 1e-2, 2e-2, 4e-2),
+    "M3": (5e-3, 1e-2, 2e-2, 4e-2),
+    "Delta momentum": (0.25, 0.5, 1.0, 2.0),
+}
+SMOOTH = 20  # steps of one point of the picture
+LOSS = "validation loss (nats)"
+
+
+def build(name: str, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """A contestant; decay as in `nestlearn train`."""
+    decay = config.weight_decay
+    if name == "Delta momentum":
+        return optim.DeltaMomentum(optim.groups(model), config.lr, weight_decay=0.0)
+    kind = {"Muon": optim.Muon, "M3": optim.M3}[name]
+    return kind(optim.groups(model), config.lr, weight_decay=decay, betas=config.betas)
+
+
+def grid(asked: Options) -> list[Cell]:
+    """Every pair of model and optimizer."""
+    steps = asked.steps or asked.pick(20, 200)
+    return [
+        {"task": "stdlib", "model": f"{name}, {optimizer}", "steps": steps, "quick": asked.quick}
+        for name in chosen(asked.models, MODELS, "model")
+        for optimizer in GRIDS
+    ]
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """One training, measured on the validation windows at its end."""
+    text = corpus_of(())
+    name, optimizer = cell["model"].split(", ")
+    entries = {e.name: e for e in matched(quick_models(text.vocab_size))}
+    config = replace(
+        settings(cell["steps"], quick=cell["quick"]), lr=cell["lr"], seed=cell["seed"],
+        device=cell["device"],
+    )  # fmt: skip
+    torch.manual_seed(cell["seed"])
+    model = HopeLM(entries[name].config)
+    log = train(
+        model, text, config, None, progress=False,
+        optimizer=None if optimizer == "AdamW" else lambda m, c: build(optimizer, m, c),
+        on_step=lambda r: tell(r["step"] / config.steps, f"loss {r['loss']:.3f}"),
+    )  # fmt: skip
+    last = log[-max(1, len(log) // 10) :]
+    speeds = sorted(r["tokens_per_second"] for r in log)
+    return {
+        "value": -log[-1]["val_loss"],
+        "scores": {LOSS: log[-1]["val_loss"]},
+        "bits_per_byte": log[-1]["val_bits_per_byte"],
+        "train_loss": sum(r["loss"] for r in last) / len(last),
+        "tokens_per_second": speeds[len(speeds) // 2],
+        "log": [r["loss"] for r in log],
+        "headline": f"validation loss {log[-1]['val_loss']:.4f}",
+        "parameters": model.parameter_count(),
+    }
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Losses and speed."""
+    return [
+        model("optimizer"), RATE, SEEDS, mean(LOSS, metric(LOSS), digits=4),
+        mean("bits per byte", detail("bits_per_byte"), digits=4),
+        mean("training loss, last tenth", detail("train_loss"), digits=4),
+        mean("tokens/s", detail("tokens_per_second"), digits=0),
+    ]  # fmt: skip
+
+
+def smoothed(log: Sequence[float], size: int) -> list[float]:
+    """The means of so many steps each."""
+    return [sum(part) / len(part) for part in (log[i : i + size] for i in range(0, len(log), size))]
+
+
+def figure(records: Sequence[Record], path: Path) -> None:
+    """Training loss by step, a panel for each model."""
+    panels = []
+    for name in MODELS:
+        lines: dict[str, tuple[list[float], list[list[float]]]] = {}
+        for r in records:
+            if r.model.startswith(f"{name}, "):
+                log = smoothed(r.detail["log"], SMOOTH)
+                at = [SMOOTH * (i + 0.5) for i in range(len(log))]
+                lines.setdefault(r.model.split(", ")[1], (at, []))[1].append(log)
+        if lines:
+            panels.append(Panel(name, "Optimizer step", "Loss (nats per byte)", lines))
+    curves(panels, path, log="y")
+
+
+EXPERIMENT = Experiment(
+    name="lm-optimizers",
+    shows="Hope and a Transformer under four optimizers",
+    price=("~1 hour", "–"),
+    takes=("seeds", "steps", "models", "workers", "device"),
+    device="cpu",
+    grid=grid,
+    work=work,
+    rates=lambda cell: GRIDS[cell["model"].split(", ")[1]],
+    search=(100,),
+    columns=columns,
+    figure=figure,
+    sources=("experiments/language.py",),
+)

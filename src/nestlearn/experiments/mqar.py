@@ -1,0 +1,143 @@
+"""Associative recall by number of pairs, at equal bytes of recurrent state.
+
+A model with a larger state remembers more, whatever its rule. So every model gets, by its width, a
+state of the same size, counted as what a stream carries from token to token (`init_state`): fast
+weights, held twice inside a chunk, momentum, convolution inputs. Parameters and computation then
+differ, and are in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nestlearn import state
+from nestlearn.evals import Record, mqar
+from nestlearn.experiments.accuracy import TITLE
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.experiment import Experiment, Options, chosen, sorted_by
+from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.fit import settings, train_cell
+from nestlearn.experiments.models import CONTENDERS, build, contender
+from nestlearn.experiments.tables import PARAMETERS, Column, at, mean, words
+
+PAIRS = (4, 8, 16, 32)
+STATES = (128, 512)  # KiB
+DATA = {"length": 128, "vocab": 512, "train": 20_000, "test": 1000}
+QUICK = {"length": 32, "vocab": 64, "train": 64, "test": 16}
+MODELS = ("hope", "titans", "deltanet")
+STEPS, QUICK_STEPS = 2000, 3
+TOLERANCE = 0.1
+_UNSIZED = ("attention", "lstm")
+SKELETON: dict[str, Any] = {"layers": 2, "heads": 2, "conv": 4, "chunk": 32}
+
+
+def state_bytes(model: str, skeleton: Mapping[str, Any]) -> int:
+    """Bytes of one stream's state; ValueError for a model whose state is none or grows."""
+    if contender(model).changes.get("mixer") in _UNSIZED:
+        fit = [name for name, c in CONTENDERS.items() if c.changes.get("mixer") not in _UNSIZED]
+        raise ValueError(f"{model} has no memory of a size to choose: use {', '.join(fit)}")
+    with torch.device("meta"):
+        return state.nbytes(build(model, 2, skeleton, match=False).init_state(1))
+
+
+def sized(model: str, kib: float, skeleton: Mapping[str, Any] = SKELETON) -> dict[str, Any]:
+    """The skeleton with the width at which the model's state is nearest to `kib` KiB.
+
+    ValueError if no width comes within TOLERANCE.
+    """
+    heads, target = skeleton["heads"], 1024 * kib
+
+    def at(units: int) -> int:
+        return state_bytes(model, {**skeleton, "dim": units * heads})
+
+    low, high = 1, 2048  # the state grows with the width
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle) <= target else (low, middle)
+    best = min((low, high), key=lambda units: abs(at(units) - target))
+    if abs(at(best) / target - 1) > TOLERANCE:
+        raise ValueError(
+            f"{model} at {kib} KiB: the nearest state has {at(best) / 1024:.1f} KiB; give another "
+            "size, or fewer heads"
+        )
+    return {**skeleton, "dim": best * heads}
+
+
+def grid(asked: Options) -> list[Cell]:
+    """Every model at every size of state and number of pairs."""
+    known = [f"K={pairs}" for pairs in asked.pick(PAIRS[:2], PAIRS)]
+    steps = asked.steps or asked.pick(QUICK_STEPS, STEPS)
+    cells = []
+    for name in chosen(asked.only, known, "task"):
+        for kib in asked.pick(STATES[:1], STATES):
+            for model in chosen(asked.models or MODELS, tuple(CONTENDERS), "model"):
+                skeleton = sized(model, kib)
+                cells.append({
+                    "benchmark": "mqar", "task": name, "setting": f"{kib:g} KiB", "model": model,
+                    "skeleton": skeleton, "match": False, "state": state_bytes(model, skeleton),
+                    "data": DATA | asked.pick(QUICK, {}) | {"pairs": _count(name)},
+                    "fit": settings(steps, asked.quick, batch=asked.pick(8, 64)),
+                })  # fmt: skip
+    return cells
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train and test one cell."""
+    return train_cell(cell, mqar.task(**cell["data"]), tell)
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """What a model is at that size, and its accuracy by number of pairs."""
+    tasks = sorted({r.task for r in records}, key=_count)
+    return [
+        TITLE,
+        words("state", lambda r: f"{r.config['state'] / 1024:.1f} KiB"),
+        words("width", lambda r: r.config["skeleton"]["dim"]),
+        PARAMETERS,
+        *(mean(f"{task[2:]} pairs", at(task), digits=1) for task in tasks),
+    ]
+
+
+def figure(records: Sequence[Record], path: Path) -> None:
+    """Accuracy by number of pairs, a panel for each size of state."""
+    panels = []
+    for setting in sorted({r.setting for r in records}, key=_kib):
+        lines = {}
+        for model in dict.fromkeys(r.model for r in records if r.setting == setting):
+            own = [r for r in records if (r.setting, r.model) == (setting, model)]
+            tasks = sorted({r.task for r in own}, key=_count)
+            seeds = sorted({r.seed for r in own})
+            rows = [
+                [r.value for t in tasks for r in own if (r.task, r.seed) == (t, s)] for s in seeds
+            ]
+            whole = [row for row in rows if len(row) == len(tasks)]
+            lines[contender(model).title] = ([_count(task) for task in tasks], whole)
+        panels.append(Panel(f"State of {setting}", "Pairs to remember", "Accuracy (%)", lines))
+    curves(panels, path, log="2", marker=True, ylim=(-2, 104))
+
+
+def _kib(setting: str) -> float:
+    return float(setting.removesuffix(" KiB"))
+
+
+def _count(task: str) -> int:
+    return int(task.removeprefix("K="))
+
+
+EXPERIMENT = Experiment(
+    name="mqar",
+    shows="associative recall by number of pairs and size of state",
+    price=("–", "~3 hours"),
+    grid=grid,
+    work=work,
+    rates=(3e-3, 1e-2),
+    quick_rates=(0, 1),
+    order=sorted_by(lambda r: (_kib(r.setting), list(CONTENDERS).index(r.model))),
+    columns=columns,
+    by=lambda r: (_kib(r.setting), r.model),
+    figure=figure,
+)

@@ -1,0 +1,291 @@
+"""The one runner: from an experiment's grid to its records, table and figure.
+
+Learning rates are tried on the seeds of the search and chosen here, by what validation data say;
+so are checkpoints (`settled`). The best rate goes on to the seeds that are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nestlearn.disk import atomic_write
+from nestlearn.evals import Record, read_records, write_records
+from nestlearn.experiments import SUITES, named
+from nestlearn.experiments.cells import Cell, cell_path, failure, run_cells, settled
+from nestlearn.experiments.experiment import Experiment, Options
+from nestlearn.experiments.provenance import check_place, code_version
+from nestlearn.experiments.tables import table
+from nestlearn.train.run import resolve_device
+
+_OWN = (  # parts of a result that a record has fields for, or does not keep
+    "value", "scores", "checks", "metric", "parameters", "steps", "tokens", "seconds", "headline",
+    "models", "diverged",
+)  # fmt: skip
+
+
+def folder(name: str, quick: bool) -> Path:
+    """Where results go unless said otherwise: a quick run must not stand where a real one does."""
+    return Path("runs", f"{name}-quick") if quick else Path("results", name)
+
+
+def run(
+    what: str | Experiment, out: Path | None = None, *, progress: bool = True, **options: Any
+) -> str:
+    """Run an experiment, or go on with it, and return its table as Markdown.
+
+    options: fields of `Options`; None and () mean its default. Writes results.json, table.md and a
+    figure in `out`; finished cells in out/cells are never run again. ValueError for an option that
+    it does not take, and for a place that takes results of clean commits only.
+    """
+    about = named(what) if isinstance(what, str) else what
+    asked, records = measure(about, out, progress=progress, **options)
+    text = report(about, records)
+    atomic_write(
+        asked.out / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8")
+    )
+    if about.figure:
+        about.figure(records, asked.out / f"{about.name}.png")
+    return text
+
+
+def measure(
+    about: Experiment, out: Path | None = None, *, progress: bool = True, **options: Any
+) -> tuple[Options, list[Record]]:
+    """What was asked for, and every record of it, also in results.json."""
+    asked = ask(about, out, **options)
+    grid = about.grid(asked)
+    check_place(asked.out)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if about.prepare:
+        about.prepare(asked)
+    path = asked.out / "results.json"
+    fresh = Search(about, asked, grid, progress).records()
+    there = {(r.task, r.setting, r.model) for r in fresh}
+    records = [r for r in _kept(path) if (r.task, r.setting, r.model) not in there] + fresh
+    records = about.order(records) if about.order else records
+    write_records(path, records)
+    return asked, records
+
+
+def ask(about: Experiment, out: Path | None = None, **options: Any) -> Options:
+    """The options, checked."""
+    given = {key: value for key, value in options.items() if value is not None and value != ()}
+    quick = given.pop("quick", False)
+    foreign = sorted(given.keys() - set(about.takes))
+    if foreign:
+        raise ValueError(f"{about.name} takes no --{foreign[0]}: leave it out")
+    given["device"] = str(resolve_device(given.get("device", about.device)))
+    for name in ("only", "models"):
+        given[name] = tuple(given.get(name, ()))
+    if given.get("seeds", 1) < 1:
+        raise ValueError(f"{about.name}: seeds={given['seeds']}: give 1 or more")
+    known = {f.name for f in fields(Options)}
+    assert given.keys() <= known, given.keys() - known
+    return Options(out or folder(about.name, quick), quick, **given)
+
+
+class Search:
+    """The cells of a run: rates on the seeds of the search, then the best on all others."""
+
+    def __init__(
+        self, about: Experiment, asked: Options, grid: list[Cell], progress: bool = True
+    ) -> None:
+        self.about, self.asked, self.progress = about, asked, progress
+        self.seeds = about.search[: 1 if asked.quick else None]
+        code = {"code": code_version(about.file, *about.sources)}
+        self.grid = [{**cell, **code, "device": asked.device} for cell in grid]
+        self.rates = [about.trials(cell, asked.quick) for cell in self.grid]
+        tried = {(c["task"], c["model"]): 0 for c in grid}
+        for cell, rates in zip(grid, self.rates):
+            tried[cell["task"], cell["model"]] += max(1, len(rates))
+        _check_fair(about.name, tried)
+
+    def _runs(self) -> list[tuple[Cell, tuple[float, ...]]]:
+        """The cells of every seed at the chosen rate, with the rates that were tried."""
+        seeds = range(self.asked.pick(self.about.quick_seeds, self.asked.seeds or self.about.seeds))
+        return [
+            ({**cell, **lr, "seed": seed}, rates)
+            for cell, rates, best in zip(self.grid, self.rates, self._best())
+            for lr in ([{"lr": lr} for lr in best] if rates else [{}])
+            for seed in seeds
+        ]
+
+    def missing(self) -> list[Cell]:
+        """The cells of the reported seeds that are still to be run."""
+        folder = self.asked.out / "cells"
+        return [cell for cell, _ in self._runs() if not cell_path(folder, cell).is_file()]
+
+    def records(self) -> list[Record]:
+        """Those of every seed at the chosen rate."""
+        about, runs = self.about, self._runs()
+        done = self._run([cell for cell, _ in runs], "seeds" if any(self.rates) else "")
+        found = [
+            record
+            for (cell, rates), d in zip(runs, done)
+            if d is not None
+            for record in _records(about, d, {**cell, "rates": rates}, self.seeds)
+        ]
+        if not found:
+            raise self._failed([cell for cell, _ in runs])
+        return found
+
+    def _best(self) -> list[Sequence[float]]:
+        """For each cell of the grid the rates to report: the best one, if one is to be chosen."""
+        chooses = [len(rates) > 1 and bool(self.about.chooses) for rates in self.rates]
+        cells = [
+            [[{**cell, "lr": lr, "seed": seed} for seed in self.seeds] for lr in rates]
+            if choose
+            else []
+            for cell, rates, choose in zip(self.grid, self.rates, chooses)
+        ]
+        flat = [cell for rates in cells for some in rates for cell in some]
+        found = iter(self._run(flat, "learning rates") if flat else ())
+        best: list[Sequence[float]] = []
+        for rates, tried in zip(self.rates, cells):
+            ranks = [_rank([next(found) for _ in some]) for some in tried]
+            top = max(range(len(ranks)), key=ranks.__getitem__, default=None)
+            if top is None:
+                best.append(rates)
+            else:  # a cell that failed at every rate has no more to report
+                best.append(rates[top : top + 1] if ranks[top] > _FAILED else ())
+        if flat and not any(best):
+            raise self._failed(flat)
+        return best
+
+    def _run(self, cells: list[Cell], what: str) -> list[dict[str, Any] | None]:
+        name = f"{self.about.name}{f': {what}' * bool(what)}"
+        place, workers = self.asked.out / "cells", self.asked.workers
+        workers = workers if "workers" in self.about.takes else 0
+        return run_cells(
+            cells, self.about.work, place, workers=workers, name=name, progress=self.progress
+        )
+
+    def _failed(self, cells: list[Cell]) -> ValueError:
+        place = self.asked.out / "cells"
+        reasons = (failure(place, cell) for cell in cells)
+        reason = next(filter(None, reasons), "unknown").strip().splitlines()[-1]
+        rates = f" at {list(self.rates[0])}" * bool(self.rates[0])
+        return ValueError(
+            f"{self.about.name}: every cell failed ({reason}): {cells[0]['model']} did not end a "
+            f"training{rates}; see {place / 'failed'}, or give other learning rates"
+        )
+
+
+_FAILED = (float("-inf"), 0)
+
+
+def _rank(done: Sequence[dict[str, Any] | None]) -> tuple[float, int]:
+    """How good a rate is on the seeds of the search; of equals the sooner there is better."""
+    results = [settled(d["result"]) for d in done if d is not None]
+    if len(results) < len(done):
+        return _FAILED
+    value = statistics.fmean(result["value"] for result in results)
+    return (value, -results[0].get("best_step", 0)) if value == value else _FAILED
+
+
+def _check_fair(name: str, tried: dict[tuple[str, str], int]) -> None:
+    """Every model of a task is tried as often."""
+    for task in dict.fromkeys(task for task, _ in tried):
+        counts = Counter({model: n for (t, model), n in tried.items() if t == task})
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{name}, {task}: {dict(counts)} trials: give every model as many")
+
+
+def _rule(about: Experiment, rates: Sequence[float], search: Sequence[int], checks: bool) -> str:
+    by = f"by {about.chooses}"
+    if rates and not about.chooses:
+        return "every setting is shown"
+    parts = []
+    if len(rates) > 1:
+        seeds = ", ".join(map(str, search))
+        parts.append(f"learning rate: the best of {len(rates)} {by} (seed {seeds})")
+    elif rates:
+        parts.append("learning rate: fixed")
+    parts += [f"checkpoint: the best {by}"] if checks else []
+    return "; ".join(parts) or "nothing is chosen"
+
+
+def _records(
+    about: Experiment, done: dict[str, Any], config: Cell, search: Sequence[int]
+) -> list[Record]:
+    """A record for each score of a finished cell; the first has what else the training left."""
+    whole = settled(done["result"])
+    if "models" in whole:  # one cell that measured several side by side
+        parts = [(model, {**whole, **own}) for model, own in whole["models"].items()]
+    else:
+        parts = [(config["model"], whole)]
+    if "best_step" in whole:
+        config = {**config, "best_step": whole["best_step"]}
+    rule = _rule(about, config["rates"], search, "checks" in whole)
+    records = []
+    for model, result in parts:
+        stopped, kind = result.get("diverged"), result.get("metric")
+        rest = {key: value for key, value in result.items() if key not in _OWN}
+        common: dict[str, Any] = {
+            "benchmark": config.get("benchmark", about.name), "task": config["task"],
+            "model": model, "seed": config["seed"], "rule": rule,
+            "steps": result.get("steps", config.get("steps", 0)),
+            "seconds": result.get("seconds", done["seconds"]),
+            **{key: result.get(key, 0) for key in ("parameters", "tokens")},
+            "config": config, "versions": done["versions"], "commit": done["commit"],
+            "note": f"diverged at step {stopped}" if stopped else "",
+        }  # fmt: skip
+        for i, (name, value) in enumerate(result["scores"].items()):
+            setting = config.get("setting", name if kind else "")
+            told = {"setting": setting, "metric": kind or name, "value": value}
+            records.append(Record(**common, **told, detail=rest if i == 0 else {}))
+    return records
+
+
+def _kept(path: Path) -> list[Record]:
+    """The records of runs before this one. What an earlier form left is put aside, once."""
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(rows, list) and all(isinstance(row, dict) and row.get("rule") for row in rows):
+        return read_records(path)
+    aside = path.with_name("earlier.json")
+    if aside.exists():
+        raise ValueError(f"{path} and {aside} are both of an earlier form: move one away")
+    os.replace(path, aside)
+    return []
+
+
+def report(about: Experiment, records: Sequence[Record]) -> str:
+    """The table, what follows it, and by which rule its numbers were chosen."""
+    parts = [table(records, about.columns(records), about.by, about.below)]
+    if about.notes:
+        parts.append(about.notes(records))
+    rules = sorted({r.rule for r in records} - {"", "nothing is chosen"})
+    most = max(
+        len({r.seed for r in records if about.by(r) == row}) for row in map(about.by, records)
+    )
+    said = ["Mean ± half the range over seeds."] if most > 1 else []
+    parts.append(" ".join([*said, *(f"{rule[0].upper()}{rule[1:]}." for rule in rules)]))
+    return "\n\n".join(filter(None, parts))
+
+
+def evaluate(suite: str, model: str, out: Path | None = None, **options: Any) -> str:
+    """Train one contender on every task of a suite and return its scores as Markdown.
+
+    ValueError for an unknown suite or model, and for a folder: these suites train from scratch on
+    their own alphabets, so a trained language model has nothing to say there.
+    """
+    from nestlearn.experiments.models import CONTENDERS
+
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown: use one of {', '.join(SUITES)}")
+    if model not in CONTENDERS and Path(model).exists():
+        raise ValueError(
+            f"{model} is a folder, but {suite} trains a fresh model on each of its tasks, whose "
+            f"tokens a trained one has never seen: name a model, one of {', '.join(CONTENDERS)}"
+        )
+    place = out or Path("runs", f"eval-{suite}" + "-quick" * options.get("quick", False))
+    return run(SUITES[suite], place, models=(model,), **options)

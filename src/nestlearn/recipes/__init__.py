@@ -1,1 +1,0 @@
-"""Runs with their numbers: the only place where an experiment's settings stand."""

@@ -1,0 +1,29 @@
+"""Work for cells, in a module of its own: worker processes import it by name."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from nestlearn.experiments.cells import run_cells
+
+
+def work(cell, tell):
+    """Note that the cell ran; then do what it says."""
+    with open(cell["log"], "a") as log:
+        log.write(f"{cell['n']} {os.getpid()}\n")
+    tell(0.5, "half way")
+    mood = Path(cell["mood"]).read_text() if "mood" in cell else "well"
+    if mood == "fails":
+        raise RuntimeError(f"cell {cell['n']} is in no mood")
+    if mood == "dies":
+        os._exit(3)
+    if mood == "hangs":
+        time.sleep(600)
+    card = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"value": float(cell["n"]), "headline": f"number {cell['n']}", "card": card}
+
+
+if __name__ == "__main__":
+    run_cells(json.loads(sys.argv[1]), work, Path(sys.argv[2]), workers=1)

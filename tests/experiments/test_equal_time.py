@@ -1,0 +1,67 @@
+"""equal-time and defaults: who takes part, with what; a missing text is refused before any work."""
+
+import pytest
+import torch
+
+from nestlearn.experiments import defaults, equal_time, runner, switching
+from nestlearn.models.hope import HopeConfig, HopeLM
+
+
+@pytest.mark.parametrize("model", equal_time.FAMILIES)
+def test_families_have_one_size(model):
+    with torch.device("meta"):
+        counts = [
+            HopeLM(equal_time.config_of(name, "6M")).parameter_count() for name in ("Hope", model)
+        ]
+    assert abs(counts[1] / counts[0] - 1) < 0.01
+
+
+def test_streams_are_said_by_the_name():
+    assert equal_time._windows("Hope, streams of 8 windows") == 8
+    assert equal_time._windows("Hope") == 1
+
+
+@pytest.mark.parametrize("data", [None, "/nowhere"])
+def test_books_are_asked_for(data, tmp_path):
+    with pytest.raises(ValueError, match=r"give a folder with train-0\.txt\.xz"):
+        runner.run("equal-time", tmp_path, data=data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_default_is_the_best_candidate():
+    """What results/defaults/table.md has first."""
+    chosen = defaults.CANDIDATES["l2, 4 and 16, side by side"]
+    config = HopeConfig()
+    assert (config.levels, config.variant) == (chosen["levels"], chosen["variant"])
+
+
+# ----------------------------------------------------------------------------------- switching
+
+
+@pytest.mark.parametrize("model", switching.MODELS)
+def test_rows_of_a_channel_have_one_size(model):
+    channel = model.split("; ")[1]
+    with torch.device("meta"):
+        counts = [
+            HopeLM(switching.config_of(name)).parameter_count()
+            for name in (f"Hope; {channel}", model)
+        ]
+    assert abs(counts[1] / counts[0] - 1) < 0.01
+
+
+def test_a_walk_follows_its_table_until_that_changes():
+    """Frequencies of long-lived tables are their probabilities: the surprise is what it says."""
+    walks = switching.walks(64, 0)
+    assert torch.equal(walks.ids, switching.walks(64, 0).ids)
+    assert 0 < walks.changed.float().mean() < 1
+    changes = walks.since[:, 1:] <= walks.since[:, :-1]
+    assert torch.equal(
+        walks.since[:, 1:][changes], torch.zeros(int(changes.sum()), dtype=torch.int64)
+    )
+    pairs = torch.zeros(32, 32)
+    row = int((~walks.changed).sum(1).argmax())  # the row whose first table lasts longest
+    ids = walks.ids[row][: int((~walks.changed[row]).sum())]
+    pairs.index_put_((ids[:-1], ids[1:]), torch.ones(()), accumulate=True)
+    # few successors of each symbol: of 32 equally likely ones most would be met once or twice
+    assert pairs.amax(1).sum() > 0.4 * pairs.sum()
+    assert walks.surprise[:, 1:].mean() < 1.6 < torch.tensor(32.0).log()
