@@ -64,11 +64,8 @@ FORMS: dict[str, Form] = {
     "nestlearn quickstart --all --seeds 3 --steps 500 --out runs/all": Form(
         "nestlearn quickstart --all --quick --steps 2 --out runs/all"
     ),
-    "python -m nestlearn.recipes.stream runs/all/hope-seed0 --tokens 100000": Form(
-        "python -m nestlearn.recipes.stream runs/all/hope-seed0 --tokens 3000"
-    ),
-    "python -m nestlearn.recipes.stream runs/all/hope-seed0": Form(
-        "python -m nestlearn.recipes.stream runs/all/hope-seed0 --tokens 3000"
+    "nestlearn reproduce stream --data runs/all/hope-seed0": Form(
+        "nestlearn reproduce stream --data runs/all/hope-seed0 --quick"
     ),
     "nestlearn quickstart --size small --steps 300 --batch 64 --length 512 --lr 1.5e-3": Form(
         "nestlearn quickstart --size small --steps 1 --batch 1 --length 64 --lr 1.5e-3"
