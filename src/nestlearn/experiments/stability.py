@@ -1,0 +1,89 @@
+"""Whether training is stable: gradient norms at the usual learning rate and at twice it.
+
+Hope and its relatives on bytes of books, in windows of 512 and of 2,048, without truncation. A run
+that diverges, or whose gradient norm after the warm-up goes beyond 1, is what this looks for.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nestlearn.evals import Record
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.equal_time import FAMILIES, books, config_of, text_of
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.tables import RATE, SEEDS, Column, mean, metric, model, words
+from nestlearn.models.hope import HopeLM
+from nestlearn.train import TrainConfig, train
+
+MODELS = ("Hope", "Hope-Attention", "DeltaNet with levels")
+LENGTHS = ("512", "2048")
+STEPS, TOKENS = 300, 32768  # in a batch
+LOSS, MEDIAN, LARGEST = "last training loss", "gradient norm, median", "largest after warm-up"
+
+
+def grid(asked: Options) -> list[Cell]:
+    """Every model at every length."""
+    return [
+        {
+            "task": length, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
+            "length": asked.pick(64, int(length)),
+            "batch": asked.pick(2, TOKENS // int(length)), **text_of(asked.data),
+        }
+        for length in chosen(asked.only, LENGTHS, "length")
+        for name in chosen(asked.models or MODELS, tuple(FAMILIES), "model")
+    ]  # fmt: skip
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train one; its gradient norms."""
+    corpus, _ = books(Path(cell["folder"]))
+    steps = cell["steps"]
+    settings = TrainConfig(
+        steps=steps, batch=cell["batch"], length=cell["length"], lr=cell["lr"],
+        warmup=max(1, steps // 6), eval_every=steps, seed=cell["seed"], device=cell["device"],
+        dtype="bfloat16" if cell["device"].startswith("cuda") else "float32",
+    )  # fmt: skip
+    torch.manual_seed(cell["seed"])
+    lm = HopeLM(config_of(cell["model"], "6M"))
+
+    def on_step(record: dict[str, Any]) -> None:
+        tell(record["step"] / steps, f"{record['loss']:.3f}, norm {record['grad_norm']:.2f}")
+
+    log = train(lm, corpus, settings, None, progress=False, on_step=on_step)
+    norms = [r["grad_norm"] for r in log[settings.warmup :]]
+    last = statistics.mean(r["loss"] for r in log[-max(1, steps // 10) :])
+    scores = {LOSS: last, MEDIAN: statistics.median(norms), LARGEST: max(norms)}
+    return {
+        "value": -last, "scores": scores, "parameters": lm.parameter_count(),
+        "norms": [round(r["grad_norm"], 4) for r in log],
+        "headline": f"loss {last:.3f}, gradient norm at most {scores[LARGEST]:.2f}",
+    }  # fmt: skip
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Loss and gradient norms."""
+    return [
+        model(), words("windows of", lambda r: f"{int(r.task):,}"), RATE, SEEDS,
+        mean(LOSS, metric(LOSS)), mean(MEDIAN, metric(MEDIAN), digits=2),
+        Column(LARGEST, lambda rows: f"{max(r.value for r in rows if r.metric == LARGEST):.2f}"),
+    ]  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    name="stability",
+    shows="gradient norms at the usual learning rate and at twice it",
+    price=("–", "30 minutes"),
+    takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=(1.2e-2, 2.4e-2),
+    chooses="",
+    columns=columns,
+    by=lambda r: (r.model, r.task, r.config["lr"]),
+)
