@@ -79,13 +79,21 @@ FORMS: dict[str, Form] = {
     ),
     "nestlearn reproduce table4": Form(reproduced("table4", "--only compression")),
     "nestlearn reproduce mqar": Form(reproduced("mqar", "--only K=4")),
-    "nestlearn reproduce defaults": Form(why="needs a GPU: its models take hours on a CPU"),
-    "nestlearn reproduce equal-time --data FOLDER --only 6M": Form(
-        why="needs a GPU: its smallest models take hours on a CPU"
-    ),
-    "nestlearn reproduce equal-time --data FOLDER --only 6M --workers 2": Form(
-        why="needs a GPU: its smallest models take hours on a CPU"
-    ),
+    **{
+        f"nestlearn reproduce {name}": Form(why="needs a GPU: its models take hours on a CPU")
+        for name in (
+            "defaults",
+            "equal-time --data FOLDER",
+            "equal-time --data FOLDER --workers 2",
+            "stability --data FOLDER --models Hope --steps 150",
+        )
+    },
+    **{
+        f"nestlearn reproduce {name} --models hope --seeds 1": Form(
+            reproduced(name, f"--models hope --seeds 1 --only {only}")
+        )
+        for name, only in (("table4", "compression"), ("table5", "parity"), ("mqar", "K=4"))
+    },
     "nestlearn reproduce frontier --data ../shared/data": Form(
         reproduced("frontier", "--data {data}"), needs="{data}/models/stories260K.bin"
     ),

@@ -88,8 +88,10 @@ def settled(result: dict[str, Any]) -> dict[str, Any]:
     if "checks" not in result:
         return result
     best = max(result["checks"], key=lambda check: statistics.mean(check["validation"].values()))
-    value = statistics.mean(best["validation"].values())
-    return result | {"value": value, "scores": best["scores"], "best_step": best["step"]}
+    return result | {
+        "value": statistics.mean(best["validation"].values()), "validation": best["validation"],
+        "scores": best["scores"], "best_step": best["step"],
+    }  # fmt: skip
 
 
 def failure(folder: Path, cell: Cell) -> str | None:

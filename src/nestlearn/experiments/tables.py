@@ -81,7 +81,8 @@ def detail(*keys: str | int) -> Number:
 def rate(record: Record) -> str:
     """The learning rate, and whether it stood at the end of those tried: widen them there."""
     lr, tried = record.config["lr"], record.config.get("rates", ())
-    edge = len(tried) > 1 and lr in (min(tried), max(tried))
+    chosen = record.rule.startswith("learning rate: the best")
+    edge = chosen and lr in (min(tried), max(tried))
     return f"{lr:g}{' (end of grid)' * edge}"
 
 
