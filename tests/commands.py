@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DATA = ROOT.parent / "shared" / "data"
 TINY = "--quick --workers 0"
 BEGINS = r"nestlearn\s[a-z]|python -m (?:bench|nestlearn)|python tests/learn"

@@ -260,7 +260,7 @@ class HopeLM(nn.Module):
         """The model that `save_pretrained` wrote, or that of `nestlearn.hf.HopeForCausalLM`.
 
         half_life: let its memories fade to their start by half in so many tokens; for streams much
-        longer than those that it was trained on (see `docs/results.md`).
+        longer than those that it was trained on (see `docs/results/streams.md`).
 
         Raises FileNotFoundError if there is none, ValueError if a file is damaged or does not fit.
         """
