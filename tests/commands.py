@@ -74,9 +74,6 @@ FORMS: dict[str, Form] = {
         f"nestlearn eval formal --model hope --only parity {TINY}"
     ),
     "nestlearn reproduce table5": Form(reproduced("table5", "--only parity")),
-    "nestlearn reproduce table5 --models hope-matrix": Form(
-        reproduced("table5", "--only parity --models hope-matrix")
-    ),
     "nestlearn reproduce table4": Form(reproduced("table4", "--only compression")),
     "nestlearn reproduce mqar": Form(reproduced("mqar", "--only K=4")),
     **{
@@ -94,9 +91,6 @@ FORMS: dict[str, Form] = {
         )
         for name, only in (("table4", "compression"), ("table5", "parity"), ("mqar", "K=4"))
     },
-    "nestlearn reproduce frontier --data ../shared/data": Form(
-        reproduced("frontier", "--data {data}"), needs="{data}/models/stories260K.bin"
-    ),
     "nestlearn reproduce frontier --data ../shared/data --only novel": Form(
         reproduced("frontier", "--data {data} --only novel"), needs="{data}/models/stories260K.bin"
     ),

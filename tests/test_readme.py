@@ -18,8 +18,8 @@ PYTHON = {name: code for name, code in commands.programs().items() if "optimizer
 
 
 def test_the_blocks_are_found():
-    assert sum(language == "python" for language, _ in BLOCKS) == 4
-    assert len(PYTHON) == 5
+    assert sum(language == "python" for language, _ in BLOCKS) == 3
+    assert len(PYTHON) == 4
     assert 'pip install -e ".[test]" && pytest' in COMMANDS
     assert "pip install -e . && nestlearn quickstart" in COMMANDS
 
@@ -35,7 +35,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, call, unchecked):
     monkeypatch.chdir(tmp_path)
     commands.texts(tmp_path)
     lines = [line for line in COMMANDS if line.startswith("nestlearn ")]
-    assert len(lines) == 5
+    assert len(lines) == 3
     for line in lines:
         code, _, said = call(*shlex.split(line)[1:])
         assert code == 0, f"{line}\n{said}"
