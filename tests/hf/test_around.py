@@ -166,6 +166,17 @@ def test_shifted_labels_are_taken_as_they_are():
     torch.testing.assert_close(lm(ids, labels=ids * 0, shift_labels=shifted).loss, want)
 
 
+def test_integers_of_another_type_are_ids_and_labels_too():
+    lm, ids = model(), torch.stack(some_rows(6, 6))
+    loss = lm(input_ids=ids, labels=ids).loss
+    assert torch.equal(lm(input_ids=ids.int(), labels=ids.int()).loss, loss)
+
+
+def test_it_runs_on_the_meta_device():
+    ids = torch.zeros(2, 6, dtype=torch.long, device="meta")
+    assert model().to("meta")(input_ids=ids).logits.shape[:2] == (2, 6)
+
+
 # Files
 
 

@@ -186,6 +186,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         )
         logits, loss = self.model.head(done.layers[-1]), None
         if learns:
+            labels, shift_labels = (None if x is None else x.long() for x in (labels, shift_labels))
             if labels is not None and done.ignored is not None:
                 labels = labels.masked_fill(done.ignored, -100)
             loss = self.loss_function(
