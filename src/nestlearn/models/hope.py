@@ -191,7 +191,7 @@ class HopeLM(nn.Module):
             raise ValueError(f"ids has shape {tuple(ids.shape)}: give [batch ≥ 1, tokens ≥ 1]")
         if ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"ids has dtype {ids.dtype}: give int64 token ids")
-        if traced() or ids.is_meta:
+        if traced():
             return
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
