@@ -28,7 +28,9 @@ _HOME = {
     "stack_levels": "hf.stack",
     "unstack": "hf.stack",
 }
-_ROOMS = ("memory", "scan", "state", "layers", "levels", "models", "hf", "learn", "train")
+_ROOMS = (
+    "memory", "scan", "state", "options", "layers", "levels", "models", "hf", "learn", "train",
+)  # fmt: skip
 
 __all__ = [
     "Attention",

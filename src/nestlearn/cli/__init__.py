@@ -355,17 +355,16 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     """The model's configuration and, of a run, how it is trained."""
     import json
 
-    from nestlearn.models.hope import FORMAT, HopeConfig
+    from nestlearn.models.config import HopeConfig, saved_config
 
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no run or model in {folder}: it has no config.json")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        training, model = (data["train"], data["model"]) if "train" in data else (None, data)
-        if training is None and model.pop("format", None) != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
-        return HopeConfig.from_dict(model), training
+        if "train" in data:
+            return HopeConfig.from_dict(data["model"]), data["train"]
+        return saved_config(data), None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} describes no run or model of nestlearn ({error})") from error
 

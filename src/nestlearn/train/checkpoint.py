@@ -240,7 +240,8 @@ class RunFolder:
         where nothing is usable, or where the run was started with another configuration.
         """
         path, meta, damaged = self._newest()
-        _check_identity(self.out, meta if path else self._read_config(), self.identity)
+        started = _as_now(meta if path else self._read_config(), model)
+        _check_identity(self.out, started, self.identity)
         step = 0
         if path is not None:
             step = int(meta["step"])
@@ -348,6 +349,15 @@ def read_log(path: str | Path) -> list[Record]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def _as_now(started: Identity, model: nn.Module) -> Identity:
+    """The same with the model's configuration as this version writes it: its form has changed."""
+    config = getattr(model, "config", None)
+    if not started.get("model") or not hasattr(config, "from_dict"):
+        return started
+    now = type(config).from_dict(started["model"]).to_dict()
+    return {**started, "model": json.loads(json.dumps(now))}
 
 
 def _check_identity(out: Path, started: Identity, now: Identity) -> None:
