@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .hf.plan import DeltaLevel
     from .hf.stack import stack_levels, unstack
     from .layers import Attention, ContinuumMemory, Level, SelfModifyingTitans
     from .learn import Session
@@ -19,6 +20,7 @@ _HOME = {
     "ContinuumMemory": "layers",
     "Level": "layers",
     "SelfModifyingTitans": "layers",
+    "DeltaLevel": "hf.plan",
     "HopeConfig": "models",
     "HopeLM": "models",
     "Session": "learn",
@@ -35,6 +37,7 @@ _ROOMS = (
 __all__ = [
     "Attention",
     "ContinuumMemory",
+    "DeltaLevel",
     "HopeConfig",
     "HopeLM",
     "Level",

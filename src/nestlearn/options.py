@@ -17,6 +17,24 @@ LEARNS = ("out", "all")
 RULES = ("gd", "dgd", "momentum")
 
 
+def check_learning(level: Any) -> None:
+    """ValueError for what a level cannot have: its chunk, lr, rule, objective, half_life, meta_lr.
+
+    Of a `Level`, and of the levels of a stacked model.
+    """
+    if level.chunk is not None and level.chunk < 1:
+        raise ValueError(f"chunk={level.chunk}: give 1 token or more, or None for no updates")
+    if not 0 <= level.lr < 1:
+        raise ValueError(f"lr={level.lr}: give a step size in [0, 1)")
+    objective(level.objective)  # refuses an unknown name
+    if level.half_life is not None and level.half_life < 1:
+        raise ValueError(f"half_life={level.half_life}: give 1 token or more, or None")
+    if level.rule not in RULES:
+        raise ValueError(f"rule={level.rule!r}: use one of {RULES}")
+    if not 0 <= level.meta_lr <= 1:
+        raise ValueError(f"meta_lr={level.meta_lr}: give a share in [0, 1]")
+
+
 @dataclass(frozen=True)
 class Titans:
     """Self-modifying Titans (section 8), `nestlearn.SelfModifyingTitans`.
@@ -125,25 +143,15 @@ class Level:
     learns: str = "out"
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}: give 1 token or more, or None for no updates")
-        if not 0 <= self.lr < 1:
-            raise ValueError(f"lr={self.lr}: give a step size in [0, 1)")
-        objective(self.objective)  # refuses an unknown name
+        check_learning(self)
         if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
             raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
-        if self.half_life is not None and self.half_life < 1:
-            raise ValueError(f"half_life={self.half_life}: give 1 token or more, or None")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale}: give a finite factor, or None")
         if self.learns not in LEARNS:
             raise ValueError(f"learns={self.learns!r}: use one of {LEARNS}")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
-        if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r}: use one of {RULES}")
-        if not 0 <= self.meta_lr <= 1:
-            raise ValueError(f"meta_lr={self.meta_lr}: give a share in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class HopeTester:
         return HopeConfig(
             vocab_size=self.vocab_size, dim=self.hidden_size, layers=2, heads=2, mixer=Titans(8),
             channel=Continuum((Level(chunk=4), Level(chunk=8), Level())),
-            bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id,
+            bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id,
+            pad_token_id=self.pad_token_id,
         )  # fmt: skip
 
     def prepare_config_and_inputs_for_common(self):

@@ -303,7 +303,13 @@ def test_a_head_tied_by_hand_is_saved(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"variant": "nested"}, {"mixer": "titans"}, {"mixer": "attention", "channel": "mlp"}],
+    [
+        {},
+        {"channel": Continuum((Level(chunk=2), Level(chunk=6), Level()), "nested")},
+        {"mixer": StaticTitans(4)},
+        {"mixer": "attention", "channel": "mlp"},
+    ],
+    ids=["hope", "nested", "titans", "attention"],
 )
 def test_a_model_whose_parameters_are_fetched_when_a_module_runs(changes):
     lm = model(**changes)
