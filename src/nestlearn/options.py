@@ -166,6 +166,9 @@ class Continuum:
     variant: str = "independent"
     meta_gradient: str = "full"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+
 
 @dataclass(frozen=True)
 class SwiGLU:
@@ -192,17 +195,15 @@ def named(field: str, value: Any) -> Any:
 
     ValueError for what is none, and for a field that they do not have.
     """
-    known: dict[str, Any] = {"mixer": MIXERS, "channel": CHANNELS}[field]
+    words: dict[str, dict[str, Any]] = {"mixer": {**MIXERS}, "channel": {**CHANNELS}}
+    known = words[field]
     if isinstance(value, tuple(known.values())):
         return value
     if isinstance(value, str) and value in known:
         return known[value]()
-    if not isinstance(value, dict):
-        kinds = [kind.__name__ for kind in known.values()]
-        raise ValueError(f"{field}={value!r}: use one of {(*known,)}, or of options {kinds}")
     kinds = {kind.__name__: kind for kind in known.values()}
-    if value.get("kind") not in kinds:
-        raise ValueError(f"{field}={value!r}: its kind is none of {[*kinds]}")
+    if not isinstance(value, dict) or value.get("kind") not in kinds:
+        raise ValueError(f"{field}={value!r}: use one of {(*known,)}, or options {(*kinds,)}")
     return from_json(kinds[value["kind"]], {k: v for k, v in value.items() if k != "kind"})
 
 

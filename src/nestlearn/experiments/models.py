@@ -39,7 +39,7 @@ class Contender:
     skeleton says (None: an LSTM, which is no Hope). channel: None, Hope's continuum memory. paper:
     its row in the paper's tables.
 
-    own: makes, for a model of that configuration, a mixer that the options have no name for.
+    instead: makes, for a model of that configuration, a mixer that the options have no name for.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
     channel: Channel | None = None
     paper: str | None = None
-    own: Callable[[HopeConfig], nn.Module] | None = None
+    instead: Callable[[HopeConfig], nn.Module] | None = None
 
 
 def plain_deltanet(config: HopeConfig) -> nn.Module:
@@ -78,7 +78,7 @@ CONTENDERS: dict[str, Contender] = {
         "DeltaNet", DeltaNet, {"eta_max": 1.0}, MLP(), "DeltaNet", plain_deltanet
     ),
     "deltanet-negative": Contender(
-        "DeltaNet, steps up to 2", DeltaNet, {"eta_max": 2.0}, MLP(), own=plain_deltanet
+        "DeltaNet, steps up to 2", DeltaNet, {"eta_max": 2.0}, MLP(), instead=plain_deltanet
     ),
     "deltanet-gated": Contender("DeltaNet, gated", DeltaNet, {"eta_max": 1.0}, MLP()),
     "linear": Contender("Linear attention", Linear, {"eta_max": 1.0}, MLP(), "Linear"),
@@ -148,9 +148,9 @@ def build(name: str, vocab_size: int, skeleton: Mapping[str, Any], *, match: boo
     if match and config != base:
         config = with_parameters(config, parameter_count(base))
     model = HopeLM(config)
-    if own.own is not None:
+    if own.instead is not None:
         for block in model.blocks:
-            block.mixer = own.own(config)
+            block.mixer = own.instead(config)
     return model
 
 
@@ -162,7 +162,8 @@ def _config(own: Contender, vocab_size: int, skeleton: Mapping[str, Any]) -> Hop
         raise ValueError(f"unknown fields {unknown} in the skeleton of a model")
 
     def made(kind: type, options: Mapping[str, Any]) -> Any:
-        return from_json(kind, {k: v for k, v in shared.items() if k in names(kind)} | options)
+        own = {k: v for k, v in shared.items() if k in names(kind)}
+        return from_json(kind, {**own, **options})
 
     assert own.mixer is not None
     channel = made(Continuum, {}) if own.channel is None else own.channel

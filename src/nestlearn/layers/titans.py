@@ -263,7 +263,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         return _joined(os), tuple(after)
 
     def _faded(
-        self, memories: tuple[FastWeights, ...], starts: tuple[Starts, ...]
+        self, memories: tuple[FastWeights, ...], starts: tuple[Given, ...]
     ) -> tuple[FastWeights, ...]:
         """The memories, all at a chunk's end, nearer to their start values."""
         assert self.fade_every is not None

@@ -25,10 +25,10 @@ class HopeConfig:
     """All that defines a model; `HopeConfig.size("tiny")` derives it from one dial.
 
     mixer: options of `nestlearn.options`: `Titans`, `Attention`, `StaticTitans`, `DeltaNet` or
-    `Linear`; or "hope", "attention", "titans", "deltanet" or "linear", with their defaults.
-    channel: `Continuum` or `SwiGLU`; or "cms" or "mlp". truncate: the outer gradient through the
-    memories stops at multiples of so many tokens (None: nowhere). remat: memories compute each
-    chunk again in the backward pass.
+    `Linear`; or for their defaults a word, "hope", "attention", "titans" (static ones), "deltanet"
+    or "linear". channel: `Continuum` or `SwiGLU`; or "cms" or "mlp". truncate: the outer gradient
+    through the memories stops at multiples of so many tokens (None: nowhere). remat: memories
+    compute each chunk again in the backward pass.
     """
 
     vocab_size: int = 256
@@ -112,11 +112,13 @@ def nested(data: dict[str, Any]) -> dict[str, Any]:
         said["levels"] = [{"learns": "all", **level} for level in data["levels"]]
     mixer = type(named("mixer", data.get("mixer", "hope")))
     channel = type(named("channel", data.get("channel", "cms")))
-    parts = {"mixer": said, "channel": {**said, "hidden": data.get("mlp_hidden")}}
-    for name, kind in (("mixer", mixer), ("channel", channel)):
-        own = {n: v for n, v in parts[name].items() if n in names(kind)}
-        parts[name] = {"kind": kind.__name__, **own}
-    return {**{n: v for n, v in data.items() if n not in FLAT}, **parts}
+
+    def own(kind: type, said: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": kind.__name__, **{n: v for n, v in said.items() if n in names(kind)}}
+
+    rest = {n: v for n, v in data.items() if n not in FLAT}
+    width = {"hidden": data.get("mlp_hidden")}
+    return {**rest, "mixer": own(mixer, said), "channel": own(channel, said | width)}
 
 
 def saved_config(data: dict[str, Any]) -> HopeConfig:

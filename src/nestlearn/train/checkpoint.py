@@ -353,11 +353,10 @@ def read_log(path: str | Path) -> list[Record]:
 
 def _as_now(started: Identity, model: nn.Module) -> Identity:
     """The same with the model's configuration as this version writes it: its form has changed."""
-    config = getattr(model, "config", None)
-    if not started.get("model") or not hasattr(config, "from_dict"):
+    read = getattr(getattr(model, "config", None), "from_dict", None)
+    if read is None or not started.get("model"):
         return started
-    now = type(config).from_dict(started["model"]).to_dict()
-    return {**started, "model": json.loads(json.dumps(now))}
+    return {**started, "model": json.loads(json.dumps(read(started["model"]).to_dict()))}
 
 
 def _check_identity(out: Path, started: Identity, now: Identity) -> None:
