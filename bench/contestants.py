@@ -21,6 +21,7 @@ from nestlearn.layers import (
 )
 from nestlearn.layers.mixers import StreamingLayer
 from nestlearn.models.hope import HopeBlock, HopeConfig
+from nestlearn.options import Continuum, DeltaNet, StaticTitans, Titans
 
 FORWARD, TRAIN = "forward", "forward + backward"
 
@@ -123,15 +124,17 @@ def contestants() -> list[Contestant]:
     return [*_ours(), *_peers()]
 
 
-def _titans(shape: Shape, **options: Any) -> nn.Module:
-    return SelfModifyingTitans(shape.width, shape.heads, shape.chunk, **options)
+def _titans(shape: Shape, read: str = "token", remat: bool = False) -> nn.Module:
+    options = Titans(shape.chunk, read=read, depth=2, half_life=None)
+    return SelfModifyingTitans(shape.width, shape.heads, options, remat=remat)
 
 
 def _hope(shape: Shape, remat: bool = False) -> nn.Module:
     levels = (Level(chunk=max(1, shape.chunk // 4)), Level(chunk=shape.chunk), Level())
     config = HopeConfig(
-        dim=shape.width, heads=shape.heads, chunk=shape.chunk, levels=levels, remat=remat
-    )
+        dim=shape.width, heads=shape.heads, mixer=Titans(shape.chunk), channel=Continuum(levels),
+        remat=remat,
+    )  # fmt: skip
     return HopeBlock(config)
 
 
@@ -151,12 +154,12 @@ def _ours() -> list[Contestant]:
         replace(titans, name=f"{OURS}, compiled", compiled=True, memory=False),
         hope,
         Contestant(
-            "gated DeltaNet", lambda s: gated_deltanet(s.width, s.heads, chunk=s.chunk),
+            "gated DeltaNet", lambda s: gated_deltanet(s.width, s.heads, DeltaNet(s.chunk)),
             decode=both, note="nestlearn's own: a matrix memory",
         ),
         Contestant(
-            "static Titans", lambda s: static_titans(s.width, s.heads, chunk=s.chunk), decode=both,
-            note="nestlearn's own: one MLP memory, static projections",
+            "static Titans", lambda s: static_titans(s.width, s.heads, StaticTitans(s.chunk)),
+            decode=both, note="nestlearn's own: one MLP memory, static projections",
         ),
         Contestant(
             "Attention", lambda s: Attention(s.width, s.heads), decode=(NEAR, CACHED), grows=True,

@@ -23,10 +23,11 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans, state
+from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans, options, state
 from nestlearn.disk import atomic_write
 from nestlearn.experiments.models import with_parameters
 from nestlearn.layers import gated_deltanet
+from nestlearn.options import Continuum, SwiGLU, Titans
 
 VOCABULARY = 256
 WARM = 1024  # tokens of the passes before the one that is captured: one run of 16 chunks
@@ -75,7 +76,7 @@ def model(dim: int, heads: int, **changes: Any) -> HopeLM:
     """A language model over bytes of 12 blocks, with the parameters of the plain Hope."""
     hope = HopeConfig.size("large", dim=dim, heads=heads, vocab_size=VOCABULARY)
     config = replace(hope, **changes)
-    if config.channel == "mlp":
+    if isinstance(config.channel, SwiGLU):
         with torch.device("meta"):
             config = with_parameters(config, HopeLM(hope).parameter_count())
     return HopeLM(config)
@@ -94,32 +95,33 @@ class Row(NamedTuple):
     segment: int | None = None
 
 
-TORCH = partial(SelfModifyingTitans, backend="torch")
+MLPS = Titans(depth=2, half_life=None)  # memories with a hidden layer, as in earlier tables
+TITANS = partial(SelfModifyingTitans, options=MLPS)
+TORCH = partial(TITANS, backend="torch")
 LAYERS = {
     "attention": Row(Attention, graph=False),
     "flash-linear-attention, gated DeltaNet": Row(FlashLinearAttention, graph=False),
-    "SelfModifyingTitans, compiled": Row(SelfModifyingTitans, compiled=True),
-    "SelfModifyingTitans": Row(SelfModifyingTitans),
-    "SelfModifyingTitans, recomputed": Row(partial(SelfModifyingTitans, remat=True), longest=65536),
+    "SelfModifyingTitans, compiled": Row(TITANS, compiled=True),
+    "SelfModifyingTitans": Row(TITANS),
+    "SelfModifyingTitans, recomputed": Row(partial(TITANS, remat=True), longest=65536),
     "SelfModifyingTitans, torch's products, compiled": Row(TORCH, compiled=True, longest=65536),
-    "SelfModifyingTitans, from Python": Row(SelfModifyingTitans, graph=False, longest=16384),
+    "SelfModifyingTitans, from Python": Row(TITANS, graph=False, longest=16384),
     "gated DeltaNet": Row(gated_deltanet, longest=16384),
     "gated DeltaNet, compiled": Row(gated_deltanet, compiled=True, longest=16384),
 }
-SLOW = (Level(chunk=128), Level(chunk=512), Level())
+SLOW = Continuum((Level(chunk=128), Level(chunk=512), Level()))
+STATIC = partial(model, channel=SwiGLU())
 MODELS = {
-    "Transformer": Row(partial(model, mixer="attention", channel="mlp"), graph=False),
-    "Hope, static MLP": Row(partial(model, channel="mlp")),
-    "Hope, static MLP, compiled": Row(partial(model, channel="mlp"), compiled=True),
-    "Hope, static MLP, recomputed": Row(partial(model, channel="mlp", remat=True), longest=16384),
-    "Hope, static MLP, segments": Row(partial(model, channel="mlp"), segment=2048),
-    "Hope, static MLP, segments, compiled": Row(
-        partial(model, channel="mlp"), compiled=True, segment=2048
-    ),
+    "Transformer": Row(partial(STATIC, mixer=options.Attention()), graph=False),
+    "Hope, static MLP": Row(STATIC),
+    "Hope, static MLP, compiled": Row(STATIC, compiled=True),
+    "Hope, static MLP, recomputed": Row(partial(STATIC, remat=True), longest=16384),
+    "Hope, static MLP, segments": Row(STATIC, segment=2048),
+    "Hope, static MLP, segments, compiled": Row(STATIC, compiled=True, segment=2048),
     "Hope": Row(model),
     "Hope, compiled": Row(model, compiled=True),
     "Hope, recomputed": Row(partial(model, remat=True)),
-    "Hope, levels 128 and 512, recomputed": Row(partial(model, levels=SLOW, remat=True)),
+    "Hope, levels 128 and 512, recomputed": Row(partial(model, channel=SLOW, remat=True)),
 }
 
 

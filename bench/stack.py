@@ -19,14 +19,14 @@ import typer
 from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from nestlearn import Level, stack_levels
+from nestlearn import DeltaLevel, stack_levels
 from nestlearn.disk import atomic_write
 from nestlearn.hf.cache import CACHE
 
-THREE = [Level(chunk=chunk, lr=0.01, rule="gd") for chunk in (64, 256, 1024)]
+THREE = [DeltaLevel(chunk=chunk, lr=0.01, rule="gd") for chunk in (64, 256, 1024)]
 LEVELS = {
-    "one level of 256": [Level(chunk=256, lr=0.01, rule="gd")],
-    "one level of 256, DGD": [Level(chunk=256, lr=0.01)],
+    "one level of 256": [DeltaLevel(chunk=256, lr=0.01, rule="gd")],
+    "one level of 256, DGD": [DeltaLevel(chunk=256, lr=0.01)],
     "levels of 256 and 1,024": THREE[1:],
     "levels of 64, 256 and 1,024": THREE,
     "the same over the depth": THREE,

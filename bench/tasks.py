@@ -210,7 +210,7 @@ def model_tasks(settings: Settings) -> list[Task]:
         for length in settings.model_lengths:
             about = {"ours": name != "Transformer", "note": "", "batch": settings.model_batch,
                      "width": hope.config.dim, "heads": hope.config.heads,
-                     "chunk": hope.config.chunk,
+                     "chunk": hope.config.mixer.chunk,
                      "parameters": model.parameter_count()}  # fmt: skip
             found.append(
                 Task(

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from nestlearn.layers import SelfModifyingTitans
+from nestlearn.options import Titans
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the room is not installed: it runs from here
 
@@ -207,7 +208,7 @@ class Wrong(SelfModifyingTitans):
 
 def wrong(how, **options):
     def build(shape):
-        layer = Wrong(shape.width, shape.heads, shape.chunk)
+        layer = Wrong(shape.width, shape.heads, Titans(shape.chunk, depth=2, half_life=None))
         layer.how = how
         return layer
 

@@ -244,10 +244,10 @@ def test_an_interrupt_exits_with_130(call, hope, monkeypatch, tmp_path, text):
 
 @pytest.fixture
 def model(hope):
-    from nestlearn import Level
+    from nestlearn.options import Continuum, Level
 
-    levels = (Level(chunk=16), Level(chunk=64), Level())
-    return hope.HopeLM(hope.HopeConfig(dim=16, layers=2, heads=2, levels=levels))
+    levels = Continuum((Level(chunk=16), Level(chunk=64), Level()))
+    return hope.HopeLM(hope.HopeConfig(dim=16, layers=2, heads=2, channel=levels))
 
 
 def periods(shown):

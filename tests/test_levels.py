@@ -19,17 +19,23 @@ from nestlearn.layers import (
     linear_attention,
     static_titans,
 )
-from nestlearn.layers import Level as Mlp
 from nestlearn.levels import OPTIMIZERS, SYMBOLS, Component, levels, render, to_json
 from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Continuum, DeltaNet, Linear, StaticTitans, SwiGLU, Titans
+from nestlearn.options import Level as Mlp
 
-SMALL = {"vocab_size": 16, "dim": 16, "layers": 2, "heads": 2, "chunk": 4}
+SMALL = {"vocab_size": 16, "dim": 16, "layers": 2, "heads": 2}
 CMS = (Mlp(2), Mlp(8), Mlp())
 
 
 def hope(**changes):
     torch.manual_seed(0)
-    return HopeLM(HopeConfig(**{**SMALL, "levels": CMS, **changes}))
+    own = {"mixer": Titans(4), "channel": Continuum(CMS)}
+    return HopeLM(HopeConfig(**{**SMALL, **own, **changes}))
+
+
+def titans(chunk=4, **changes):
+    return SelfModifyingTitans(16, 2, Titans(chunk, **{"depth": 2, "half_life": None, **changes}))
 
 
 def parts(found):
@@ -99,24 +105,24 @@ def test_frozen_parameters_are_never_updated():
 
 
 def test_a_momentum_is_faster_than_the_memory_that_needs_it():
-    found = levels(static_titans(16, 2, chunk=4))
+    found = levels(static_titans(16, 2, StaticTitans(4)))
     assert kinds(found)[:2] == [(1, {"momentum"}), (1, {"memory", "buffer"})]
-    found = levels(hope(momentum=True, read="boundary"))
+    found = levels(hope(mixer=Titans(4, momentum=True, read="boundary")))
     names = [c.name for c in found[0].components if c.kind == "momentum"]
     assert names == [f"momentum of {m}" for m in ("M_k", "M_v", "M_η", "M_α", "M_mem")]
 
 
 def test_gradients_of_a_linear_memory_with_dot_product_are_never_old():
-    for build in (gated_deltanet, linear_attention):
-        memory = parts(levels(build(16, 2, chunk=8)))["M"]
+    for layer in (gated_deltanet(16, 2, DeltaNet(8)), linear_attention(16, 2, Linear(8))):
+        memory = parts(levels(layer))["M"]
         assert (memory.period, memory.gradient_period) == (1, 1)
-    assert parts(levels(static_titans(16, 2, chunk=8)))["M"].gradient_period == 8
-    matrices = SelfModifyingTitans(16, 2, chunk=8, depth=1)  # v̂ is read at the chunk's start
+    assert parts(levels(static_titans(16, 2, StaticTitans(8))))["M"].gradient_period == 8
+    matrices = titans(chunk=8, depth=1)  # v̂ is read at the chunk's start
     assert parts(levels(matrices))["M_mem"].gradient_period == 8
 
 
 def test_what_does_not_adapt_belongs_to_pretraining():
-    found = parts(levels(SelfModifyingTitans(16, 2, adapt=("k", "q")), tokens_per_step=64))
+    found = parts(levels(titans(chunk=64, adapt=("k", "q")), tokens_per_step=64))
     assert found["M_v, never written"].kind == "weights"
     assert {"M_k", "M_q", "M_mem"} <= found.keys()
     assert not {"M_v", "M_η", "M_α"} & found.keys()
@@ -129,10 +135,10 @@ def test_a_nested_start_value_moves_when_the_slower_context_ends():
 
 
 def test_the_rules_are_named():
-    found = parts(levels(hope(objective="l2")))
+    found = parts(levels(hope(mixer=Titans(4, objective="l2"))))
     assert found["M_k"].objective == "½‖M(k) − v̂‖²"
     assert found["M_k"].rule == "delta rule (DGD), retention α"
-    assert parts(levels(hope(objective="dot")))["M_k"].objective == "−⟨M(k), v̂⟩"
+    assert parts(levels(hope(mixer=Titans(4, objective="dot"))))["M_k"].objective == "−⟨M(k), v̂⟩"
     assert parts(levels(linear_attention(16, 2)))["M"].rule == "gradient descent"
 
 
@@ -176,14 +182,14 @@ def answering(layer, state):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: SelfModifyingTitans(16, 2, chunk=4),
-        lambda: SelfModifyingTitans(16, 2, chunk=2, projection_chunk=8, objective="l2"),
-        lambda: SelfModifyingTitans(16, 2, chunk=4, read="boundary", momentum=True),
-        lambda: SelfModifyingTitans(16, 2, chunk=4, adapt=("v", "q")),
+        titans,
+        lambda: titans(chunk=2, projection_chunk=8, objective="l2"),
+        lambda: titans(read="boundary", momentum=True),
+        lambda: titans(adapt=("v", "q")),
         lambda: ContinuumMemory(16, CMS),
         lambda: ContinuumMemory(16, CMS, "nested"),
-        lambda: static_titans(16, 2, chunk=4),
-        lambda: gated_deltanet(16, 2, chunk=4),
+        lambda: static_titans(16, 2, StaticTitans(4)),
+        lambda: gated_deltanet(16, 2, DeltaNet(4)),
     ],
     ids=["titans", "two-chunks", "boundary", "v-q", "cms", "nested", "static", "deltanet"],
 )
@@ -205,13 +211,24 @@ def values_of(node):
     return sum(map(values_of, node)) if isinstance(node, tuple) else 0
 
 
-@pytest.mark.parametrize("channel", ["cms", "mlp"])
-@pytest.mark.parametrize("mixer", ["hope", "attention", "titans", "deltanet", "linear"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"momentum": True, "variant": "nested"}, {"dgd": 0.5}], ids=str
+    "channel", [Continuum(CMS), Continuum(CMS, "nested"), SwiGLU()], ids=["cms", "nested", "mlp"]
 )
-def test_every_value_is_counted_once(mixer, channel, changes):
-    model = hope(mixer=mixer, channel=channel, **changes)
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        Titans(4),
+        Titans(4, momentum=True),
+        Titans(4, dgd=0.5),
+        "attention",
+        StaticTitans(4),
+        DeltaNet(4),
+        Linear(4),
+    ],
+    ids=["hope", "momentum", "half-dgd", "attention", "titans", "deltanet", "linear"],
+)
+def test_every_value_is_counted_once(mixer, channel):
+    model = hope(mixer=mixer, channel=channel)
     found = parts(levels(model, tokens_per_step=64)).values()
     weights = [c for c in found if c.kind == "weights"]
     assert sum(c.parameters for c in weights) == model.parameter_count()

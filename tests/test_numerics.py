@@ -10,11 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from nestlearn import HopeConfig, HopeLM, Level, SelfModifyingTitans, state
+from nestlearn.options import Continuum, Titans
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 N = 100_000
 CONFIG = HopeConfig(
-    256, 32, layers=1, heads=2, chunk=64, levels=(Level(chunk=16), Level(chunk=64), Level())
+    256,
+    32,
+    layers=1,
+    heads=2,
+    mixer=Titans(64),
+    channel=Continuum((Level(chunk=16), Level(chunk=64), Level())),
 )
 
 
@@ -60,11 +66,12 @@ def norms(states):
 def test_memories_keep_their_size(kind, dtype, text, trained):
     torch.manual_seed(0)
     two = {"dgd": 0.5, "eta_max": 2.0} if kind == "two rules" else {}
-    config = replace(CONFIG, **two)
+    config = replace(CONFIG, mixer=Titans(64, **two))
     matrices = 1
     if kind == "both matrices":
-        levels = tuple(replace(level, learns="all") for level in CONFIG.levels)
-        config, matrices = replace(CONFIG, depth=2, levels=levels), 2
+        levels = tuple(replace(level, learns="all") for level in CONFIG.channel.levels)
+        config = replace(CONFIG, mixer=Titans(64, depth=2), channel=Continuum(levels))
+        matrices = 2
     model = HopeLM(config)
     if kind == "trained":
         model.load_state_dict(trained.state_dict())
@@ -88,7 +95,11 @@ def test_memories_keep_their_size(kind, dtype, text, trained):
 def trace(retention):
     """How much the answer after 64 chunks still depends on the first chunk; Titans alone."""
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(32, 2, 64, bound=None).double()  # a shell would hide the fading
+    layer = SelfModifyingTitans(
+        32,
+        2,
+        Titans(depth=2, half_life=None, bound=None),  # a shell would hide the fading
+    ).double()
     if retention is not None:
         torch.nn.init.constant_(layer.alpha.bias, math.log(retention / (1 - retention)))
         torch.nn.init.zeros_(layer.alpha.weight)
@@ -109,7 +120,7 @@ def test_an_untrained_memory_still_remembers_after_many_chunks():
 @pytest.mark.parametrize("length", [128, 1024])
 def test_the_outer_gradient_does_not_explode_with_length(length):
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(32, 2, 16)
+    layer = SelfModifyingTitans(32, 2, Titans(16, depth=2, half_life=None))
     y, _ = layer(torch.randn(2, length, 32))
     (y * torch.randn_like(y)).sum().div(length**0.5).backward()
     norms = {n: float(p.grad.norm()) for n, p in layer.named_parameters()}

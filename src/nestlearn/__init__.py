@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .hf.plan import DeltaLevel
     from .hf.stack import stack_levels, unstack
     from .layers import Attention, ContinuumMemory, Level, SelfModifyingTitans
     from .learn import Session
@@ -19,6 +20,7 @@ _HOME = {
     "ContinuumMemory": "layers",
     "Level": "layers",
     "SelfModifyingTitans": "layers",
+    "DeltaLevel": "hf.plan",
     "HopeConfig": "models",
     "HopeLM": "models",
     "Session": "learn",
@@ -28,11 +30,14 @@ _HOME = {
     "stack_levels": "hf.stack",
     "unstack": "hf.stack",
 }
-_ROOMS = ("memory", "scan", "state", "layers", "levels", "models", "hf", "learn", "train")
+_ROOMS = (
+    "memory", "scan", "state", "options", "layers", "levels", "models", "hf", "learn", "train",
+)  # fmt: skip
 
 __all__ = [
     "Attention",
     "ContinuumMemory",
+    "DeltaLevel",
     "HopeConfig",
     "HopeLM",
     "Level",

@@ -23,6 +23,7 @@ from nestlearn.evals import (
     write_records,
 )
 from nestlearn.evals.tasks import padded, stream
+from nestlearn.options import Titans
 
 T = torch.tensor
 ONE = Record("formal", "parity", "bin0", "hope", 0, "sequence accuracy (%)", 99.5, 10, 20, 30, 1.5)
@@ -126,7 +127,7 @@ def test_hope_and_an_lstm_enter():
             return self.head(self.rnn(self.embed(ids))[0])
 
     task = formal.task("parity", train=4, test=8)
-    for module in (Small(), HopeLM(HopeConfig(2, 8, 1, 2, chunk=4))):
+    for module in (Small(), HopeLM(HopeConfig(2, 8, 1, 2, Titans(4)))):
         assert set(score(Logits(module), task)) == {"bin0", "bin1"}
 
 

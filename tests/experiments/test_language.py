@@ -12,8 +12,9 @@ from nestlearn.experiments.language import all_models, columns, eval_tokens, mea
 from nestlearn.experiments.models import with_parameters
 from nestlearn.experiments.stream import stream_loss
 from nestlearn.experiments.tables import table
+from nestlearn.options import Continuum, Titans
 
-SMALL = HopeConfig(256, 16, 1, 2, chunk=4, levels=(Level(chunk=4), Level()))
+SMALL = HopeConfig(256, 16, 1, 2, Titans(4), Continuum((Level(chunk=4), Level())))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from transformers.testing_utils import require_torch, torch_device
 from nestlearn import Level
 from nestlearn import state as tree
 from nestlearn.hf import HopeCache, HopeConfig, HopeForCausalLM
+from nestlearn.options import Continuum, Titans
 
 from ...generation.test_utils import GenerationTesterMixin
 from ...test_configuration_common import ConfigTester
@@ -38,9 +39,10 @@ class HopeTester:
     def get_config(self):
         torch.manual_seed(0)
         return HopeConfig(
-            vocab_size=self.vocab_size, dim=self.hidden_size, layers=2, heads=2, chunk=8,
-            levels=[Level(chunk=4), Level(chunk=8), Level()], bos_token_id=self.bos_token_id,
-            eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id,
+            vocab_size=self.vocab_size, dim=self.hidden_size, layers=2, heads=2, mixer=Titans(8),
+            channel=Continuum((Level(chunk=4), Level(chunk=8), Level())),
+            bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id,
+            pad_token_id=self.pad_token_id,
         )  # fmt: skip
 
     def prepare_config_and_inputs_for_common(self):

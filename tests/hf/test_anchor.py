@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from stacks import tiny, tokens
 
-from nestlearn import Level
+from nestlearn import DeltaLevel
 from nestlearn.hf.anchor import Anchor
 from nestlearn.hf.cache import CACHE
 from nestlearn.hf.families import kernel
@@ -24,7 +24,7 @@ def anchor(rows=2):
 def test_the_second_write_by_hand():
     """Δ ← Δ − η (∇ cross-entropy + strength · ∇ KL(base ‖ now)), both means over tokens."""
     plain = tiny()
-    model = stack_levels(tiny(), [Level(4, lr=LR, rule="gd", bound=None)], window=64)
+    model = stack_levels(tiny(), [DeltaLevel(4, lr=LR, rule="gd", bound=None)], window=64)
     ids = tokens(1, 8)
     _, first = model.learn(ids[:, :4])
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_the_second_write_by_hand():
 
 @pytest.mark.parametrize("options", [{}, {"rank": 3}], ids=["full", "rank"])
 def test_any_cut_and_any_batch_mate(options):
-    levels = [Level(4, lr=LR, rule="gd"), Level(12, lr=0.1, rule="momentum")]
+    levels = [DeltaLevel(4, lr=LR, rule="gd"), DeltaLevel(12, lr=0.1, rule="momentum")]
     model = stack_levels(tiny(), levels, window=16, **options)
     ids = tokens(2, 30)
     _, whole = model.learn(ids, anchor=anchor())
@@ -68,7 +68,7 @@ def test_any_cut_and_any_batch_mate(options):
 
 
 def test_it_forgets_less():
-    model = stack_levels(tiny(), [Level(8, lr=LR, rule="gd")], window=64)
+    model = stack_levels(tiny(), [DeltaLevel(8, lr=LR, rule="gd")], window=64)
     kept = Anchor.sampled(model, count=8, length=12, strength=20.0, seed=3)
     assert torch.equal(kept.samples, Anchor.sampled(model, count=8, length=12, seed=3).samples)
     ids = tokens(1, 16).repeat(1, 10)
@@ -83,7 +83,7 @@ def test_it_forgets_less():
 
 
 def test_the_outer_gradient_goes_through_it():
-    model = stack_levels(tiny(), [Level(4, lr=LR, rule="gd")], window=64)
+    model = stack_levels(tiny(), [DeltaLevel(4, lr=LR, rule="gd")], window=64)
     model.lr[0].requires_grad_(True)
     ids = tokens(1, 16)
     with_it, _ = unroll(model, ids, anchor=anchor(), graph="first-order")
@@ -99,7 +99,7 @@ def test_bad_anchors():
         Anchor(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="strength=0"):
         Anchor(tokens(2, 3), 0.0)
-    model = stack_levels(tiny(), [Level(4)], objective="local")
+    model = stack_levels(tiny(), [DeltaLevel(4)], objective="local")
     with pytest.raises(ValueError, match="takes no anchor"):
         model.learn(tokens(1, 8), anchor=anchor())
     assert kernel(model.layers[0]).isfinite().all()

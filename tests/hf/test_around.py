@@ -17,6 +17,7 @@ from nestlearn import HopeLM, Level
 from nestlearn.hf import HopeConfig, HopeForCausalLM, HopeModel
 from nestlearn.hf.cache import CACHE
 from nestlearn.hf.config import LOADER
+from nestlearn.options import Continuum, DeltaNet, StaticTitans, Titans
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_modeling import GREEDY, TINY, model, padded, some_rows
@@ -255,10 +256,11 @@ def test_weights_of_another_size_start_as_in_a_new_model(tmp_path):
     assert again(SIX).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("mixer", ["hope", "titans", "deltanet"])
+@pytest.mark.parametrize("mixer", [Titans(4), StaticTitans(4), DeltaNet(4)], ids=repr)
 def test_a_model_made_without_memory_is_initialised_like_any(mixer):
     """On the meta device, then emptied onto another, then started: no value is left out."""
-    changes = {"mixer": mixer, "levels": (Level(chunk=2, rule="momentum"), Level())}
+    levels = (Level(chunk=2, rule="momentum"), Level())
+    changes = {"mixer": mixer, "channel": Continuum(levels)}
     with torch.device("meta"):
         lm = HopeForCausalLM(HopeConfig(**{**TINY, **changes}))
     lm.to_empty(device="cpu")
@@ -277,8 +279,7 @@ def test_a_model_made_without_memory_is_initialised_like_any(mixer):
 
 
 def test_files_from_before_parameters_had_axes_still_load(tmp_path):
-    nested = {"variant": "nested", "levels": (Level(chunk=2, rule="momentum"), Level(chunk=4))}
-    lm = model(**nested)
+    lm = model(channel=Continuum((Level(chunk=2, rule="momentum"), Level(chunk=4)), "nested"))
     with torch.no_grad():
         for p in lm.parameters():
             p.add_(0.01)
@@ -308,7 +309,13 @@ def test_a_head_tied_by_hand_is_saved(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"variant": "nested"}, {"mixer": "titans"}, {"mixer": "attention", "channel": "mlp"}],
+    [
+        {},
+        {"channel": Continuum((Level(chunk=2), Level(chunk=6), Level()), "nested")},
+        {"mixer": StaticTitans(4)},
+        {"mixer": "attention", "channel": "mlp"},
+    ],
+    ids=["hope", "nested", "titans", "attention"],
 )
 def test_a_model_whose_parameters_are_fetched_when_a_module_runs(changes):
     lm = model(**changes)
@@ -319,7 +326,7 @@ def test_a_model_whose_parameters_are_fetched_when_a_module_runs(changes):
 
 
 def test_every_tensor_of_a_module_is_a_parameter_or_a_buffer_and_has_an_axis():
-    lm = model(variant="nested", levels=(Level(chunk=2, rule="momentum"), Level(chunk=4)))
+    lm = model(channel=Continuum((Level(chunk=2, rule="momentum"), Level(chunk=4)), "nested"))
     lm(SIX, **{CACHE: lm(SIX)[CACHE]})  # with a state: layers then know its shapes
     assert all(p.ndim > 0 for p in lm.parameters())
     for name, part in lm.named_modules():

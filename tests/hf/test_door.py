@@ -7,12 +7,12 @@ from stacks import VOCAB, tiny, tokens
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-from nestlearn import Level
+from nestlearn import DeltaLevel
 from nestlearn.hf import plan
 from nestlearn.hf.stack import stack_levels, unstack
 from nestlearn.learn.store import sizes
 
-LEVELS = [Level(4, lr=0.5, rule="gd")]
+LEVELS = [DeltaLevel(4, lr=0.5, rule="gd")]
 SMALL = {
     "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -59,7 +59,7 @@ def test_of_a_model_that_sees_the_language_part_learns(options):
         "gemma3", text_config=text, vision_config=vision, image_token_index=47,
         boi_token_index=45, eoi_token_index=46, mm_tokens_per_image=4,
     )  # fmt: skip
-    model = stack_levels(Gemma3ForConditionalGeneration(config), [Level(4, lr=0.5, **options)])
+    model = stack_levels(Gemma3ForConditionalGeneration(config), [DeltaLevel(4, lr=0.5, **options)])
     assert len(model.blocks) == 2
     assert not any("vision" in path for path in model.paths.values())
     _, memory = model.learn(tokens(1, 12))
@@ -186,7 +186,11 @@ def test_large_models_are_stacked_at_a_low_rank_unless_told_otherwise(monkeypatc
 
 @pytest.mark.parametrize(("rank", "variant"), [(None, "nested"), (2, "sequential")])
 def test_a_memory_gets_no_larger_than_was_said(rank, variant):
-    levels = [Level(4, lr=0.5, rule="gd"), Level(12, lr=0.2, rule="momentum"), Level()]
+    levels = [
+        DeltaLevel(4, lr=0.5, rule="gd"),
+        DeltaLevel(12, lr=0.2, rule="momentum"),
+        DeltaLevel(),
+    ]
     model = stack_levels(tiny(), levels, rank=rank, variant=variant, window=16)
     limit, memory, largest = model.memory_limit(), None, {}
     for part in tokens(1, 40).split(5, 1):

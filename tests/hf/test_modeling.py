@@ -14,17 +14,19 @@ from nestlearn import HopeLM, Level, state
 from nestlearn.hf import HopeCache, HopeConfig, HopeForCausalLM
 from nestlearn.hf.cache import CACHE
 from nestlearn.hf.config import LOADER
+from nestlearn.options import Attention, Continuum, DeltaNet, SwiGLU, Titans
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
+LEVELS = Continuum((Level(chunk=2), Level(chunk=6), Level()))
 TINY = {
     "vocab_size": 17,
     "dim": 16,
     "layers": 1,
     "heads": 2,
-    "chunk": 4,
-    "levels": (Level(chunk=2), Level(chunk=6), Level()),
+    "mixer": Titans(4),
+    "channel": LEVELS,
 }
-KINDS = [("hope", "cms"), ("attention", "cms"), ("deltanet", "mlp")]
+KINDS = [(Titans(4), LEVELS), (Attention(), LEVELS), (DeltaNet(4), SwiGLU())]
 GREEDY = {"max_new_tokens": 7, "do_sample": False}
 BEAMS = {**GREEDY, "num_beams": 2}
 
@@ -55,7 +57,7 @@ def some_rows(*lengths):
 
 
 def test_saved_and_loaded_it_is_the_same_and_nothing_is_pickled(tmp_path):
-    lm = model(bound=None, adapt=("k", "v"))
+    lm = model(mixer=Titans(4, bound=None, adapt=("k", "v")))
     lm.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"config.json", "generation_config.json", "model.safetensors", LOADER}
@@ -77,10 +79,31 @@ def test_a_fresh_configuration_is_the_librarys_own():
     assert HopeConfig().to_hope() == nestlearn.HopeConfig()
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_file_from_before_there_were_options_loads(tmp_path, auto):
+    saved = Path(__file__).parents[1] / "models" / "saved" / "transformers_config.json"
+    (tmp_path / "config.json").write_text(saved.read_text())
+    config = (AutoConfig if auto else HopeConfig).from_pretrained(tmp_path, heads=1)
+    levels = Continuum((Level(chunk=2), Level()))
+    mixer = Titans(4, half_life=8, dgd=0.5)
+    expected = nestlearn.HopeConfig(11, 8, 1, 1, mixer=mixer, channel=levels)
+    assert config.to_hope() == expected
+    assert config.pad_token_id == 3
+    config.save_pretrained(tmp_path / "again")
+    assert HopeConfig.from_pretrained(tmp_path / "again").to_hope() == expected
+
+
+def test_options_can_be_set_and_words_stand_for_their_defaults():
+    config = HopeConfig(mixer="attention", channel=SwiGLU(8))
+    assert config.mixer == {"kind": "Attention", "conv": 4, "rotary": True}
+    config.mixer = Titans(8)
+    assert config.to_hope() == nestlearn.HopeConfig(mixer=Titans(8), channel=SwiGLU(8))
+
+
 def test_the_file_of_the_configuration_is_complete(tmp_path):
     HopeConfig(**TINY, pad_token_id=3).save_pretrained(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
-    whole = json.loads(json.dumps(nestlearn.HopeConfig(**TINY).to_dict()))
+    whole = nestlearn.HopeConfig(**TINY).to_dict()
     assert whole.items() <= data.items()
     assert data["model_type"] == "nestlearn-hope"
     again = HopeConfig.from_pretrained(tmp_path)
@@ -105,7 +128,9 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
         ({"mixer": "rnn"}, "mixer='rnn'"),
         ({"dim": 0}, "dim=0"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-        ({"levels": [{"chunk": 0}]}, "chunk=0"),
+        ({"channel": {"kind": "Continuum", "levels": [{"chunk": 0}]}}, "chunk=0"),
+        ({"mixer": {"kind": "Linear", "half_life": 8}}, r"\['half_life'\]: Linear has"),
+        ({"chunk": 4}, r"unknown fields \['chunk'\]"),
     ],
 )
 def test_a_wrong_configuration_is_refused(options, message, tmp_path):
@@ -310,7 +335,7 @@ def test_gradient_checkpointing_is_remat():
         lm(ids, labels=ids).loss.backward()
         gradients.append(lm.model.embed.weight.grad.clone())
     torch.testing.assert_close(*gradients)
-    with pytest.raises(ValueError, match="mixer='attention' and channel='mlp'"):
+    with pytest.raises(ValueError, match="Attention and SwiGLU has none"):
         model(mixer="attention", channel="mlp").gradient_checkpointing = True
 
 

@@ -14,10 +14,11 @@ from test_modeling import TINY
 
 from nestlearn import Level
 from nestlearn.hf import HopeConfig, HopeForCausalLM
+from nestlearn.options import Continuum
 
 CASES = (
     {},
-    {"variant": "nested", "levels": (Level(chunk=2, rule="momentum"), Level(chunk=6))},
+    {"channel": Continuum((Level(chunk=2, rule="momentum"), Level(chunk=6)), "nested")},
     {"mixer": "attention", "channel": "mlp"},
 )
 

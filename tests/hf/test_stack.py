@@ -9,25 +9,25 @@ import torch.nn.functional as F
 from stacks import FAMILIES, tiny, tokens
 from torch import nn
 
-from nestlearn import Level, state
+from nestlearn import DeltaLevel, Level, state
 from nestlearn.hf.cache import CACHE
 from nestlearn.hf.families import kernel
 from nestlearn.hf.stack import stack_levels, unstack
 
-LEVELS = [Level(4, lr=0.5, rule="gd"), Level(12, lr=0.2, rule="momentum")]
+LEVELS = [DeltaLevel(4, lr=0.5, rule="gd"), DeltaLevel(12, lr=0.2, rule="momentum")]
 # Every configuration that reads or writes differently; the laws below hold for each.
 CONFIGURATIONS = {
     "sequential": {},
     "nested": {"variant": "nested"},
     "independent": {"variant": "independent"},
-    "dgd": {"levels": [Level(4, lr=0.5), Level(12, lr=0.2, half_life=20)]},
+    "dgd": {"levels": [DeltaLevel(4, lr=0.5), DeltaLevel(12, lr=0.2, half_life=20)]},
     "depth": {"spread": "depth"},
     "depth-nested": {"spread": "depth", "variant": "nested"},
     "rank": {"rank": 3},
-    "rank-nested-dgd": {"rank": 3, "variant": "nested", "levels": [Level(4), Level(8)]},
+    "rank-nested-dgd": {"rank": 3, "variant": "nested", "levels": [DeltaLevel(4), DeltaLevel(8)]},
     "local": {"objective": "local"},
     "one-layer": {"layers": [1]},
-    "long-chunk": {"levels": [Level(100, lr=0.5), Level(200, lr=0.1)]},
+    "long-chunk": {"levels": [DeltaLevel(100, lr=0.5), DeltaLevel(200, lr=0.1)]},
 }
 
 
@@ -62,7 +62,7 @@ def test_a_step_size_of_zero_is_the_pretrained_model(family, dtype):
         before = model(ids).logits
         made = {cache: model.generate(ids, use_cache=cache, **options) for cache in (True, False)}
     names = list(model.state_dict())
-    model = stack_levels(model, [Level(4, lr=0.0), Level(8, lr=0.0), Level()])
+    model = stack_levels(model, [DeltaLevel(4, lr=0.0), DeltaLevel(8, lr=0.0), DeltaLevel()])
     losses, memory = model.learn(ids)
     with torch.no_grad():
         assert torch.equal(model(ids, memory).logits, before)
@@ -105,7 +105,7 @@ def test_learning_leaves_the_base_model_as_it_was(family):
 
 def test_an_update_is_sgd_on_the_same_tokens():
     ids = tokens(1, 24)
-    model = stack_levels(tiny(), [Level(8, lr=0.7, rule="gd", bound=None)])
+    model = stack_levels(tiny(), [DeltaLevel(8, lr=0.7, rule="gd", bound=None)])
     losses, memory = model.learn(ids)
 
     hand, losses_by_hand = tiny(), []
@@ -133,7 +133,7 @@ def test_an_update_is_sgd_on_the_same_tokens():
 def test_a_slow_level_writes_the_mean_gradient_of_its_whole_chunk():
     """Two levels that keep apart: the slow one's step is the mean over what the fast one saw."""
     ids = tokens(1, 12)
-    model = stacked(levels=[Level(4, lr=0.5, rule="gd"), Level(12, lr=0.2, rule="gd")],
+    model = stacked(levels=[DeltaLevel(4, lr=0.5, rule="gd"), DeltaLevel(12, lr=0.2, rule="gd")],
                     variant="independent")  # fmt: skip
     seen, gathered = None, None
     for a in (0, 4, 8):
@@ -147,8 +147,8 @@ def test_a_slow_level_writes_the_mean_gradient_of_its_whole_chunk():
 
 
 def test_delta_gradient_descent_on_one_token_is_equation_57s_retention():
-    model = stacked(levels=[Level(1, lr=0.3, rule="dgd", bound=None)])
-    plain = stacked(levels=[Level(1, lr=0.3, rule="gd", bound=None)])
+    model = stacked(levels=[DeltaLevel(1, lr=0.3, rule="dgd", bound=None)])
+    plain = stacked(levels=[DeltaLevel(1, lr=0.3, rule="gd", bound=None)])
     ids = tokens(1, 5)
     _, memory = model.learn(ids)
     x = {}
@@ -163,10 +163,10 @@ def test_delta_gradient_descent_on_one_token_is_equation_57s_retention():
 
 def test_momentum_and_half_life_by_hand():
     ids, lr = tokens(1, 12), 0.3
-    model = stacked(levels=[Level(4, lr=lr, rule="momentum", half_life=8)])
+    model = stacked(levels=[DeltaLevel(4, lr=lr, rule="momentum", half_life=8)])
     seen, delta, speed = None, 0, 0
     for a in (0, 4, 8):
-        fresh = stacked(levels=[Level(4, lr=lr, rule="gd", bound=None)])
+        fresh = stacked(levels=[DeltaLevel(4, lr=lr, rule="gd", bound=None)])
         _, alone = fresh.learn(ids[:, a : a + 4], seen)
         gradient = (delta - alone.levels[0].fast[0].left) / lr
         speed = 0.9 * speed - lr * gradient
@@ -177,7 +177,7 @@ def test_momentum_and_half_life_by_hand():
 
 def test_consolidation_moves_the_fast_delta_into_the_slow_one():
     ids = tokens(1, 12)
-    levels = [Level(4, lr=0.5, rule="gd"), Level(12, lr=0.0)]
+    levels = [DeltaLevel(4, lr=0.5, rule="gd"), DeltaLevel(12, lr=0.0)]
     apart = stacked(levels=levels, variant="independent")
     joined = stacked(levels=levels)
     a, b = apart.learn(ids)[1].levels, joined.learn(ids)[1].levels
@@ -196,7 +196,10 @@ def test_consolidation_moves_the_fast_delta_into_the_slow_one():
 def test_consolidation_alone_changes_nothing_that_is_computed():
     """With plain GD and no bounds the sum of sequential levels is one SGD with both steps."""
     ids = tokens(1, 50)
-    levels = [Level(4, lr=0.3, rule="gd", bound=None), Level(12, lr=0.2, rule="gd", bound=None)]
+    levels = [
+        DeltaLevel(4, lr=0.3, rule="gd", bound=None),
+        DeltaLevel(12, lr=0.2, rule="gd", bound=None),
+    ]
     losses = [
         stacked(levels=levels, variant=v).learn(ids)[0] for v in ("sequential", "independent")
     ]
@@ -205,7 +208,7 @@ def test_consolidation_alone_changes_nothing_that_is_computed():
 
 def test_nested_levels_start_again_from_a_start_value_that_moved():
     ids = tokens(1, 12)
-    levels = [Level(4, lr=0.5, rule="gd", meta_lr=0.25), Level(12, lr=0.0)]
+    levels = [DeltaLevel(4, lr=0.5, rule="gd", meta_lr=0.25), DeltaLevel(12, lr=0.0)]
     nested = stacked(levels=levels, variant="nested").learn(ids)[1].levels[0]
     alone = stacked(levels=levels, variant="independent").learn(ids)[1].levels[0]
     assert (nested.fast[0].left - 0.25 * alone.fast[0].left).abs().max() < 1e-6
@@ -213,7 +216,7 @@ def test_nested_levels_start_again_from_a_start_value_that_moved():
 
 
 def test_a_delta_stays_within_its_bound():
-    model = stacked(levels=[Level(4, lr=0.9, rule="gd", bound=(0, 0.01))])
+    model = stacked(levels=[DeltaLevel(4, lr=0.9, rule="gd", bound=0.01)])
     _, memory = model.learn(tokens(1, 12))
     shares = [d.left.norm() / n for d, n in zip(memory.levels[0].fast, model.norms)]
     assert max(shares) == pytest.approx(0.01, rel=1e-4)
@@ -224,7 +227,7 @@ def test_a_delta_stays_within_its_bound():
 
 def test_teaching_the_true_gradient_is_the_outer_objective():
     """The signal of one block, got by backpropagation, makes the block learn what "outer" does."""
-    ids, levels = tokens(2, 8), [Level(8, lr=0.5, rule="gd", bound=None)]
+    ids, levels = tokens(2, 8), [DeltaLevel(8, lr=0.5, rule="gd", bound=None)]
     model = tiny()
     outputs = []
     mlp = model.get_submodule("model.layers.1.mlp")
@@ -286,7 +289,9 @@ def test_rows_do_not_know_each_other(name):
 
 
 def test_levels_learn_at_exactly_their_periods():
-    model = stacked(levels=[Level(3, lr=0.1), Level(6, lr=0.1), Level(18, lr=0.1), Level()])
+    model = stacked(
+        levels=[DeltaLevel(3, lr=0.1), DeltaLevel(6, lr=0.1), DeltaLevel(18, lr=0.1), DeltaLevel()]
+    )
     memory, random_ = None, random.Random(0)
     while memory is None or memory.position < 60:
         old = [0, 0, 0, 0] if memory is None else writes(memory)
@@ -336,7 +341,10 @@ def test_a_memory_is_data(tmp_path):
 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_merge_writes_a_level_into_the_weights(rank):
-    model, ids = stacked(levels=[Level(4, lr=0.5), Level(8, lr=0.1)], rank=rank), tokens(1, 20)
+    model, ids = (
+        stacked(levels=[DeltaLevel(4, lr=0.5), DeltaLevel(8, lr=0.1)], rank=rank),
+        tokens(1, 20),
+    )
     _, memory = model.learn(ids)
     with torch.no_grad():
         expected = model(ids, memory).logits
@@ -350,7 +358,7 @@ def test_merge_writes_a_level_into_the_weights(rank):
 
 def test_a_bfloat16_model_has_deltas_in_float32():
     """Small steps would be lost in bfloat16; what is read is rounded only once."""
-    model = stacked(tiny(dtype=torch.bfloat16), [Level(4, lr=1e-4, rule="gd")])
+    model = stacked(tiny(dtype=torch.bfloat16), [DeltaLevel(4, lr=1e-4, rule="gd")])
     losses, memory = model.learn(tokens(1, 30))
     assert losses.dtype == torch.float32
     delta = memory.levels[0].fast[0].left
@@ -386,7 +394,7 @@ def test_a_memory_reads_on_after_a_cast():
 
 
 def test_bounds_follow_the_weights_as_they_are():
-    model = stacked(levels=[Level(4, lr=0.9, rule="gd", bound=(0, 0.01))])
+    model = stacked(levels=[DeltaLevel(4, lr=0.9, rule="gd", bound=0.01)])
     with torch.no_grad():
         model.base.model.layers[0].mlp.gate_proj.weight.mul_(3.0)
     _, memory = model.learn(tokens(1, 12))
@@ -443,10 +451,13 @@ def test_refusals_name_the_value_and_the_remedy():
         (LEVELS, {"rank": 0}, "rank=0"),
         (LEVELS, {"rank": 17}, "rank=17 is more"),
         (LEVELS, {"window": 65}, "window=65: the model has 64 positions"),
-        ([Level(4), Level(6)], {}, "make 6 a larger multiple of 4"),
-        ([Level(4, hidden=8)], {}, "hidden"),
-        ([Level(4, scale=0.5)], {}, "scale"),
-        ([Level(4), Level(8), Level(16)], {"spread": "depth"}, "3 levels over 2 blocks"),
+        ([DeltaLevel(4), DeltaLevel(6)], {}, "make 6 a larger multiple of 4"),
+        ([Level(4)], {}, r"Level\(chunk=4.* is none of a stack, give nestlearn\.DeltaLevel"),
+        (
+            [DeltaLevel(4), DeltaLevel(8), DeltaLevel(16)],
+            {"spread": "depth"},
+            "3 levels over 2 blocks",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             stack_levels(model, levels, **options)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from stacks import tiny, tokens
 
-from nestlearn import Level, Session, stack_levels
+from nestlearn import DeltaLevel, Session, stack_levels
 
 PROMPT = tokens(1, 9, seed=7)
 
 
 def stacked(seed=0):
-    return stack_levels(tiny(seed=seed), [Level(4, lr=0.5, bound=None)])
+    return stack_levels(tiny(seed=seed), [DeltaLevel(4, lr=0.5, bound=None)])
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from nestlearn import ContinuumMemory, HopeConfig, HopeLM, Level, SelfModifyingTitans
 from nestlearn.layers import gated_deltanet
+from nestlearn.options import Continuum, DeltaNet, Titans
 
+TITANS = Titans(4, depth=2, half_life=None)
 LAYERS = {
-    "titans": (lambda dim: SelfModifyingTitans(dim, 2, 4), 3),
+    "titans": (lambda dim: SelfModifyingTitans(dim, 2, TITANS), 3),
     "cms": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16), Level(hidden=16)]), 4),
     "cms-all": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16, learns="all")]), 3),
-    "deltanet": (lambda dim: gated_deltanet(dim, 2, chunk=4), 3),
+    "deltanet": (lambda dim: gated_deltanet(dim, 2, DeltaNet(4)), 3),
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def test_the_same_graphs_for_all_of_one_width(build, number):
 def test_one_sample_one_token_many_samples():
     """Each with a graph of its own where it has one, and none of them a failure."""
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(8, 2, 4)
+    layer = SelfModifyingTitans(8, 2, TITANS)
     eager = copy.deepcopy(layer)
     layer.compile(backend="eager")  # what is traced is the point here
     states = {False: None, True: None}
@@ -90,7 +92,7 @@ def test_one_sample_one_token_many_samples():
 
 def test_a_compiled_layer_may_be_compiled_from_outside_and_copied():
     torch.manual_seed(0)
-    layer, x = SelfModifyingTitans(8, 2, 4), torch.randn(2, 6, 8)  # a chunk, and a part of one
+    layer, x = SelfModifyingTitans(8, 2, TITANS), torch.randn(2, 6, 8)  # a chunk, and a part of one
     expected = layer(x)[0]
     layer.compile(backend="eager")
     torch.testing.assert_close(torch.compile(layer, backend="eager")(x)[0], expected)
@@ -122,7 +124,9 @@ def test_a_compiled_layer_may_be_pickled(name):
 
 def test_a_model_compiles_the_layers_of_memories():
     torch.manual_seed(0)
-    config = HopeConfig(dim=8, layers=2, heads=2, chunk=4, levels=(Level(chunk=4), Level()))
+    config = HopeConfig(
+        dim=8, layers=2, heads=2, mixer=Titans(4), channel=Continuum((Level(chunk=4), Level()))
+    )
     model = HopeLM(config)
     ids = torch.randint(0, 256, (2, 10))
     with torch.no_grad():

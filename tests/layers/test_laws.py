@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nestlearn import HopeConfig, HopeLM, Level, state
+from nestlearn import HopeConfig, HopeLM, Level, options, state
 from nestlearn.layers import (
     Attention,
     ContinuumMemory,
@@ -22,8 +22,9 @@ FAST = [Level(chunk=2), Level(chunk=6), Level()]
 ALL = [replace(level, learns="all") for level in FAST]
 
 
-def titans(**options):
-    return SelfModifyingTitans(D, H, **{"chunk": 4, **options})
+def titans(backend="auto", remat=False, **changes):
+    own = options.Titans(**{"chunk": 4, "depth": 2, "half_life": None, **changes})
+    return SelfModifyingTitans(D, H, own, backend=backend, remat=remat)
 
 
 def cms(variant="sequential", levels=FAST, **options):
@@ -31,7 +32,7 @@ def cms(variant="sequential", levels=FAST, **options):
 
 
 def hope(**changes):
-    config = HopeConfig(11, D, layers=2, heads=H, chunk=4, levels=tuple(FAST))
+    config = HopeConfig(11, D, 2, H, options.Titans(4), options.Continuum(tuple(FAST)))
     return HopeLM(replace(config, **changes))
 
 
@@ -77,16 +78,16 @@ LAYERS = {
     "cms-remat": lambda: cms(remat=True),
     "attention": lambda: Attention(D, H),
     "attention-skeleton": lambda: Attention(D, H, conv=4, gate=True, rotary=False),
-    "static-titans": lambda: static_titans(D, H, chunk=4),
-    "deltanet": lambda: gated_deltanet(D, H, chunk=4),
-    "deltanet-eta2": lambda: gated_deltanet(D, H, chunk=4, eta_max=2.0),
-    "linear": lambda: linear_attention(D, H, chunk=4),
+    "static-titans": lambda: static_titans(D, H, options.StaticTitans(4)),
+    "deltanet": lambda: gated_deltanet(D, H, options.DeltaNet(4)),
+    "deltanet-eta2": lambda: gated_deltanet(D, H, options.DeltaNet(4, eta_max=2.0)),
+    "linear": lambda: linear_attention(D, H, options.Linear(4)),
     "hope": hope,
     "hope-attention": lambda: hope(mixer="attention"),
     "lm-attention": lambda: hope(mixer="attention", channel="mlp"),
-    "hope-nested": lambda: hope(variant="nested"),
-    "lm-titans": lambda: hope(mixer="titans", channel="mlp"),
-    "lm-deltanet": lambda: hope(mixer="deltanet"),
+    "hope-nested": lambda: hope(channel=options.Continuum(tuple(FAST), "nested")),
+    "lm-titans": lambda: hope(mixer=options.StaticTitans(4), channel="mlp"),
+    "lm-deltanet": lambda: hope(mixer=options.DeltaNet(4)),
 }
 every_layer = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
 TOLERANCE = {"rtol": 0, "atol": 1e-9}

@@ -1,7 +1,5 @@
 """Self-modifying Titans against the paper's equations, written out with autograd."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +7,21 @@ import torch.nn.functional as F
 from nestlearn import HopeConfig, HopeLM, SelfModifyingTitans, state
 from nestlearn.layers import gated_deltanet
 from nestlearn.memory import dot_product, l2
+from nestlearn.options import DeltaNet, Titans
 
 D, H, B, T = 8, 2, 2, 11
 W = D // H
 TOLERANCE = {"rtol": 0, "atol": 1e-10}
+
+
+HOW = ("truncate", "remat", "backend")
+
+
+def titans(heads=H, **changes):
+    """A layer whose memories have a hidden layer and do not fade."""
+    how = {name: changes.pop(name) for name in HOW if name in changes}
+    options = Titans(**{"chunk": 4, "depth": 2, "half_life": None, **changes})
+    return SelfModifyingTitans(D, heads, options, **how)
 
 
 def x(T=T):
@@ -71,8 +80,8 @@ def by_hand(layer, x, chunk, objective, eta_max):
 def test_the_paper_by_hand(chunk, objective):
     torch.manual_seed(0)
     eta_max = 1.5
-    layer = SelfModifyingTitans(
-        D, H, chunk, objective=objective.name, eta_max=eta_max, hidden=5, bound=None
+    layer = titans(
+        chunk=chunk, objective=objective.name, eta_max=eta_max, hidden=5, bound=None
     ).double()
     torch.nn.init.zeros_(layer.eta.bias)
     torch.nn.init.constant_(layer.alpha.bias, 2.0)
@@ -106,7 +115,7 @@ OPTIONS = {
 
 def output(gradients=False, **options):
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(D, H, **{"chunk": 4, **options}).double()
+    layer = titans(**options).double()
     torch.nn.init.zeros_(layer.eta.bias)
     y, _ = layer(x())
     if not gradients:
@@ -129,18 +138,16 @@ def test_how_it_is_computed_does_not_change_the_output():
 
 def test_static_writes_nothing_into_the_projections():
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(D, H, 4, adapt=("k",)).double()
+    layer = titans(adapt=("k",)).double()
     _, state = layer(x())
     assert state.memories[0].now[0].shape == (B, H, 2, W, W)  # M_k and M_mem
-    layer = SelfModifyingTitans(D, H, 4, adapt=())
+    layer = titans(adapt=())
     assert layer(x().float())[1].memories[0].now[0].shape == (B, H, 1, W, W)
 
 
 def test_memories_of_one_chunk_size_are_written_together():
-    assert [group.names for group in SelfModifyingTitans(D, H, 4).groups] == [
-        ("k", "v", "eta", "alpha", "mem")
-    ]
-    groups = SelfModifyingTitans(D, H, 8, projection_chunk=4).groups
+    assert [group.names for group in titans().groups] == [("k", "v", "eta", "alpha", "mem")]
+    groups = titans(chunk=8, projection_chunk=4).groups
     assert [(group.names, group.writer.chunk) for group in groups] == [
         (("k", "v", "eta", "alpha"), 4),
         (("mem",), 8),
@@ -151,7 +158,7 @@ def test_memories_of_one_chunk_size_are_written_together():
 def test_each_head_learns_by_its_own_rule(chunks):
     def written(dgd):
         torch.manual_seed(0)
-        layer = SelfModifyingTitans(D, H, 4, dgd=dgd, **chunks).double()
+        layer = titans(dgd=dgd, **chunks).double()
         torch.nn.init.zeros_(layer.eta.bias)
         memories = zip(layer.groups, layer(x())[1].memories)
         return {
@@ -171,7 +178,7 @@ def test_each_head_learns_by_its_own_rule(chunks):
 
 def test_the_shell_holds_after_every_chunk():
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(D, H, 4, eta_max=2.0, bound=(0.5, 1.0)).double()
+    layer = titans(eta_max=2.0, bound=(0.5, 1.0)).double()
     torch.nn.init.constant_(layer.eta.bias, 3.0)
     state = None
     for _ in range(20):
@@ -187,7 +194,7 @@ def test_half_life_fades_towards_the_start():
     states = []
     for half_life in (None, 2):
         torch.manual_seed(0)
-        layer = SelfModifyingTitans(D, H, 4, bound=None, half_life=half_life).double()
+        layer = titans(bound=None, half_life=half_life).double()
         states.append(layer(x()[:, :4])[1].memories[0].now)
     for w0, *after in zip(layer.start["mem"], *states):
         free, faded = (w[:, :, -1] for w in after)
@@ -195,11 +202,18 @@ def test_half_life_fades_towards_the_start():
         assert (free - w0).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("build", [gated_deltanet, partial(SelfModifyingTitans, bound=None)])
+STEEP = {"chunk": 300, "eta_max": 2.0}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: gated_deltanet(D, H, DeltaNet(**STEEP)), lambda: titans(bound=None, **STEEP)],
+    ids=["deltanet", "titans"],
+)
 def test_a_memory_that_alternates_does_not_grow(build):
     """The largest steps and much decay, 300 tokens in one chunk: α − η stays above −1."""
     torch.manual_seed(0)
-    layer = build(D, H, chunk=300, eta_max=2.0)
+    layer = build()
     with torch.no_grad():
         if isinstance(layer, SelfModifyingTitans):
             layer.eta.bias.fill_(20.0)
@@ -215,7 +229,7 @@ def test_a_memory_that_alternates_does_not_grow(build):
 def test_deltanet_layer_is_the_recurrence():
     """The layer's memory at chunk 4 ≡ S_t = α S − β (S k − v) kᵀ token by token."""
     torch.manual_seed(0)
-    layer = gated_deltanet(D, H, chunk=4).double()
+    layer = gated_deltanet(D, H, DeltaNet(chunk=4)).double()
     z = layer.conv(x())[0]
     q, k, v = (part.unflatten(-1, (H, W)).transpose(1, 2) for part in layer.qkv(z).chunk(3, -1))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -251,14 +265,14 @@ def test_deltanet_layer_is_the_recurrence():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SelfModifyingTitans(**{"dim": D, "heads": H, **options})
+        titans(**options)
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: SelfModifyingTitans(16, 2, chunk=4),
-        lambda: HopeLM(HopeConfig(11, dim=16, layers=2, heads=2, chunk=8)),
+        lambda: SelfModifyingTitans(16, 2, Titans(chunk=4, depth=2, half_life=None)),
+        lambda: HopeLM(HopeConfig(11, dim=16, layers=2, heads=2, mixer=Titans(chunk=8))),
     ],
     ids=["layer", "model"],
 )

@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nestlearn import Level, Session, stack_levels
+from nestlearn import DeltaLevel, Session, stack_levels
 
 LETTERS = "\0^abcdefghijklmnopqrstuvwxyz .:\nUA"
 
@@ -41,7 +41,7 @@ def base(seed=0):
     return model
 
 
-LEVELS = (Level(4, lr=0.3), Level(16, lr=0.1, rule="momentum"))
+LEVELS = (DeltaLevel(4, lr=0.3), DeltaLevel(16, lr=0.1, rule="momentum"))
 
 
 def stacked(seed=0, levels=LEVELS, **options):

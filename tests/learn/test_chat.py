@@ -6,7 +6,7 @@ from jinja2 import Template
 from people import LETTERS, Letters, base, ids, session, stacked
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nestlearn import Level, Session, stack_levels
+from nestlearn import DeltaLevel, Session, stack_levels
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False}
 SHORT = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -128,11 +128,11 @@ def table_of_positions():
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "n_inner": 24}
     config = GPT2Config(vocab_size=len(LETTERS), bos_token_id=1, eos_token_id=None, **sizes)
-    return stack_levels(GPT2LMHeadModel(config), [Level(8, lr=0.1)])
+    return stack_levels(GPT2LMHeadModel(config), [DeltaLevel(8, lr=0.1)])
 
 
 def test_a_chat_longer_than_the_positions_goes_on():
-    for model in (table_of_positions(), stack_levels(base(), [Level(8, lr=0.1)])):
+    for model in (table_of_positions(), stack_levels(base(), [DeltaLevel(8, lr=0.1)])):
         one, asked = Session(model, tokenizer=Letters()), []
         make = one.generate
 

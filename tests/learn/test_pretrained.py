@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestlearn import Level, Session, stack_levels
+from nestlearn import DeltaLevel, Session, stack_levels
 from nestlearn.hf.llama2c import Llama2cTokenizer, load_llama2c
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -38,7 +38,7 @@ def novel(begin, size):
 
 
 def reader(memory=None):
-    levels = [Level(64, lr=0.1, rule="gd"), Level(512, lr=0.05, rule="gd")]
+    levels = [DeltaLevel(64, lr=0.1, rule="gd"), DeltaLevel(512, lr=0.05, rule="gd")]
     model = stack_levels(load_llama2c(MODELS / "stories260K.bin"), levels)
     return Session(model, memory, words())
 

@@ -10,7 +10,7 @@ import torch
 from interleave import run as interleave
 from people import Letters, base, ids, session, stacked
 
-from nestlearn import Level, Session, state, unstack
+from nestlearn import DeltaLevel, Session, state, unstack
 
 TEXT = "the key is under the mat. " * 6
 
@@ -142,7 +142,7 @@ def test_another_models_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="memory of another base model"):
         session(stacked(seed=1), tmp_path / "a")
     with pytest.raises(ValueError, match="another stack: levels"):
-        session(stacked(levels=[Level(8), Level(16)]), tmp_path / "a")
+        session(stacked(levels=[DeltaLevel(8), DeltaLevel(16)]), tmp_path / "a")
 
 
 def test_a_base_model_that_was_trained_is_another_one(tmp_path):
@@ -190,7 +190,7 @@ def test_two_processes_cannot_overwrite_each_other(tmp_path):
 
 
 def test_learning_that_harms_the_held_out_text_is_taken_back():
-    model = stacked(levels=[Level(4, lr=0.9, rule="gd")])
+    model = stacked(levels=[DeltaLevel(4, lr=0.9, rule="gd")])
     one = session(model, held_out="a quick brown fox jumps over it.", tolerance=0.01)
     before = one.memory
     report = one.learn("qzx." * 80)
@@ -203,7 +203,7 @@ def test_learning_that_harms_the_held_out_text_is_taken_back():
 
 
 def test_infinite_weights_are_taken_back():
-    one = session(stacked(levels=[Level(4, lr=0.9, rule="gd", bound=None)]))
+    one = session(stacked(levels=[DeltaLevel(4, lr=0.9, rule="gd", bound=None)]))
     with torch.no_grad():
         one.model.lr[0].fill_(float("inf"))
     assert "became infinite" in one.learn(ids(20)).rolled_back

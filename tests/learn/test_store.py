@@ -1,6 +1,7 @@
 """Memories on disk: whole or not at all, and nothing believed that was not checked."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,16 @@ from people import LEVELS, base, ids, session, stacked
 from safetensors.torch import load_file, save_file
 from torture import damage, kill
 
-from nestlearn import Level, Session, stack_levels, state
-from nestlearn.hf.folder import fingerprint, load_stack, save_rates, save_stack
+from nestlearn import DeltaLevel, Session, stack_levels, state
+from nestlearn.hf.folder import (
+    fingerprint,
+    from_dict,
+    load_stack,
+    save_rates,
+    save_stack,
+    to_dict,
+)
+from nestlearn.hf.plan import StackConfig
 from nestlearn.learn import describe, load_memory, save_memory
 from nestlearn.learn import store as store_module
 
@@ -17,7 +26,7 @@ SYSTEMS = {
     "sequential": {},
     "nested-rank": {"variant": "nested", "rank": 2},
     "depth": {"spread": "depth"},
-    "one": {"levels": [Level(8, rule="momentum")]},
+    "one": {"levels": [DeltaLevel(8, rule="momentum")]},
 }
 
 
@@ -153,6 +162,25 @@ def test_forged_memories_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=message):
         one.load()
     assert one.memory is memory
+
+
+def test_stacks_of_when_their_levels_were_a_layers_still_load(tmp_path):
+    """With a bound of two sides, and options that did not apply."""
+    old = json.loads((Path(__file__).parents[1] / "hf" / "saved" / "stack.json").read_text())
+    levels = (
+        DeltaLevel(4, lr=0.5, rule="gd", bound=None),
+        DeltaLevel(8, half_life=20, meta_lr=0.2, bound=0.5),
+        DeltaLevel(),
+    )
+    config = StackConfig(levels, (0, 1), variant="nested", window=16)
+    assert from_dict(old) == from_dict(to_dict(config)) == config
+
+    model = stack_levels(base(), levels, layers=(0, 1), variant="nested", window=16)
+    _, memory = model.learn(ids(39))
+    save_memory(tmp_path, model, memory, [])
+    body = json.loads((tmp_path / "memory.json").read_text())["memory"]
+    (tmp_path / "memory.json").write_bytes(store_module._to_json({**body, "stack": old}))
+    assert load_memory(tmp_path, model).memory.position == 39
 
 
 def test_a_batch_is_not_one_memory(tmp_path):

@@ -2,13 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from nestlearn import HopeConfig, HopeLM, Level
+from nestlearn import HopeConfig, HopeLM, Level, options
 
-TINY = HopeConfig(17, 16, 2, 2, chunk=4, levels=(Level(chunk=2), Level(chunk=6), Level()))
+LEVELS = options.Continuum((Level(chunk=2), Level(chunk=6), Level()))
+TINY = HopeConfig(17, 16, 2, 2, options.Titans(chunk=4), LEVELS)
+MIXERS = [
+    options.Titans(chunk=4), options.Attention(), options.StaticTitans(chunk=4),
+    options.DeltaNet(chunk=4), options.Linear(chunk=4),
+]  # fmt: skip
+every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=lambda m: type(m).__name__)
+FLAT = json.loads((Path(__file__).parent / "saved" / "flat_configs.json").read_text())
 
 
 def model(**changes):
@@ -16,8 +24,8 @@ def model(**changes):
     return HopeLM(replace(TINY, **changes)).eval()
 
 
-@pytest.mark.parametrize("mixer", ["hope", "attention", "titans", "deltanet", "linear"])
-@pytest.mark.parametrize("channel", ["cms", "mlp"])
+@every_mixer
+@pytest.mark.parametrize("channel", [LEVELS, options.SwiGLU()], ids=["levels", "mlp"])
 def test_generation_from_the_state_equals_generation_without(mixer, channel):
     lm = model(mixer=mixer, channel=channel).double()
     prompt = torch.randint(0, 17, (2, 7))
@@ -56,7 +64,7 @@ def test_generate_refuses_bad_options(options, message):
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    lm = model(adapt=("k", "v"), bound=None)
+    lm = model(mixer=options.Titans(4, adapt=("k", "v"), bound=None))
     lm.save_pretrained(tmp_path / "m")
     again = HopeLM.from_pretrained(tmp_path / "m")
     assert again.config == lm.config
@@ -79,7 +87,7 @@ def test_a_tied_head_is_saved_and_is_tied_again(tmp_path):
     assert free.head.weight is not free.embed.weight
 
 
-@pytest.mark.parametrize("mixer", ["hope", "attention", "titans", "deltanet", "linear"])
+@every_mixer
 def test_what_was_read_in_inference_mode_can_be_trained_on(mixer):
     lm, ids = model(mixer=mixer), torch.randint(0, 17, (2, 11))
     gradients = []
@@ -95,16 +103,58 @@ def test_what_was_read_in_inference_mode_can_be_trained_on(mixer):
 def test_a_half_life_can_be_given_when_loading(tmp_path):
     model().save_pretrained(tmp_path)
     fading = HopeLM.from_pretrained(tmp_path, half_life=3)
-    assert fading.config.half_life == 3
-    assert [level.half_life for level in fading.config.levels] == [3, 3, 3]
+    assert fading.config.mixer.half_life == 3
+    assert [level.half_life for level in fading.config.channel.levels] == [3, 3, 3]
     ids = torch.randint(0, 17, (1, 30))
     assert (fading(ids)[0] - model()(ids)[0]).abs().max() > 1e-6
     assert torch.equal(fading(ids[:, :2])[0], model()(ids[:, :2])[0])
 
+    model(mixer="attention", channel="mlp").save_pretrained(tmp_path / "nothing fades")
+    with pytest.raises(ValueError, match="half_life=3: Attention and SwiGLU have none"):
+        HopeLM.from_pretrained(tmp_path / "nothing fades", half_life=3)
 
-def test_what_was_saved_before_memories_faded_does_not_fade(tmp_path):
-    assert HopeConfig().half_life == 2048
-    assert HopeConfig.from_dict({"dim": 16}).half_life is None
+
+def test_what_was_saved_before_memories_faded_does_not_fade():
+    assert HopeConfig().mixer.half_life == 2048
+    assert HopeConfig.from_dict({"dim": 16}).mixer.half_life is None
+
+
+@pytest.mark.parametrize("saved", FLAT, ids=lambda saved: saved["name"])
+def test_what_was_saved_before_there_were_options_is_the_same_model(saved):
+    """Its parameters, by the names that its weights have in files, and what it computes."""
+    config = HopeConfig.from_dict(saved["config"])
+    assert HopeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    lm = HopeLM(config).double()
+    assert {n: [*w.shape] for n, w in lm.state_dict().items()} == saved["parameters"]
+    with torch.no_grad():
+        for i, p in enumerate(lm.parameters()):
+            numbers = torch.arange(p.numel(), dtype=p.dtype)
+            p.copy_(0.5 * torch.sin(1.7 * numbers + i).view_as(p))
+        logits = lm(7 * torch.arange(26).view(2, 13) % 11)[0][:, -1, :3].flatten()
+    expected = torch.tensor(saved["logits"], dtype=torch.float64)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def test_a_folder_from_before_there_were_options_loads(tmp_path):
+    config = {"format": "nestlearn-hope-1", "model_type": "nestlearn-hope", **FLAT[0]["config"]}
+    lm = HopeLM(HopeConfig.from_dict(FLAT[0]["config"]))
+    lm.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = HopeLM.from_pretrained(tmp_path)
+    assert again.config == lm.config
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), lm.parameters()))
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda m: type(m).__name__)
+def test_what_does_not_apply_cannot_be_written(mixer):
+    config = replace(TINY, mixer=mixer)
+    assert HopeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    data = config.to_dict()
+    data["mixer"]["colour"] = "red"
+    with pytest.raises(ValueError, match=rf"\['colour'\]: {type(mixer).__name__} has"):
+        HopeConfig.from_dict(data)
+    with pytest.raises(ValueError, match=r"unknown fields \['chunk'\]"):
+        HopeConfig.from_dict({**config.to_dict(), "chunk": 4})
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -152,7 +202,7 @@ def test_a_full_disk_keeps_the_old_model(tmp_path, monkeypatch):
 
 
 def test_sizes_and_refusals():
-    assert HopeConfig.size("tiny", mixer="attention").mixer == "attention"
+    assert HopeConfig.size("tiny", mixer="attention").mixer == options.Attention()
     assert HopeConfig.size("small").dim > HopeConfig.size("tiny").dim
     assert HopeConfig.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
     for make, message in (
@@ -166,7 +216,7 @@ def test_sizes_and_refusals():
             make()
 
 
-@pytest.mark.parametrize("mixer", ["hope", "attention"])
+@pytest.mark.parametrize("mixer", MIXERS[:2], ids=["Titans", "Attention"])
 def test_bfloat16_and_autocast_stay_near_float32(mixer):
     lm, ids = model(mixer=mixer), torch.randint(0, 17, (2, 40))
     with torch.no_grad():
@@ -224,7 +274,7 @@ def test_a_state_dict_from_before_parameters_had_axes_still_loads():
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("kind", [{}, {"mixer": "attention", "channel": "mlp"}])
 def test_it_can_be_exported(free, kind, unchecked):
-    lm = model(layers=1, levels=(Level(chunk=4),), **kind)
+    lm = model(**{"layers": 1, "channel": options.Continuum((Level(chunk=4),)), **kind})
     tokens = {1: torch.export.Dim("tokens", min=2, max=6)}
     ids = torch.randint(0, 17, (1, 5))
     with torch.no_grad():

@@ -14,7 +14,9 @@ from test_triton import DEVICE, away, poisoned  # noqa: F401 - a fixture
 
 from nestlearn import state as tree
 from nestlearn.layers import SelfModifyingTitans
+from nestlearn.options import Titans
 
+HOW = ("truncate", "remat", "backend")  # beside the options
 FORWARD = ("_generate", "_invert", "_forward")
 BACKWARD = ("_backward_systems", "_backward_factors", "_backward_generate")
 
@@ -32,11 +34,13 @@ class Case(NamedTuple):
     autocast: bool = False
 
 
-def build(case, dtype, device, **options):
+def build(case, dtype, device, backend="auto"):
     """The layer, with gates and steps large enough that everything that is written counts."""
     torch.manual_seed(0)
     dim = case.heads * case.width
-    layer = SelfModifyingTitans(dim, case.heads, case.chunk, **{**case.options, **options})
+    own = {"depth": 2, "half_life": None, **case.options}
+    how = {"backend": backend, **{name: own.pop(name) for name in HOW if name in own}}
+    layer = SelfModifyingTitans(dim, case.heads, Titans(case.chunk, **own), **how)
     with torch.no_grad():
         layer.eta.bias.copy_(torch.linspace(0.5, -0.5, case.heads))
         if layer.alpha is not None:

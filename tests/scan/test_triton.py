@@ -185,6 +185,7 @@ def compiled_layer():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from nestlearn.layers import SelfModifyingTitans
+    from nestlearn.options import Titans
     from nestlearn.scan import chunk, writer
     from nestlearn.scan.card import generated
 
@@ -194,8 +195,9 @@ def compiled_layer():
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
     torch.manual_seed(0)
-    composed = SelfModifyingTitans(4, 2, 2, backend="torch").to(DEVICE)
-    layer = SelfModifyingTitans(4, 2, 2).to(DEVICE)
+    options = Titans(2, depth=2, half_life=None)
+    composed = SelfModifyingTitans(4, 2, options, backend="torch").to(DEVICE)
+    layer = SelfModifyingTitans(4, 2, options).to(DEVICE)
     layer.load_state_dict(composed.state_dict())
     launched = set()
     launch = generated._launch

@@ -21,6 +21,7 @@ from nestlearn.memory import (
     hebbian,
     momentum,
 )
+from nestlearn.options import Titans
 from nestlearn.scan import Chunk, fused
 from nestlearn.scan.writer import into_shell
 
@@ -352,7 +353,7 @@ def test_a_named_backend_that_cannot_run_says_why():
 
 def test_what_runs_a_layer_is_explained():
     """Whole chunks with the backward pass written out, what begins inside a chunk without."""
-    layer = SelfModifyingTitans(8, 2, chunk=4)
+    layer = SelfModifyingTitans(8, 2, Titans(4, depth=2))
     assert scan.explain(layer, torch.randn(1, 6, 8)) == {"fused": 6}
     _, state = layer(torch.randn(1, 3, 8))
     later = functools.partial(layer, state=state)

@@ -28,7 +28,8 @@ from tiny_run import (
 )
 from torch import nn
 
-from nestlearn.train.checkpoint import read_log, save_checkpoint, verify_checkpoint
+from nestlearn import HopeConfig, HopeLM
+from nestlearn.train.checkpoint import RunFolder, read_log, save_checkpoint, verify_checkpoint
 from nestlearn.train.run import adamw
 
 
@@ -143,6 +144,18 @@ def test_resume_needs_a_run(tmp_path):
     assert not (tmp_path / "typo").exists()
     with pytest.raises(ValueError, match="needs out"):
         run(None, resume=True)
+
+
+def test_a_run_from_before_a_model_had_options_goes_on(tmp_path):
+    saved = Path(__file__).parents[1] / "models" / "saved" / "flat_configs.json"
+    for flat in (case["config"] for case in json.loads(saved.read_text())):
+        model = HopeLM(HopeConfig.from_dict(flat))
+        started = {"train": {"steps": 3}, "corpus": {}, "model": model.config.to_dict()}
+        (tmp_path / "config.json").write_text(json.dumps({**started, "model": flat}))
+        assert RunFolder(tmp_path, started).resume(model, None) == (0, [])
+        other = HopeLM(dataclasses.replace(model.config, channel="mlp", mixer="linear"))
+        with pytest.raises(ValueError, match=r"model\.mixer was .*, now {'kind': 'Linear'"):
+            RunFolder(tmp_path, {**started, "model": other.config.to_dict()}).resume(other, None)
 
 
 @pytest.mark.parametrize("step", [2, 5], ids=["before the first checkpoint", "after it"])

@@ -21,6 +21,7 @@ from torch import nn
 from nestlearn import state as tree
 from nestlearn.layers import Level
 from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Continuum, DeltaNet, StaticTitans, Titans
 from nestlearn.train import Corpus, TrainConfig, evaluate
 from nestlearn.train.checkpoint import _digest, verify_checkpoint
 from nestlearn.train.data import restarts
@@ -32,9 +33,13 @@ SEVERAL = [(2, 3), (8, 4), (3, 8), (5, 2)]  # (batch, stream)
 
 def hope(**changes) -> HopeLM:
     torch.manual_seed(1)
-    options = {"chunk": 4, "levels": (Level(chunk=2, learns="all"), Level(chunk=8, learns="all"))}
-    sizes = {"vocab_size": 32, "dim": 8, "layers": 1, "heads": 2, "half_life": None}
-    return HopeLM(HopeConfig(**{**sizes, **options, **changes}))
+    levels = (Level(chunk=2, learns="all"), Level(chunk=8, learns="all"))
+    own = {"mixer": titans(), "channel": Continuum(levels)}
+    return HopeLM(HopeConfig(32, 8, 1, 2, **{**own, **changes}))
+
+
+def titans(**changes) -> Titans:
+    return Titans(**{"chunk": 4, "half_life": None, **changes})
 
 
 class Remembering(Tiny):
@@ -59,7 +64,7 @@ class Remembering(Tiny):
 def unbounded() -> HopeLM:
     """A model whose start values count through the first state alone."""
     levels = (Level(chunk=2, bound=None), Level(chunk=8, bound=None, rule="momentum"))
-    return hope(bound=None, levels=levels)
+    return hope(mixer=titans(bound=None), channel=Continuum(levels))
 
 
 def stepper(model):
@@ -151,7 +156,7 @@ def test_a_step_is_that_of_rows_read_one_by_one(make):
 
 def test_start_values_learn_through_the_carried_state():
     """Their gradient is that of the state, added up over the rows, fresh or not."""
-    model = hope(mixer="deltanet", channel="mlp").double()
+    model = hope(mixer=DeltaNet(4), channel="mlp").double()
     nn.init.normal_(model.blocks[0].mixer.start[0])
     carried, gradients = stepper(model)
     for step in range(4):
@@ -316,13 +321,14 @@ def test_refusals_name_the_value_and_the_remedy(tmp_path):
 
 def test_a_length_that_cuts_a_chunk_or_a_bound_is_refused(tmp_path):
     for changes, period in [
-        ({"chunk": 3}, 24),
-        ({"chunk": 4, "projection_chunk": 16}, 16),
-        ({"half_life": 2048}, 512),
-        ({"half_life": 48}, 24),
-        ({"levels": (Level(chunk=8),)}, 512),  # the bound of a level acts that seldom
-        ({"mixer": "titans", "chunk": 16, "channel": "mlp"}, 16),
-        ({"mixer": "deltanet", "chunk": 5, "channel": "mlp"}, 5),
+        ({"mixer": titans(chunk=3)}, 24),
+        ({"mixer": titans(projection_chunk=16)}, 16),
+        ({"mixer": titans(half_life=2048)}, 512),
+        ({"mixer": titans(half_life=48)}, 24),
+        ({"channel": Continuum((Level(chunk=8),))}, 512),  # the bound of a level acts that seldom
+        ({"mixer": StaticTitans(16), "channel": "mlp"}, 16),
+        ({"mixer": DeltaNet(5), "channel": "mlp"}, 5),
     ]:
         refused(tmp_path, rf"length=8: with stream=3 give a multiple of {period},", hope(**changes))
-    _Carried(hope(conv=1), STREAM)  # a state of no columns, but one that does not grow
+    # a state of no columns, but one that does not grow
+    _Carried(hope(mixer=titans(conv=1)), STREAM)

@@ -99,7 +99,7 @@ def stack_new(
 
     Example:  nestlearn stack gpt2 --out stacked/ --chunk 64 --chunk 512 --lr 0.05
     """
-    from nestlearn import Level, stack_levels
+    from nestlearn import DeltaLevel, stack_levels
     from nestlearn.hf.folder import save_stack
     from nestlearn.hf.plan import rank_of
 
@@ -114,7 +114,7 @@ def stack_new(
     rates = rates * len(chunks) if len(rates) == 1 else rates
     stacked = stack_levels(
         base,
-        [Level(c, lr=rate, rule=rule) for c, rate in zip(chunks, rates)],
+        [DeltaLevel(c, lr=rate, rule=rule) for c, rate in zip(chunks, rates)],
         layers=layer,
         spread=spread,
         variant=variant,

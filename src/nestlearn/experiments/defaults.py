@@ -1,6 +1,6 @@
 """One default for every task: levels and steps chosen on data that no table is measured on.
 
-Each candidate, a change of `HopeConfig`, trains once (seed 0) on language (bytes of books), the
+Each candidate, a change of Hope's options, trains once (seed 0) on language (bytes of books), the
 five tasks of MAD, MQAR and two formal languages, all drawn with another seed than the tables' own.
 The score of a candidate is the mean over tasks of its rank.
 """
@@ -21,9 +21,9 @@ from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.equal_time import books, losses, text_of
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.fit import settings, train_cell
+from nestlearn.experiments.models import build
 from nestlearn.experiments.tables import Column, model
-from nestlearn.layers import Level
-from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Level
 from nestlearn.train import TrainConfig, train
 
 SEED = 777  # of the data: no table is drawn with it
@@ -32,9 +32,9 @@ STEPS, QUICK_STEPS = 2000, 3
 LANGUAGES = ("parity", "anbncn")
 
 
-def levels(*chunks: int | None, **options: Any) -> tuple[Level, ...]:
-    """A level for each chunk."""
-    return tuple(Level(chunk=chunk, **options) for chunk in chunks)
+def levels(*chunks: int | None, **options: Any) -> list[dict[str, Any]]:
+    """A level for each chunk, as JSON."""
+    return [asdict(Level(chunk=chunk, **options)) for chunk in chunks]
 
 
 DOT: dict[str, Any] = {"objective": "dot"}
@@ -66,19 +66,18 @@ def grid(asked: Options) -> list[Cell]:
         tasks[:2], tasks
     ):
         for name in chosen(asked.models, tuple(CANDIDATES), "candidate"):
-            change = CANDIDATES[name]
-            plain = {**change, "levels": [asdict(level) for level in change["levels"]]}
             cells.append({
-                "benchmark": kind, "task": task, "model": name, "changes": plain, "seeded": SEED,
-                "steps": asked.pick(QUICK_STEPS, STEPS), **(text if kind == "language" else {}),
+                "benchmark": kind, "task": task, "model": name, "changes": CANDIDATES[name],
+                "seeded": SEED, "steps": asked.pick(QUICK_STEPS, STEPS),
+                **(text if kind == "language" else {}),
             })  # fmt: skip
     return cells
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train and measure one cell."""
-    # Nothing fades here, as when the choice was made: the default half-life came after it.
-    changes = {**cell["changes"], "depth": 1, "half_life": None}
+    # As when the choice was made: nothing faded, and levels were a chain where a row does not say.
+    changes = {"variant": "sequential", **cell["changes"], "depth": 1, "half_life": None}
     if cell["benchmark"] == "language":
         return _language(cell, changes, tell)
     skeleton, steps, wrap = table4.SKELETON | {"chunk": 64}, cell["steps"], None
@@ -108,7 +107,7 @@ def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]
         dtype="bfloat16" if cell["device"].startswith("cuda") else "float32",
     )  # fmt: skip
     torch.manual_seed(0)
-    model = HopeLM(HopeConfig.from_dict({**sizes, **changes}))
+    model = build("hope", corpus.vocab_size, {**sizes, **changes}, match=False)
     log = train(model, corpus, config, None, progress=False)
     count = 2 if quick else 32
     near, far = losses(model, corpus.val, config.length, count, config.batch, config.dtype)

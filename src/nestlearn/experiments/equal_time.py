@@ -37,18 +37,19 @@ from nestlearn.experiments.tables import (
     words,
 )
 from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Attention, DeltaNet, SwiGLU, Titans
 from nestlearn.train import Corpus, TrainConfig, evaluate, train
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "Hope": {},
-    "Hope-Attention": {"mixer": "attention"},
-    "DeltaNet with levels": {"mixer": "deltanet"},
-    "Transformer": {"mixer": "attention", "channel": "mlp"},
-    "Transformer, twice the steps": {"mixer": "attention", "channel": "mlp"},
-    "Static projections with levels": {"adapt": ()},
+    "Hope-Attention": {"mixer": Attention()},
+    "DeltaNet with levels": {"mixer": DeltaNet()},
+    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
+    "Transformer, twice the steps": {"mixer": Attention(), "channel": SwiGLU()},
+    "Static projections with levels": {"mixer": Titans(adapt=())},
     "Hope, streams of 8 windows": {},
-    "Hope, static MLP": {"channel": "mlp"},
-    "DeltaNet with levels, streams of 8 windows": {"mixer": "deltanet"},
+    "Hope, static MLP": {"channel": SwiGLU()},
+    "DeltaNet with levels, streams of 8 windows": {"mixer": DeltaNet()},
 }
 MODELS = tuple(FAMILIES)[:7]
 SIZES = {"6M": (256, 6, 4), "25M": (512, 8, 8)}
@@ -158,7 +159,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name() if on_card else "CPU",
         "headline": f"{tested[0]:.3f} {tested[1]:.3f}, {speed:,.0f} tokens/s",
     }  # fmt: skip
-    grows = config.mixer == "attention"
+    grows = isinstance(config.mixer, Attention)
     if not grows and cell["seed"] == 1 and steps >= STEPS:  # of seeds 1 one rate is trained
         result["stream"] = stream(model, test, T, settings.dtype)
     return result

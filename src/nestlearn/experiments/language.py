@@ -26,6 +26,7 @@ from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.tables import PARAMETERS, Column, detail, mean, model
 from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Attention, DeltaNet, SwiGLU
 from nestlearn.train import Corpus, TrainConfig, evaluate, load_text, stdlib_text, train
 from nestlearn.train.checkpoint import read_log
 from nestlearn.train.plots import comparison
@@ -49,7 +50,7 @@ class Entry:
 def quick_models(vocab_size: int, size: str = "tiny") -> list[Entry]:
     """Hope beside a Transformer: the quickstart."""
     config = HopeConfig.size(size, vocab_size=vocab_size)
-    transformer = replace(config, mixer="attention", channel="mlp")
+    transformer = replace(config, mixer=Attention(), channel=SwiGLU())
     return [Entry("Hope", config, matched=False), Entry("Transformer", transformer)]
 
 
@@ -57,15 +58,15 @@ def all_models(vocab_size: int, size: str = "tiny") -> list[Entry]:
     """The quickstart's two, and what tells where the difference comes from."""
     hope, transformer = quick_models(vocab_size, size)
     c = hope.config
-    plain = replace(transformer.config, conv=0)
+    plain = replace(transformer.config, mixer=Attention(conv=0))
     return [
         hope,
         transformer,
         Entry("Transformer, no convolution", plain, lr=4e-3),  # best of 2, 4, 6, 8e-3
-        Entry("Hope, static MLP", replace(c, channel="mlp")),
-        Entry("Hope-Attention", replace(c, mixer="attention")),
-        Entry("DeltaNet + CMS", replace(c, mixer="deltanet")),
-        Entry("DeltaNet", replace(c, mixer="deltanet", channel="mlp")),
+        Entry("Hope, static MLP", replace(c, channel=SwiGLU())),
+        Entry("Hope-Attention", replace(c, mixer=Attention())),
+        Entry("DeltaNet + CMS", replace(c, mixer=DeltaNet())),
+        Entry("DeltaNet", replace(c, mixer=DeltaNet(), channel=SwiGLU())),
     ]
 
 

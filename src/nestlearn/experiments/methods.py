@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nestlearn.experiments.cells import Tell
 from nestlearn.hf.anchor import Anchor
-from nestlearn.layers import Level
 
 BLOCK, WINDOW = 256, 512  # tokens: of a write, and read at once
 EIGHT = (0.0007, 0.0015, 0.003, 0.008, 0.02, 0.05, 0.12, 0.3)
@@ -84,11 +83,11 @@ def base(data: Path) -> Any:
 
 def stacked(data: Path, method: Method, lr: float, dial: float) -> Any:
     """The model stacked for that method and setting."""
-    from nestlearn.hf.stack import stack_levels
+    from nestlearn import DeltaLevel, stack_levels
 
     options = {"window": WINDOW, **method.options}
     levels = [
-        Level(chunk=chunk, lr=min(0.99, factor * lr), rule=method.rule, bound=None)
+        DeltaLevel(chunk=chunk, lr=min(0.99, factor * lr), rule=method.rule, bound=None)
         for chunk, factor in method.levels
     ]
     match method.how:

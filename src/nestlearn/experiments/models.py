@@ -7,80 +7,96 @@ the parameters of the plain "hope" of the same skeleton.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nestlearn.layers import Level
 from nestlearn.layers.mixers import StaticProjections
 from nestlearn.memory import Matrix, delta
 from nestlearn.models.hope import HopeConfig, HopeLM, SwiGLU
+from nestlearn.options import (
+    Attention,
+    Channel,
+    Continuum,
+    DeltaNet,
+    Level,
+    Linear,
+    Mixer,
+    StaticTitans,
+    Titans,
+    from_json,
+    names,
+)
+from nestlearn.options import SwiGLU as MLP
 from nestlearn.scan import Writer
 
 
 @dataclass(frozen=True)
 class Contender:
-    """title: in tables. changes: of Hope's configuration. paper: its row in the paper's tables.
+    """title: in tables. mixer, options: its mixer, and what it changes of it beside what the
+    skeleton says (None: an LSTM, which is no Hope). channel: None, Hope's continuum memory. paper:
+    its row in the paper's tables.
 
-    mixer: makes, for the block of that index, a mixer that the configuration has no name for.
+    instead: makes, for a model of that configuration, a mixer that the options have no name for.
     """
 
     title: str
-    changes: Mapping[str, Any]
+    mixer: type[Mixer] | None = Titans
+    options: Mapping[str, Any] = field(default_factory=dict)
+    channel: Channel | None = None
     paper: str | None = None
-    mixer: Callable[[HopeConfig, int], nn.Module] | None = None
+    instead: Callable[[HopeConfig], nn.Module] | None = None
 
 
-def plain_deltanet(config: HopeConfig, _block: int) -> nn.Module:
+def plain_deltanet(config: HopeConfig) -> nn.Module:
     """DeltaNet without a retention gate (Yang et al., 2024): W ← W (I − η k kᵀ) + η v kᵀ.
 
     Its eigenvalues lie in [1 − eta_max, 1]. Those of the library's gated DeltaNet, W (α I − η k kᵀ)
     as in eq. 88, lie in (α − eta_max, α) and so reach −1 already with steps up to 1: other than in
     α (I − η k kᵀ) a small α makes them negative, and then parity is easy.
     """
+    options = config.mixer
+    assert isinstance(options, DeltaNet)
     width = config.dim // config.heads
-    writer = Writer(Matrix(width, width), delta(), config.chunk)
+    writer = Writer(Matrix(width, width), delta(), options.chunk)
     return StaticProjections(
-        config.dim, config.heads, writer, eta_max=config.eta_max, conv=config.conv,
+        config.dim, config.heads, writer, eta_max=options.eta_max, conv=options.conv,
         truncate=config.truncate, remat=config.remat,
     )  # fmt: skip
 
 
-_MLP = {"channel": "mlp"}
-_DELTA = {"mixer": "deltanet", **_MLP}
-_SLOW = {"levels": (Level(chunk=32), Level(chunk=64), Level()), "variant": "sequential"}
-_DOT = {
-    "levels": tuple(Level(chunk=chunk, objective="dot") for chunk in (4, 16, None)),
-    "variant": "independent",
-}
+_SLOW = Continuum((Level(chunk=32), Level(chunk=64), Level()), "sequential")
+_DOT = Continuum(tuple(Level(chunk=chunk, objective="dot") for chunk in (4, 16, None)))
 
 CONTENDERS: dict[str, Contender] = {
-    "hope": Contender("Hope", {}, "Hope"),
-    "hope-attention": Contender("Hope-Attention", {"mixer": "attention"}),
-    "titans": Contender("Titans", {"mixer": "titans", **_MLP}, "Titans"),
-    "deltanet": Contender("DeltaNet", {**_DELTA, "eta_max": 1.0}, "DeltaNet", plain_deltanet),
+    "hope": Contender("Hope", paper="Hope"),
+    "hope-attention": Contender("Hope-Attention", Attention),
+    "titans": Contender("Titans", StaticTitans, channel=MLP(), paper="Titans"),
+    "deltanet": Contender(
+        "DeltaNet", DeltaNet, {"eta_max": 1.0}, MLP(), "DeltaNet", plain_deltanet
+    ),
     "deltanet-negative": Contender(
-        "DeltaNet, steps up to 2", {**_DELTA, "eta_max": 2.0}, mixer=plain_deltanet
+        "DeltaNet, steps up to 2", DeltaNet, {"eta_max": 2.0}, MLP(), instead=plain_deltanet
     ),
-    "deltanet-gated": Contender("DeltaNet, gated", {**_DELTA, "eta_max": 1.0}),
-    "linear": Contender("Linear attention", {"mixer": "linear", **_MLP, "eta_max": 1.0}, "Linear"),
-    "transformer": Contender("Transformer", {"mixer": "attention", **_MLP}, "Transformer"),
+    "deltanet-gated": Contender("DeltaNet, gated", DeltaNet, {"eta_max": 1.0}, MLP()),
+    "linear": Contender("Linear attention", Linear, {"eta_max": 1.0}, MLP(), "Linear"),
+    "transformer": Contender("Transformer", Attention, channel=MLP(), paper="Transformer"),
     "transformer-plain": Contender(
-        "Transformer, no convolution", {"mixer": "attention", **_MLP, "conv": 0}, "Transformer"
+        "Transformer, no convolution", Attention, {"conv": 0}, MLP(), "Transformer"
     ),
-    "lstm": Contender("LSTM", {"mixer": "lstm", **_MLP}, "LSTM"),
-    "hope-deep": Contender("Hope, memories with a hidden layer", {"depth": 2}, "Hope"),
-    "hope-mlp": Contender("Hope, static MLP", _MLP),
-    "hope-l2": Contender("Hope, L2", {"objective": "l2"}),
-    "hope-slow": Contender("Hope, a chain of levels 32 and 64", _SLOW),
-    "hope-attention-slow": Contender(
-        "Hope-Attention, the same chain", {"mixer": "attention", **_SLOW}
+    "lstm": Contender("LSTM", None, channel=MLP(), paper="LSTM"),
+    "hope-deep": Contender(
+        "Hope, memories with a hidden layer", Titans, {"depth": 2}, None, "Hope"
     ),
-    "hope-dot": Contender("Hope, levels 4 and 16 by dot product", _DOT),
+    "hope-mlp": Contender("Hope, static MLP", channel=MLP()),
+    "hope-l2": Contender("Hope, L2", Titans, {"objective": "l2"}),
+    "hope-slow": Contender("Hope, a chain of levels 32 and 64", channel=_SLOW),
+    "hope-attention-slow": Contender("Hope-Attention, the same chain", Attention, channel=_SLOW),
+    "hope-dot": Contender("Hope, levels 4 and 16 by dot product", channel=_DOT),
     "hope-attention-dot": Contender(
-        "Hope-Attention, the same by dot product", {"mixer": "attention", **_DOT}
+        "Hope-Attention, the same by dot product", Attention, channel=_DOT
     ),
 }
 
@@ -94,7 +110,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # what Hope is made of, on
     "momentum": ("momentum", {"momentum": True}),
 }
 CONTENDERS |= {
-    f"hope-{name}": Contender(f"Hope, {title}", change)
+    f"hope-{name}": Contender(f"Hope, {title}", Titans, change)
     for name, (title, change) in ABLATIONS.items()
 }
 
@@ -119,24 +135,39 @@ def contender(name: str) -> Contender:
 def build(name: str, vocab_size: int, skeleton: Mapping[str, Any], *, match: bool = True) -> Any:
     """A fresh model of that name: ids [B, T] -> (logits [B, T, vocab_size], state).
 
-    skeleton: fields of `HopeConfig`, as plain JSON (levels as a list of dicts, see
-    `nestlearn.Level`); what it does not say is the default of today. The contender's own changes
-    come on top. match: give it, by the width of its channel mixer, the parameters of "hope" in that
-    skeleton. ValueError for an unknown name or field.
+    skeleton: as plain JSON fields of `HopeConfig`, and options that go to every mixer and channel
+    which has them: chunk, conv, rotary, levels ... What it does not say is the default of today;
+    the contender's own options come on top. match: give it, by the width of its channel mixer, the
+    parameters of "hope" in that skeleton. ValueError for an unknown name or option.
     """
-    changes = dict(contender(name).changes)
-    today = asdict(HopeConfig(vocab_size))  # from_dict gives what is not said the past's defaults
-    base = HopeConfig.from_dict({**today, **skeleton})
-    if changes.get("mixer") == "lstm":
+    own = contender(name)
+    base = _config(CONTENDERS["hope"], vocab_size, skeleton)
+    if own.mixer is None:
         return _lstm(base, parameter_count(base) if match else None)
-    config = replace(base, **changes)
+    config = _config(own, vocab_size, skeleton)
     if match and config != base:
         config = with_parameters(config, parameter_count(base))
     model = HopeLM(config)
-    if (mixer := contender(name).mixer) is not None:
-        for i, block in enumerate(model.blocks):
-            block.mixer = mixer(config, i)
+    if own.instead is not None:
+        for block in model.blocks:
+            block.mixer = own.instead(config)
     return model
+
+
+def _config(own: Contender, vocab_size: int, skeleton: Mapping[str, Any]) -> HopeConfig:
+    kinds = (Titans, Attention, Continuum)  # these have all options that a skeleton may have
+    sizes = {k: v for k, v in skeleton.items() if k in names(HopeConfig) - {"mixer", "channel"}}
+    shared = {k: v for k, v in skeleton.items() if k not in sizes}
+    if unknown := sorted(shared.keys() - set().union(*map(names, kinds))):
+        raise ValueError(f"unknown fields {unknown} in the skeleton of a model")
+
+    def made(kind: type, options: Mapping[str, Any]) -> Any:
+        own = {k: v for k, v in shared.items() if k in names(kind)}
+        return from_json(kind, {**own, **options})
+
+    assert own.mixer is not None
+    channel = made(Continuum, {}) if own.channel is None else own.channel
+    return HopeConfig(vocab_size, **sizes, mixer=made(own.mixer, own.options), channel=channel)
 
 
 def parameter_count(config: HopeConfig) -> int:
@@ -149,12 +180,13 @@ def with_parameters(config: HopeConfig, target: int) -> HopeConfig:
     """The configuration with the channel mixer's width that brings it nearest to `target`."""
 
     def at(width: int) -> HopeConfig:
-        if config.channel == "mlp":
-            return replace(config, mlp_hidden=width)
-        levels = tuple(replace(level, hidden=width) for level in config.levels)
-        return replace(config, levels=levels)
+        channel = config.channel
+        if isinstance(channel, MLP):
+            return replace(config, channel=MLP(width))
+        levels = tuple(replace(level, hidden=width) for level in channel.levels)
+        return replace(config, channel=replace(channel, levels=levels))
 
-    what = f"mixer={config.mixer!r} at dim={config.dim}"
+    what = f"{type(config.mixer).__name__} at dim={config.dim}"
     return at(width_for(lambda width: parameter_count(at(width)), target, what))
 
 

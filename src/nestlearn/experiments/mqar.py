@@ -23,6 +23,7 @@ from nestlearn.experiments.figures import Panel, curves
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, build, contender
 from nestlearn.experiments.tables import PARAMETERS, Column, at, mean, words
+from nestlearn.options import Attention
 
 PAIRS = (4, 8, 16, 32)
 STATES = (128, 512)  # KiB
@@ -31,14 +32,14 @@ QUICK = {"length": 32, "vocab": 64, "train": 64, "test": 16}
 MODELS = ("hope", "titans", "deltanet")
 STEPS, QUICK_STEPS = 2000, 3
 TOLERANCE = 0.1
-_UNSIZED = ("attention", "lstm")
+_UNSIZED = (Attention, None)  # None: an LSTM
 SKELETON: dict[str, Any] = {"layers": 2, "heads": 2, "conv": 4, "chunk": 32}
 
 
 def state_bytes(model: str, skeleton: Mapping[str, Any]) -> int:
     """Bytes of one stream's state; ValueError for a model whose state is none or grows."""
-    if contender(model).changes.get("mixer") in _UNSIZED:
-        fit = [name for name, c in CONTENDERS.items() if c.changes.get("mixer") not in _UNSIZED]
+    if contender(model).mixer in _UNSIZED:
+        fit = [name for name, c in CONTENDERS.items() if c.mixer not in _UNSIZED]
         raise ValueError(f"{model} has no memory of a size to choose: use {', '.join(fit)}")
     with torch.device("meta"):
         return state.nbytes(build(model, 2, skeleton, match=False).init_state(1))

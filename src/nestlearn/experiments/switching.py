@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,17 +23,18 @@ from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, Column, mean, metric, model
 from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Channel, Continuum, DeltaNet, Mixer, SwiGLU, Titans
 from nestlearn.train import Corpus, TrainConfig, train
 
 SYMBOLS, LENGTH, STAY, SHARPNESS, TABLES = 32, 512, 192, 4.0, 4
-MIXERS: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Hope, only the gates adapt": {"adapt": ("eta", "alpha")},
-    "Hope, only the values adapt": {"adapt": ("v",)},
-    "static projections": {"adapt": ()},
-    "DeltaNet": {"mixer": "deltanet"},
+MIXERS: dict[str, Mixer] = {
+    "Hope": Titans(),
+    "Hope, only the gates adapt": Titans(adapt=("eta", "alpha")),
+    "Hope, only the values adapt": Titans(adapt=("v",)),
+    "static projections": Titans(adapt=()),
+    "DeltaNet": DeltaNet(),
 }
-CHANNELS = {"levels": "cms", "static MLP": "mlp"}
+CHANNELS: dict[str, Channel] = {"levels": Continuum(), "static MLP": SwiGLU()}
 MODELS = tuple(f"{mixer}; {channel}" for channel in CHANNELS for mixer in MIXERS)
 SINCE = ((0, 32), (32, 96), (96, 192))  # symbols since the table changed
 
@@ -81,7 +83,7 @@ def config_of(model: str) -> HopeConfig:
     """The row's configuration, with the parameters of Hope's of that channel."""
     mixer, channel = model.split("; ")
     base = HopeConfig(SYMBOLS, dim=128, layers=2, heads=2, channel=CHANNELS[channel])
-    config = HopeConfig.from_dict(base.to_dict() | MIXERS[mixer])
+    config = replace(base, mixer=MIXERS[mixer])
     return config if config == base else with_parameters(config, parameter_count(base))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,11 @@ from transformers import PretrainedConfig
 
 from .. import models
 from ..disk import atomic_write
-from ..layers.cms import Level
+from ..models.config import FLAT, nested
+from ..options import names
 from .cache import CACHE
 
-_FIELDS = tuple(f.name for f in fields(models.HopeConfig))
+_FIELDS = names(models.HopeConfig)
 # What transformers itself passes or writes beside the attributes of its base class, and HopeLM.
 _ELSE = {
     "attn_implementation", "auto_map", "experts_implementation", "format", "model_type",
@@ -45,9 +44,10 @@ _AUTO_MAP = {
 class HopeConfig(PretrainedConfig):
     """The fields of `nestlearn.HopeConfig`, by the same names, as transformers' configuration.
 
-    levels: `nestlearn.Level`s, or dicts of their fields. hidden_size, num_hidden_layers and
-    num_attention_heads read `dim`, `layers` and `heads`. use_cache: whether a call returns its
-    state. The ids of special tokens go to `generate`.
+    mixer, channel: options of `nestlearn.options`, words for their defaults, or the JSON that they
+    are kept as here. hidden_size, num_hidden_layers and num_attention_heads read `dim`, `layers`
+    and `heads`. use_cache: whether a call returns its state. The ids of special tokens go to
+    `generate`.
 
     Raises ValueError for a field that neither library knows, and for a value that
     `nestlearn.HopeConfig` refuses.
@@ -76,21 +76,15 @@ class HopeConfig(PretrainedConfig):
         unknown = sorted(name for name in options if name not in known and name[0] != "_")
         if unknown:
             raise ValueError(
-                f"unknown fields {unknown} in the configuration of a Hope: its own are {_FIELDS}"
+                f"unknown fields {unknown} in the configuration of a Hope: its own are "
+                f"{sorted(_FIELDS)}"
             )
         if tie_word_embeddings:
             raise ValueError(
                 "tie_word_embeddings=True: a Hope's embedding and head are two matrices, so leave "
                 "it False"
             )
-        if "levels" in own:
-            own["levels"] = [asdict(v) if isinstance(v, Level) else v for v in own["levels"]]
-        # absent in a configuration that is made, and in old files of `nestlearn.HopeLM`
-        fresh = "half_life" not in own and "format" not in options
-        if fresh:
-            own["half_life"] = models.HopeConfig.half_life
-        # Through JSON, so that a configuration equals itself after a file.
-        for name, value in _plain(models.HopeConfig.from_dict(_plain(own)).to_dict()).items():
+        for name, value in models.HopeConfig(**own).to_dict().items():
             setattr(self, name, value)
         options.pop("format", None)  # of a folder that `nestlearn.HopeLM` wrote
         self.use_cache, self.tie_word_embeddings = use_cache, False
@@ -106,13 +100,20 @@ class HopeConfig(PretrainedConfig):
             del cls.__init__
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """As in transformers; also of a file from before there were options."""
+        if ({"mixer", "channel", "format"} | FLAT) & config_dict.keys():  # not one just made
+            config_dict = nested(config_dict)
+        return super().from_dict(config_dict, **options)
+
+    @classmethod
     def from_hope(cls, config: models.HopeConfig, **options: Any) -> HopeConfig:
         """That configuration in transformers' form; options: e.g. pad_token_id."""
         return cls(**config.to_dict(), **options)
 
     def to_hope(self) -> models.HopeConfig:
         """The configuration that `nestlearn.HopeLM` takes; ValueError for a field set wrongly."""
-        return models.HopeConfig.from_dict(_plain({n: getattr(self, n) for n in _FIELDS}))
+        return models.HopeConfig(**{n: getattr(self, n) for n in _FIELDS})
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As in transformers; beside it the file by which `trust_remote_code=True` loads the folder
@@ -130,7 +131,3 @@ class HopeConfig(PretrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing: the code of a saved Hope is not copied, it is in nestlearn."""
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(data))

@@ -21,13 +21,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nestlearn.disk import atomic_write, disk_errors
-from nestlearn.layers import Level
 
 from .meta import add_starts
-from .plan import StackConfig
+from .plan import DeltaLevel, StackConfig
 from .stack import StackedModel
 
 FORMAT, VERSION = "nestlearn-stack", 1
+_OTHERS = ("hidden", "scale", "learns")  # fields of older files, always at their defaults
 
 
 def fingerprint(model: StackedModel) -> str:
@@ -61,12 +61,17 @@ def to_dict(config: StackConfig) -> dict[str, Any]:
 
 def from_dict(data: dict[str, Any]) -> StackConfig:
     """The configuration again; TypeError or ValueError for what is none."""
-    levels = tuple(
-        Level(**{**level, "bound": None if level["bound"] is None else tuple(level["bound"])})
-        for level in data["levels"]
-    )
+    levels = tuple(DeltaLevel(**_as_now(level)) for level in data["levels"])
     layers = None if data["layers"] is None else tuple(data["layers"])
     return StackConfig(**{**data, "levels": levels, "layers": layers})
+
+
+def _as_now(level: dict[str, Any]) -> dict[str, Any]:
+    """A level as it is saved now, of one of when it was of the same kind as a layer's: such a one
+    had options that were not its own, and a bound with a lower side that did not act.
+    """
+    bound = level["bound"][1] if isinstance(level["bound"], list) else level["bound"]
+    return {k: v for k, v in level.items() if k not in _OTHERS} | {"bound": bound}
 
 
 def save_stack(model: StackedModel, folder: str | Path, tokenizer: Any = None) -> None:

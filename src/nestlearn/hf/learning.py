@@ -327,7 +327,7 @@ def _pace(model: StackedModel, i: int, drift: float | None) -> Pace:
     level = model.config.levels[i]
     assert level.chunk is not None
     keep = 1.0 if level.half_life is None else 0.5 ** (level.chunk / level.half_life)
-    high = float("inf") if level.bound is None else level.bound[1]
+    high = float("inf") if level.bound is None else level.bound
     high = high if drift is None else min(high, drift)
     theta = model.theta[i] if level.rule == "momentum" else None
     bound = tuple(high * model.norms[j] for j in model.owned[i])

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from nestlearn.layers import Level
+from nestlearn.options import check_learning
 
 from .writes import LevelState
 
@@ -39,10 +39,37 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DeltaLevel:
+    """One delta from the pretrained weights of each MLP that belongs to it, and how it learns.
+
+    chunk: tokens between two writes, at absolute positions (eq. 71); None: it is never written.
+    lr: step on the mean gradient of the chunk; 0: the pretrained model, bit for bit. rule: "gd";
+    "momentum" (eq. 33); "dgd" (eq. 57), whose retention falls on the delta. objective: "l2" or
+    "dot", of a stack that learns by the "local" one. half_life: tokens in which the delta fades by
+    half towards its start (None: never). bound: its largest norm, in units of the pretrained
+    weights' (None: any). meta_lr: in a nested stack, how far its start value moves when it starts
+    again.
+    """
+
+    chunk: int | None = None
+    lr: float = 0.3
+    rule: str = "dgd"
+    objective: str = "l2"
+    half_life: int | None = None
+    bound: float | None = 2.0
+    meta_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_learning(self)
+        if self.bound is not None and not self.bound >= 0:
+            raise ValueError(f"bound={self.bound}: give a norm of 0 or more, or None")
+
+
+@dataclass(frozen=True)
 class StackConfig:
     """How a model is stacked: the arguments of `stack_levels`, where they are explained."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[DeltaLevel, ...]
     layers: tuple[int, ...] | None = None
     spread: str = "block"
     variant: str = "sequential"
@@ -52,7 +79,9 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         if not self.levels:
-            raise ValueError("levels is empty: give at least one Level")
+            raise ValueError("levels is empty: give at least one DeltaLevel")
+        if other := [level for level in self.levels if not isinstance(level, DeltaLevel)]:
+            raise ValueError(f"levels: {other[0]!r} is none of a stack, give nestlearn.DeltaLevel")
         for name, value, known in (
             ("spread", self.spread, SPREADS),
             ("variant", self.variant, VARIANTS),
@@ -60,14 +89,6 @@ class StackConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}: use one of {known}")
-        if any(level.hidden is not None for level in self.levels):
-            raise ValueError("Level(hidden=...): the width is the pretrained MLPs'; leave it out")
-        if any(level.scale != Level().scale for level in self.levels):
-            raise ValueError("Level(scale=...): a delta has no output of its own; leave it out")
-        if any(level.learns != Level().learns for level in self.levels):
-            raise ValueError(
-                "Level(learns=...): of a pretrained MLP all matrices learn; leave it out"
-            )
         if self.objective == "local" and len({level.objective for level in self.levels}) > 1:
             raise ValueError("levels with different objectives: the local one is shared by all")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):

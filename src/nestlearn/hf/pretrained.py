@@ -141,8 +141,8 @@ class HopePreTrainedModel(PreTrainedModel):
         if enable and not parts:
             raise ValueError(
                 "gradient checkpointing recomputes the chunks of memories, and a model of "
-                f"mixer={self.config.mixer!r} and channel={self.config.channel!r} has none: "
-                "leave it off"
+                f"{self.config.mixer['kind']} and {self.config.channel['kind']} has none: leave it "
+                "off"
             )
         for part in parts:
             part.remat = enable

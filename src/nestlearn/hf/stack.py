@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nestlearn import state as trees
-from nestlearn.layers import Level
 
 from . import learning
 from .anchor import Anchor
@@ -29,16 +28,16 @@ from .families import (
     version,
 )
 from .families import full_precision as wide
-from .plan import AUTO, WINDOW, Memory, StackConfig, chosen, rank_of
+from .plan import AUTO, WINDOW, DeltaLevel, Memory, StackConfig, chosen, rank_of
 from .version import version_of
 from .writes import Fast, LevelState
 
-MOMENTUM = 0.9  # θ of Level(rule="momentum"), unless it is trained
+MOMENTUM = 0.9  # θ of DeltaLevel(rule="momentum"), unless it is trained
 
 
 def stack_levels(
     model: PreTrainedModel,
-    levels: Sequence[Level],
+    levels: Sequence[DeltaLevel],
     *,
     layers: Sequence[int] | None = None,
     spread: str = "block",
@@ -54,13 +53,11 @@ def stack_levels(
     (eq. 71), taken at the weights with which its tokens were read. A model whose levels have
     lr=0, or that has learned nothing yet, computes bit for bit what the base model does.
 
-    levels: chunk, lr, rule ("gd"; "momentum", eq. 33; "dgd", eq. 57, whose retention falls on
-    the deltas), half_life (tokens in which a delta fades by half), the upper side of bound (a
-    delta's largest norm, in units of its pretrained weights'). layers: the blocks that learn, by
-    number (default all). spread: "block", every block has one delta per level, which add up;
-    "depth", every block belongs to one level, the first blocks to the first one. variant, of
-    levels in a block: "sequential" (73), at the end of a slower level's context it takes over what
-    the next faster one has learned, and that starts again from its start value; "nested" (72),
+    levels: fast to slow or in any order. layers: the blocks that learn, by number (default all).
+    spread: "block", every block has one delta per level, which add up; "depth", every block
+    belongs to one level, the first blocks to the first one. variant, of levels in a block:
+    "sequential" (73), at the end of a slower level's context it takes over what the next faster
+    one has learned, and that starts again from its start value; "nested" (72),
     the faster one starts again and its start value has moved by meta_lr towards what it had
     learned; "independent" (74), each level learns and keeps its own. Over the depth sequential and
     independent are the same. objective: "outer", next-token cross-entropy by backpropagation;

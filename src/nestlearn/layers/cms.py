@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -12,67 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights, objective
+from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
+from ..options import Level
 from ..scan import FastWeights, Span, Writer, spans
 from .mixers import Device, Starts, Stepping, StreamingLayer, check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
-LEARNS = ("out", "all")
 BOUND_EVERY = 512  # tokens: the bound of a level acts at the first chunk's end after so many
 STRETCH = 2048  # tokens computed again together
-
-
-@dataclass(frozen=True)
-class Level:
-    """One MLP of the chain and how often it learns.
-
-    chunk: tokens between two updates (eq. 71); None: it never updates, a plain MLP. learns: "out",
-    the second matrix of the MLP alone, whose features the first one makes: then whole spans of
-    chunks are products; or "all", both (eq. 71 to the letter), one chunk after another. lr: step
-    size at the start of training, then learned. hidden: width (default: 4 dim, shared among the
-    levels). rule: "gd", "dgd" (delta gradient descent) or "momentum" (gd with a learned momentum).
-    objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
-    towards what the level has learned whenever the next slower level's context ends. bound: the
-    shell, in units of the start's norm, to which each matrix that learns is brought back: after
-    every chunk, or with "out" after the first that ends 512 tokens or more on. half_life: tokens in
-    which what was learned fades by half towards the start (None: never). scale: a factor of the
-    output, a third as large as the stream it is added to at the start of training, then learned
-    (None: 1).
-    """
-
-    chunk: int | None = None
-    lr: float = 0.3
-    hidden: int | None = None
-    rule: str = "dgd"
-    objective: str = "l2"
-    meta_lr: float = 0.1
-    bound: tuple[float, float] | None = (0.25, 2.0)
-    half_life: int | None = None
-    scale: float | None = 0.3
-    learns: str = "out"
-
-    def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}: give 1 token or more, or None for no updates")
-        if not 0 <= self.lr < 1:
-            raise ValueError(f"lr={self.lr}: give a step size in [0, 1)")
-        objective(self.objective)  # refuses an unknown name
-        if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
-            raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
-        if self.half_life is not None and self.half_life < 1:
-            raise ValueError(f"half_life={self.half_life}: give 1 token or more, or None")
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale={self.scale}: give a finite factor, or None")
-        if self.learns not in LEARNS:
-            raise ValueError(f"learns={self.learns!r}: use one of {LEARNS}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
-        if self.rule not in ("gd", "dgd", "momentum"):
-            raise ValueError(f"rule={self.rule!r}: use 'gd', 'dgd' or 'momentum'")
-        if not 0 <= self.meta_lr <= 1:
-            raise ValueError(f"meta_lr={self.meta_lr}: give a share in [0, 1]")
 
 
 class LevelState(NamedTuple):

@@ -23,6 +23,7 @@ from .. import state as tree
 from ..memory import Gates, Matrix, ResidualMLP, Weights, decay, delta, hebbian
 from ..memory import momentum as with_momentum
 from ..memory.linalg import unit
+from ..options import DeltaNet, Linear, StaticTitans
 from ..scan import FastWeights, Span, Writer, scan
 
 
@@ -59,6 +60,13 @@ def check_truncate(truncate: int | None) -> None:
     """Raise ValueError unless `truncate` is None or a number of tokens."""
     if truncate is not None and truncate < 1:
         raise ValueError(f"truncate={truncate}: give 1 token or more, or None for no truncation")
+
+
+def check_options(given: Any, kind: type) -> None:
+    """Raise ValueError unless they are of that kind."""
+    if not isinstance(given, kind):
+        name = kind.__name__
+        raise ValueError(f"options={given!r}: give nestlearn.options.{name}(...), e.g. its chunk")
 
 
 class Stepping(nn.Module):
@@ -520,22 +528,41 @@ def start_weights(memory: Matrix | ResidualMLP, *lead: int) -> list[Tensor]:
     return weights
 
 
-def static_titans(dim: int, heads: int, *, chunk: int = 64, hidden: int | None = None, **options):
+def static_titans(
+    dim: int, heads: int, options: StaticTitans = StaticTitans(), *,
+    truncate: int | None = None, remat: bool = False,
+) -> StaticProjections:  # fmt: skip
     """Titans: one residual MLP memory per head, static projections, momentum, retention (L2)."""
+    check_options(options, StaticTitans)
     width = dim // heads
-    memory = ResidualMLP(width, hidden or width, gain=math.sqrt(hidden or width))
+    hidden = options.hidden or width
+    memory = ResidualMLP(width, hidden, gain=math.sqrt(hidden))
     rule = with_momentum(decay(hebbian(normalize=True)))
-    writer = Writer(memory, rule, chunk, objective="l2", bound=(0.25, 2.0))
-    return StaticProjections(dim, heads, writer, **options)
+    writer = Writer(memory, rule, options.chunk, objective="l2", bound=(0.25, 2.0))
+    return StaticProjections(dim, heads, writer, conv=options.conv, truncate=truncate, remat=remat)
 
 
-def gated_deltanet(dim: int, heads: int, *, chunk: int = 64, **options):
+def gated_deltanet(
+    dim: int, heads: int, options: DeltaNet = DeltaNet(), *,
+    truncate: int | None = None, remat: bool = False,
+) -> StaticProjections:  # fmt: skip
     """Gated DeltaNet: a matrix memory, the delta rule with retention; exact at any chunk size."""
-    writer = Writer(Matrix(dim // heads, dim // heads), decay(delta()), chunk)
-    return StaticProjections(dim, heads, writer, **options)
+    check_options(options, DeltaNet)
+    writer = Writer(Matrix(dim // heads, dim // heads), decay(delta()), options.chunk)
+    return StaticProjections(
+        dim, heads, writer, eta_max=options.eta_max, conv=options.conv,
+        truncate=truncate, remat=remat,
+    )  # fmt: skip
 
 
-def linear_attention(dim: int, heads: int, *, chunk: int = 64, **options):
+def linear_attention(
+    dim: int, heads: int, options: Linear = Linear(), *,
+    truncate: int | None = None, remat: bool = False,
+) -> StaticProjections:  # fmt: skip
     """Linear attention: a matrix memory that only adds."""
-    writer = Writer(Matrix(dim // heads, dim // heads), hebbian(), chunk)
-    return StaticProjections(dim, heads, writer, **options)
+    check_options(options, Linear)
+    writer = Writer(Matrix(dim // heads, dim // heads), hebbian(), options.chunk)
+    return StaticProjections(
+        dim, heads, writer, eta_max=options.eta_max, conv=options.conv,
+        truncate=truncate, remat=remat,
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import state as tree
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
+from ..options import Titans
 from ..scan import FastWeights, Span, Writer
 from ..scan.fused import answers
 from ..scan.loop import RUN
@@ -30,6 +31,7 @@ from .mixers import (
     StreamingLayer,
     check_heads,
     check_input,
+    check_options,
     check_truncate,
     logit,
     step_sizes,
@@ -78,23 +80,10 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     η, α are a learned readout of their memory's vector answer. The outer gradient reaches every
     start value through every write.
 
-    chunk: tokens between two gradient points of M_mem; projection_chunk: of the others (default
-    the same). adapt: which projections are memories that are written; one left out stays at its
-    start value ("q" is static W_q unless named). objective: "dot" or "l2". dgd: the share of the
-    heads, from the first on, with the retention term −η k kᵀ; the others learn by plain gradient
-    descent, which adds up what DGD replaces (True: all have it, False: none). weight_decay: the
-    retention α_t. momentum: input-gated S. eta_max: 1, or 2 for transitions with negative
-    eigenvalues. read: "token" answers through the writes of the chunk so far, "boundary" through
-    the chunk's first weights. bound: the shell, in units of the start's norm, to which each matrix
-    is brought back after a chunk (None: free). half_life: tokens in which what was learned fades
-    by half *towards the start* (None: never), a retention (eq. 59) without which the memories of a
-    stream much longer than the trained ones drift; it acts where a chunk ends, every 512 tokens or
-    every quarter of it: W ← W_0 + 2^(−every/half_life) (W − W_0). depth,
-    hidden: matrices of each memory (1: a matrix memory) and the width between them (default: that
-    of a head). truncate: the outer gradient through the memories stops at multiples of so many
-    tokens; give it for long sequences with large steps (eta_max > 1, momentum), where products of
-    many writes make it explode. remat: recompute each chunk in the backward pass. backend: as in
-    `nestlearn.scan.update`.
+    options: what it is made of, see there. truncate: the outer gradient through the memories stops
+    at multiples of so many tokens; give it for long sequences with large steps (eta_max > 1,
+    momentum), where products of many writes make it explode. remat: recompute each chunk in the
+    backward pass. backend: as in `nestlearn.scan.update`.
 
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
@@ -106,21 +95,8 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         self,
         dim: int,
         heads: int,
-        chunk: int = 64,
+        options: Titans = Titans(),
         *,
-        projection_chunk: int | None = None,
-        adapt: tuple[str, ...] = ("k", "v", "eta", "alpha"),
-        objective: str = "dot",
-        dgd: float = True,
-        weight_decay: bool = True,
-        momentum: bool = False,
-        eta_max: float = 1.0,
-        read: str = "token",
-        bound: tuple[float, float] | None = (0.25, 1.0),
-        half_life: int | None = None,
-        depth: int = 2,
-        hidden: int | None = None,
-        conv: int = 4,
         truncate: int | None = None,
         remat: bool = False,
         backend: str = "auto",
@@ -128,45 +104,48 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         super().__init__()
         check_heads(dim, heads)
         check_truncate(truncate)
-        unknown = set(adapt) - set(PROJECTIONS)
+        check_options(options, Titans)
+        o = options
+        unknown = set(o.adapt) - set(PROJECTIONS)
         if unknown:
-            raise ValueError(f"adapt={adapt}: {sorted(unknown)} not among {PROJECTIONS}")
-        if "alpha" in adapt and not weight_decay:
-            adapt = tuple(n for n in adapt if n != "alpha")
-        replacing = round(dgd * heads)
-        if not 0 <= dgd <= 1 or abs(replacing - dgd * heads) > 1e-6:
+            raise ValueError(f"adapt={o.adapt}: {sorted(unknown)} not among {PROJECTIONS}")
+        replacing = round(o.dgd * heads)
+        if not 0 <= o.dgd <= 1 or abs(replacing - o.dgd * heads) > 1e-6:
             raise ValueError(
-                f"dgd={dgd} of heads={heads}: give a share in [0, 1] of a whole number of heads"
+                f"dgd={o.dgd} of heads={heads}: give a share in [0, 1] of a whole number of heads"
             )
-        if not 0 < eta_max <= 2:
-            raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
-        self.dim, self.heads, self.eta_max = dim, heads, eta_max
+        if not 0 < o.eta_max <= 2:
+            raise ValueError(f"eta_max={o.eta_max}: give a step bound in (0, 2]")
+        self.dim, self.heads, self.eta_max = dim, heads, o.eta_max
         self.truncate, self.remat = truncate, remat
-        self.adapt = tuple(n for n in PROJECTIONS if n in adapt)
+        decayed = PROJECTIONS if o.weight_decay else tuple(n for n in PROJECTIONS if n != "alpha")
+        self.adapt = tuple(n for n in decayed if n in o.adapt)
         width = dim // heads
-        hidden = width if hidden is None else hidden
+        hidden = width if o.hidden is None else o.hidden
         memory: Matrix | ResidualMLP = (
             Matrix(width, width)
-            if depth == 1
-            else ResidualMLP(width, hidden, depth, gain=math.sqrt(max(hidden, 1)))
+            if o.depth == 1
+            else ResidualMLP(width, hidden, o.depth, gain=math.sqrt(max(hidden, 1)))
         )
-        rule = GradientRule(replacing > 0, decay=weight_decay, momentum=momentum, normalize=True)
+        rule = GradientRule(
+            replacing > 0, decay=o.weight_decay, momentum=o.momentum, normalize=True
+        )
         self.writer = Writer(
-            memory, rule, chunk, objective=objective, read=read, bound=bound, backend=backend,
-            answering=-1, makes_values=True,
+            memory, rule, o.chunk, objective=o.objective, read=o.read, bound=o.bound,
+            backend=backend, answering=-1, makes_values=True,
         )  # fmt: skip
         names = ["k", "v", "eta", "alpha"] + ["q"] * ("q" in self.adapt) + ["mem"]
         self.start = nn.ModuleDict(
             {
                 n: Starts(partial(_fresh, memory, heads))
                 for n in names
-                if weight_decay or n != "alpha"
+                if o.weight_decay or n != "alpha"
             }
         )
-        size = chunk if projection_chunk is None else projection_chunk
-        together: list[tuple[tuple[str, ...], int]] = [((*self.adapt, "mem"), chunk)]
-        if self.adapt and size != chunk:
-            together = [(self.adapt, size), (("mem",), chunk)]
+        size = o.chunk if o.projection_chunk is None else o.projection_chunk
+        together: list[tuple[tuple[str, ...], int]] = [((*self.adapt, "mem"), o.chunk)]
+        if self.adapt and size != o.chunk:
+            together = [(self.adapt, size), (("mem",), o.chunk)]
         kinds = [(True, slice(0, replacing)), (False, slice(replacing, heads))]
         self.groups = tuple(
             Group(names, replace(self.writer, chunk=size, rule=replace(rule, delta=delta)), part)
@@ -174,15 +153,15 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
             for delta, part in kinds
             if part.start < part.stop
         )
-        self.half_life = half_life
-        self.fade_every = _fade_every(half_life, [group.writer.chunk for group in self.groups])
-        self.conv = ShortConvolution(dim, conv) if conv else None
+        self.half_life = o.half_life
+        self.fade_every = _fade_every(o.half_life, [group.writer.chunk for group in self.groups])
+        self.conv = ShortConvolution(dim, o.conv) if o.conv else None
         self.query = None if "q" in self.adapt else nn.Linear(dim, dim, bias=False)
         # η starts at 2 % of its bound, α at 0.9999: a memory that is not trained yet
         # neither floods itself nor fades within any context that it may be given.
         self.eta = Scalar(heads, width, logit(0.02))
-        self.alpha = Scalar(heads, width, logit(0.9999)) if weight_decay else None
-        self.theta = nn.Linear(dim, heads) if momentum else None
+        self.alpha = Scalar(heads, width, logit(0.9999)) if o.weight_decay else None
+        self.theta = nn.Linear(dim, heads) if o.momentum else None
         self.readout = Readout(dim, heads)
 
     def start_weights(self, group: Group) -> Weights:
@@ -284,7 +263,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         return _joined(os), tuple(after)
 
     def _faded(
-        self, memories: tuple[FastWeights, ...], starts: tuple[Starts, ...]
+        self, memories: tuple[FastWeights, ...], starts: tuple[Given, ...]
     ) -> tuple[FastWeights, ...]:
         """The memories, all at a chunk's end, nearer to their start values."""
         assert self.fade_every is not None

@@ -28,7 +28,7 @@ from torch import Tensor
 from nestlearn import state as trees
 from nestlearn.disk import atomic_write, disk_errors
 from nestlearn.hf.families import Factors, kernel
-from nestlearn.hf.folder import fingerprint, to_dict
+from nestlearn.hf.folder import fingerprint, from_dict, to_dict
 from nestlearn.hf.learning import cache_shapes
 from nestlearn.hf.plan import Memory
 from nestlearn.hf.stack import StackedModel
@@ -126,7 +126,7 @@ def load_memory(folder: str | Path, model: StackedModel) -> Stored:
                 f"{folder} is a memory of another base model (or of other start values): its "
                 f"fingerprint is {str(body['base'])[:12]}, this model's {fingerprint(model)[:12]}"
             )
-        if body["stack"] != to_dict(model.config):
+        if _stack(body) != to_dict(model.config):
             raise ValueError(
                 f"{folder} was learned with another stack: {_differences(body, model)}; stack "
                 "the model as it was"
@@ -229,8 +229,16 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
+def _stack(body: Record) -> Any:
+    """The stack's options as they are saved now; unchanged where they are of none."""
+    try:
+        return to_dict(from_dict(body["stack"]))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return body["stack"]
+
+
 def _differences(body: Record, model: StackedModel) -> str:
-    old, new = body["stack"], to_dict(model.config)
+    old, new = _stack(body), to_dict(model.config)
     keys = [key for key in new if not isinstance(old, dict) or old.get(key) != new[key]]
     return ", ".join(keys) or "other options"
 

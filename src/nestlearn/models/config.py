@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..layers import Level
+from ..options import Channel, Continuum, Mixer, Titans, named, names, to_json
 
 FORMAT = "nestlearn-hope-1"
 TYPE = "nestlearn-hope"  # by which transformers knows it
 WEIGHTS = "model.safetensors"
-MIXERS = ("hope", "attention", "titans", "deltanet", "linear")
 SIZES = {  # dim, layers, heads
     "tiny": (128, 3, 4),
     "small": (256, 6, 4),
@@ -25,48 +24,25 @@ SIZES = {  # dim, layers, heads
 class HopeConfig:
     """All that defines a model; `HopeConfig.size("tiny")` derives it from one dial.
 
-    mixer: "hope" (self-modifying Titans), "attention", "titans", "deltanet" or "linear".
-    channel: "cms" or "mlp" (SwiGLU). mlp_hidden: width of the SwiGLU. levels: of the CMS, fast to
-    slow. conv: taps of the short convolution (0: none). rotary: positions of the attention (False:
-    none). The other fields are the options of the same name of `nestlearn.SelfModifyingTitans` and
-    `nestlearn.ContinuumMemory`.
+    mixer: options of `nestlearn.options`: `Titans`, `Attention`, `StaticTitans`, `DeltaNet` or
+    `Linear`; or for their defaults a word, "hope", "attention", "titans" (static ones), "deltanet"
+    or "linear". channel: `Continuum` or `SwiGLU`; or "cms" or "mlp". truncate: the outer gradient
+    through the memories stops at multiples of so many tokens (None: nowhere). remat: memories
+    compute each chunk again in the backward pass.
     """
 
     vocab_size: int = 256
     dim: int = 128
     layers: int = 3
     heads: int = 4
-    mixer: str = "hope"
-    channel: str = "cms"
-    chunk: int = 64
-    projection_chunk: int | None = None
-    hidden: int | None = None
-    depth: int = 1
-    dgd: float = True
-    weight_decay: bool = True
-    objective: str = "dot"
-    momentum: bool = False
-    eta_max: float = 1.0
-    read: str = "token"
-    bound: tuple[float, float] | None = (0.25, 1.0)
-    half_life: int | None = 2048
-    adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
-    conv: int = 4
-    rotary: bool = True
-    levels: tuple[Level, ...] = (Level(chunk=4), Level(chunk=16), Level())
-    variant: str = "independent"
-    meta_gradient: str = "full"
-    mlp_hidden: int | None = None
+    mixer: Mixer = Titans()
+    channel: Channel = Continuum()
     truncate: int | None = None
     remat: bool = False
 
     def __post_init__(self) -> None:
-        if self.mixer not in MIXERS:
-            raise ValueError(f"mixer={self.mixer!r}: use one of {MIXERS}")
-        if self.mlp_hidden is not None and self.mlp_hidden < 1:
-            raise ValueError(f"mlp_hidden={self.mlp_hidden}: give a width of 1 or more")
-        if self.channel not in ("cms", "mlp"):
-            raise ValueError(f"channel={self.channel!r}: use 'cms' or 'mlp'")
+        for name in ("mixer", "channel"):
+            object.__setattr__(self, name, named(name, getattr(self, name)))
         for name in ("vocab_size", "dim", "layers", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
@@ -80,30 +56,69 @@ class HopeConfig:
         return cls(**{"dim": dim, "layers": layers, "heads": heads, **changes})
 
     def with_half_life(self, tokens: int | None) -> HopeConfig:
-        """The same model with memories and levels that fade to their start by half in so long."""
-        levels = tuple(replace(level, half_life=tokens) for level in self.levels)
-        return replace(self, half_life=tokens, levels=levels)
+        """The same model with memories and levels that fade to their start by half in so long.
+
+        ValueError for a model in which nothing fades towards a start.
+        """
+        mixer, channel = self.mixer, self.channel
+        if not isinstance(mixer, Titans) and not isinstance(channel, Continuum):
+            raise ValueError(
+                f"half_life={tokens}: {type(mixer).__name__} and {type(channel).__name__} have "
+                "none, leave it out"
+            )
+        if isinstance(mixer, Titans):
+            mixer = replace(mixer, half_life=tokens)
+        if isinstance(channel, Continuum):
+            levels = tuple(replace(level, half_life=tokens) for level in channel.levels)
+            channel = replace(channel, levels=levels)
+        return replace(self, mixer=mixer, channel=channel)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
+        """As plain JSON data; mixer and channel with their kind."""
+        return {**vars(self), "mixer": to_json(self.mixer), "channel": to_json(self.channel)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HopeConfig:
-        """The inverse of `to_dict`; ValueError names a field that this version does not know."""
-        unknown = set(data) - {f.name for f in fields(cls)}
+        """The inverse of `to_dict`; ValueError names a field that this version does not know.
+
+        Data in which neither mixer nor channel has fields is from before they had: see `nested`.
+        """
+        data = nested(data)
+        unknown = set(data) - names(cls)
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)} in the model's configuration")
-        data = {"half_life": None, **data}  # before there was a default, nothing faded
-        if "levels" in data:
-            # before there was a choice, both matrices of a level learned
-            data["levels"] = tuple(Level(**{"learns": "all", **_tuples(x)}) for x in data["levels"])
-        return cls(**_tuples(data))
+        return cls(**data)
 
 
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that a configuration holds."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+FLAT = {  # the fields that there were beside those of today before there were options
+    "chunk", "projection_chunk", "hidden", "depth", "dgd", "weight_decay", "objective", "momentum",
+    "eta_max", "read", "bound", "half_life", "adapt", "conv", "rotary", "levels", "variant",
+    "meta_gradient", "mlp_hidden",
+}  # fmt: skip
+
+
+def nested(data: dict[str, Any]) -> dict[str, Any]:
+    """A configuration from before there were options, all of it fields of one class, as it is now;
+    one from since then as it is.
+
+    What did not apply to its mixer or channel is left out, as the model did with it. What is not
+    said had another meaning than now: memories did not fade, and both matrices of a level learned.
+    ValueError for an unknown mixer or channel.
+    """
+    if any(isinstance(data.get(name), dict) for name in ("mixer", "channel")):
+        return data
+    said = {"half_life": None, **data}
+    if "levels" in data:
+        said["levels"] = [{"learns": "all", **level} for level in data["levels"]]
+    mixer = type(named("mixer", data.get("mixer", "hope")))
+    channel = type(named("channel", data.get("channel", "cms")))
+
+    def own(kind: type, said: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": kind.__name__, **{n: v for n, v in said.items() if n in names(kind)}}
+
+    rest = {n: v for n, v in data.items() if n not in FLAT}
+    width = {"hidden": data.get("mlp_hidden")}
+    return {**rest, "mixer": own(mixer, said), "channel": own(channel, said | width)}
 
 
 def saved_config(data: dict[str, Any]) -> HopeConfig:
@@ -114,7 +129,7 @@ def saved_config(data: dict[str, Any]) -> HopeConfig:
     if "format" in data:
         own = {name: value for name, value in data.items() if name not in ("format", "model_type")}
     else:
-        own = {f.name: data[f.name] for f in fields(HopeConfig) if f.name in data}
+        own = {name: data[name] for name in names(HopeConfig) | FLAT if name in data}
     return HopeConfig.from_dict(own)
 
 

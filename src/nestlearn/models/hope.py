@@ -1,12 +1,13 @@
 """Hope (section 8.3): self-modifying Titans followed by a continuum memory, as a language model.
 
-The same skeleton carries the baselines: `mixer="attention", channel="mlp"` is a Transformer++,
-`mixer="attention", channel="cms"` is Hope-Attention.
+The same skeleton carries the baselines: `mixer=Attention(), channel=SwiGLU()` is a Transformer++,
+`mixer=Attention()` alone Hope-Attention.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import options
 from ..disk import atomic_write
 from ..layers import (
     Attention,
@@ -78,29 +80,27 @@ class HopeBlock(nn.Module):
         return y, (mixer, channel)
 
 
+_MEMORIES: dict[type, Callable[..., nn.Module]] = {
+    options.Titans: SelfModifyingTitans,
+    options.StaticTitans: static_titans,
+    options.DeltaNet: gated_deltanet,
+    options.Linear: linear_attention,
+}
+
+
 def _mixer(c: HopeConfig) -> nn.Module:
-    if c.mixer == "attention":
-        return Attention(c.dim, c.heads, conv=c.conv, gate=c.conv > 0, rotary=c.rotary)
-    common: dict[str, Any] = {"conv": c.conv, "truncate": c.truncate, "remat": c.remat}
-    if c.mixer == "hope":
-        return SelfModifyingTitans(
-            c.dim, c.heads, c.chunk, projection_chunk=c.projection_chunk, hidden=c.hidden,
-            depth=c.depth, objective=c.objective, dgd=c.dgd, weight_decay=c.weight_decay,
-            momentum=c.momentum, eta_max=c.eta_max, read=c.read, bound=c.bound,
-            half_life=c.half_life, adapt=c.adapt,
-            **common,
-        )  # fmt: skip
-    if c.mixer == "titans":
-        return static_titans(c.dim, c.heads, chunk=c.chunk, hidden=c.hidden, **common)
-    build = gated_deltanet if c.mixer == "deltanet" else linear_attention
-    return build(c.dim, c.heads, chunk=c.chunk, eta_max=c.eta_max, **common)
+    own = c.mixer
+    if isinstance(own, options.Attention):
+        return Attention(c.dim, c.heads, conv=own.conv, gate=own.conv > 0, rotary=own.rotary)
+    return _MEMORIES[type(own)](c.dim, c.heads, own, truncate=c.truncate, remat=c.remat)
 
 
 def _channel(c: HopeConfig) -> nn.Module:
-    if c.channel == "mlp":
-        return SwiGLU(c.dim, 8 * c.dim // 3 if c.mlp_hidden is None else c.mlp_hidden)
+    own = c.channel
+    if isinstance(own, options.SwiGLU):
+        return SwiGLU(c.dim, 8 * c.dim // 3 if own.hidden is None else own.hidden)
     return ContinuumMemory(
-        c.dim, c.levels, c.variant, meta_gradient=c.meta_gradient,
+        c.dim, own.levels, own.variant, meta_gradient=own.meta_gradient,
         truncate=c.truncate, remat=c.remat,
     )  # fmt: skip
 
@@ -269,9 +269,11 @@ class HopeLM(nn.Module):
         again = "save the model again, or take it from a checkpoint"
         try:
             config = saved_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            model = cls(config if half_life is None else config.with_half_life(half_life))
+            model = cls(config)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'config.json'} is damaged ({error}): {again}") from error
+        if half_life is not None:
+            model = cls(config.with_half_life(half_life))
         try:
             weights: dict[str, Tensor] = {}
             tied = False

@@ -44,6 +44,11 @@ CHECKS: dict[str, Check] = {
 }  # fmt: skip
 
 
+def given(here: dict[str, Any], *but: str) -> dict[str, Any]:
+    """Of a constructor's `locals()` its arguments, but for some: so it states an option once."""
+    return {k: v for k, v in here.items() if k not in ("self", "__class__", *but)}
+
+
 class ChainOptimizer(Optimizer):
     """A `torch.optim.Optimizer` that runs a chain of transforms: W ← (1 − lr λ) W − lr u.
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import ChainOptimizer, Check, Group
+from .base import ChainOptimizer, Check, Group, given
 from .chain import At, Slot, Transform, Updates, chain, stateless
 from .sharded import own_part, whole_of
 from .transforms import momentum as momentum_memory
@@ -148,19 +148,12 @@ class DGD(ChainOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
     ) -> None:
+        options = given(locals(), "model")
         self.taps = taps(model)
         owners = {id(tap.module.weight) for tap in self.taps}
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.plain = [name for name, p in named if id(p) not in owners]
-        super().__init__(
-            [p for _, p in named],
-            lr=lr,
-            forget=forget,
-            momentum=momentum,
-            solve=solve,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__([p for _, p in named], **options)
 
     def chain(self, group: Group, rule: str) -> Transform:
         """Eq. 57 for the layers that are watched, plain descent for the rest; then momentum."""

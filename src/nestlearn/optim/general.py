@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from .base import ChainOptimizer, Check, Group
+from .base import ChainOptimizer, Check, Group, given
 from .chain import At, Memory, State, Transform, Updates, stateless
 from .delta import DGD, Tap, delta_step, inputs, mean_square, taps
 
@@ -61,14 +61,7 @@ class GM(ChainOptimizer):
         if callable(objective) and solve == "exact":
             raise ValueError("solve='exact' knows dot and l2: give explicit or a number of steps")
         self.objective = objective
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            solve=solve,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**given(locals(), "objective"))
 
     def chain(self, group: Group, rule: str) -> Transform:
         """The memory, whose value is added to the weights."""
@@ -166,8 +159,8 @@ class GGD(DGD):
         self.closed = value is None and not callable(objective)
         self.loss = objective if callable(objective) else _PAIR_LOSSES[objective]
         self.value = value or (lambda y, delta: -delta)
-        forget = 0.0 if objective == "dot" else 1.0
-        super().__init__(model, lr, forget=forget, weight_decay=weight_decay, maximize=maximize)
+        options = given(locals(), "objective", "value", "inner_steps")
+        super().__init__(**options, forget=0.0 if objective == "dot" else 1.0)
         for group in self.param_groups:
             group["inner_steps"] = inner_steps
             self._check(group)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from torch.optim.optimizer import ParamsT
 
-from .base import ChainOptimizer, Check, Group
+from .base import ChainOptimizer, Check, Group, given
 from .chain import Transform, chain
 from .deep import OBJECTIVES, DeepMemory, Tokens, deep_momentum, literal_deep_momentum, take_roots
 from .m3 import literal_m3, multiscale, say_form
@@ -47,7 +47,7 @@ class Chain(ChainOptimizer):
         maximize: bool = False,
     ) -> None:
         self.transform = transform
-        super().__init__(params, lr=lr, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(**given(locals(), "transform"))
 
     def chain(self, group: Group, rule: str) -> Transform:
         return self.transform
@@ -81,17 +81,7 @@ class DeltaMomentum(ChainOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            mode=mode,
-            delta=delta,
-            features=features,
-            output=output,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**given(locals()))
 
     def _check(self, group: Group) -> None:
         super()._check(group)
@@ -151,20 +141,7 @@ class DeepMomentum(ChainOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            mode=mode,
-            inner_lr=inner_lr,
-            retention=retention,
-            hidden=hidden,
-            depth=depth,
-            tokens=tokens,
-            objective=objective,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**given(locals()))
 
     upgrade = staticmethod(take_roots)
 
@@ -236,20 +213,7 @@ class Muon(_Orthogonal):
         eps: float = 1e-8,
         maximize: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            adjust=adjust,
-            ns_steps=ns_steps,
-            ns_coefficients=ns_coefficients,
-            precision=precision,
-            betas=betas,
-            eps=eps,
-            maximize=maximize,
-        )
+        super().__init__(**given(locals()))
 
     def matrices(self, group: Group) -> Transform:
         """Momentum, Newton–Schulz."""
@@ -285,19 +249,7 @@ class AdaMuon(_Orthogonal):
         eps: float = 1e-8,
         maximize: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            sign=sign,
-            weight_decay=weight_decay,
-            ns_steps=ns_steps,
-            ns_coefficients=ns_coefficients,
-            precision=precision,
-            betas=betas,
-            eps=eps,
-            maximize=maximize,
-        )
+        super().__init__(**given(locals()))
 
     def matrices(self, group: Group) -> Transform:
         """Momentum, its sign, Newton–Schulz, the second moment of that, one size."""
@@ -353,26 +305,7 @@ class M3(_Orthogonal):
         exact: bool = False,
         maximize: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            mode=mode,
-            slow=slow,
-            alpha=alpha,
-            period=period,
-            second_moment=second_moment,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            adjust=adjust,
-            ns_steps=ns_steps,
-            ns_coefficients=ns_coefficients,
-            precision=precision,
-            betas=betas,
-            eps=eps,
-            exact=exact,
-            maximize=maximize,
-        )
+        super().__init__(**given(locals()))
 
     upgrade = staticmethod(say_form)
 

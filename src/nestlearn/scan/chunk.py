@@ -213,7 +213,8 @@ def explain(layer: Any, x: Tensor) -> dict[str, int]:
     levels by whole spans; the others are the backends of `update`. The call is made, without
     gradients; steps that are compiled are not seen.
 
-        >>> nestlearn.scan.explain(SelfModifyingTitans(64, 4, chunk=32), torch.randn(1, 40, 64))
+        >>> layer = SelfModifyingTitans(64, 4, Titans(chunk=32))
+        >>> nestlearn.scan.explain(layer, torch.randn(1, 40, 64))
         {'fused': 40}
     """
     with noted() as ran:

@@ -240,7 +240,8 @@ class RunFolder:
         where nothing is usable, or where the run was started with another configuration.
         """
         path, meta, damaged = self._newest()
-        _check_identity(self.out, meta if path else self._read_config(), self.identity)
+        started = _as_now(meta if path else self._read_config(), model)
+        _check_identity(self.out, started, self.identity)
         step = 0
         if path is not None:
             step = int(meta["step"])
@@ -348,6 +349,14 @@ def read_log(path: str | Path) -> list[Record]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def _as_now(started: Identity, model: nn.Module) -> Identity:
+    """The same with the model's configuration as this version writes it: its form has changed."""
+    read = getattr(getattr(model, "config", None), "from_dict", None)
+    if read is None or not started.get("model"):
+        return started
+    return {**started, "model": json.loads(json.dumps(read(started["model"]).to_dict()))}
 
 
 def _check_identity(out: Path, started: Identity, now: Identity) -> None:

@@ -1,0 +1,230 @@
+"""What a model is made of, as plain data: one frozen dataclass for each mixer and channel mixer.
+
+The layers take these too: `SelfModifyingTitans(64, 4, Titans(chunk=32))`. Each has only what
+applies to it, so a value that would change nothing cannot be written down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .memory import objective
+
+LEARNS = ("out", "all")
+RULES = ("gd", "dgd", "momentum")
+
+
+def check_learning(level: Any) -> None:
+    """ValueError for what a level cannot have: its chunk, lr, rule, objective, half_life, meta_lr.
+
+    Of a `Level`, and of the levels of a stacked model.
+    """
+    if level.chunk is not None and level.chunk < 1:
+        raise ValueError(f"chunk={level.chunk}: give 1 token or more, or None for no updates")
+    if not 0 <= level.lr < 1:
+        raise ValueError(f"lr={level.lr}: give a step size in [0, 1)")
+    objective(level.objective)  # refuses an unknown name
+    if level.half_life is not None and level.half_life < 1:
+        raise ValueError(f"half_life={level.half_life}: give 1 token or more, or None")
+    if level.rule not in RULES:
+        raise ValueError(f"rule={level.rule!r}: use one of {RULES}")
+    if not 0 <= level.meta_lr <= 1:
+        raise ValueError(f"meta_lr={level.meta_lr}: give a share in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Titans:
+    """Self-modifying Titans (section 8), `nestlearn.SelfModifyingTitans`.
+
+    chunk: tokens between two gradient points of M_mem; projection_chunk: of the others (default
+    the same). adapt: which projections are memories that are written; one left out stays at its
+    start value ("q" is static W_q unless named). objective: "dot" or "l2". dgd: the share of the
+    heads, from the first on, with the retention term −η k kᵀ; the others learn by plain gradient
+    descent, which adds up what DGD replaces (True: all have it, False: none). weight_decay: the
+    retention α_t. momentum: input-gated S. eta_max: 1, or 2 for transitions with negative
+    eigenvalues. read: "token" answers through the writes of the chunk so far, "boundary" through
+    the chunk's first weights. bound: the shell, in units of the start's norm, to which each matrix
+    is brought back after a chunk (None: free). half_life: tokens in which what was learned fades
+    by half *towards the start* (None: never), a retention (eq. 59) without which the memories of a
+    stream much longer than the trained ones drift; it acts where a chunk ends, every 512 tokens or
+    every quarter of it: W ← W_0 + 2^(−every/half_life) (W − W_0). depth, hidden: matrices of each
+    memory (1: a matrix memory) and the width between them (default: that of a head). conv: taps of
+    the short convolution before it (0: none).
+    """
+
+    chunk: int = 64
+    projection_chunk: int | None = None
+    adapt: tuple[str, ...] = ("k", "v", "eta", "alpha")
+    objective: str = "dot"
+    dgd: float = True
+    weight_decay: bool = True
+    momentum: bool = False
+    eta_max: float = 1.0
+    read: str = "token"
+    bound: tuple[float, float] | None = (0.25, 1.0)
+    half_life: int | None = 2048
+    depth: int = 1
+    hidden: int | None = None
+    conv: int = 4
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal softmax attention, `nestlearn.Attention`.
+
+    conv: taps of the short convolution before it, which brings an output gate with it as the
+    memories have (0: neither, a plain Transformer++). rotary: rotary positions (False: none).
+    """
+
+    conv: int = 4
+    rotary: bool = True
+
+
+@dataclass(frozen=True)
+class StaticTitans:
+    """Titans (Behrouz et al. 2024): an MLP memory with static projections, L2, momentum, retention.
+
+    hidden: the memory's width (default: that of a head). chunk, conv: as in `Titans`.
+    """
+
+    chunk: int = 64
+    hidden: int | None = None
+    conv: int = 4
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Gated DeltaNet: a matrix memory, the delta rule with retention. Fields as in `Titans`."""
+
+    chunk: int = 64
+    eta_max: float = 1.0
+    conv: int = 4
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear attention: a matrix memory that only adds. Fields as in `Titans`."""
+
+    chunk: int = 64
+    eta_max: float = 1.0
+    conv: int = 4
+
+
+@dataclass(frozen=True)
+class Level:
+    """One MLP of the chain and how often it learns.
+
+    chunk: tokens between two updates (eq. 71); None: it never updates, a plain MLP. learns: "out",
+    the second matrix of the MLP alone, whose features the first one makes: then whole spans of
+    chunks are products; or "all", both (eq. 71 to the letter), one chunk after another. lr: step
+    size at the start of training, then learned. hidden: width (default: 4 dim, shared among the
+    levels). rule: "gd", "dgd" (delta gradient descent) or "momentum" (gd with a learned momentum).
+    objective: "l2" or "dot". meta_lr: in a nested system, how far the level's start value moves
+    towards what the level has learned whenever the next slower level's context ends. bound: the
+    shell, in units of the start's norm, to which each matrix that learns is brought back: after
+    every chunk, or with "out" after the first that ends 512 tokens or more on. half_life: tokens in
+    which what was learned fades by half towards the start (None: never). scale: a factor of the
+    output, a third as large as the stream it is added to at the start of training, then learned
+    (None: 1).
+    """
+
+    chunk: int | None = None
+    lr: float = 0.3
+    hidden: int | None = None
+    rule: str = "dgd"
+    objective: str = "l2"
+    meta_lr: float = 0.1
+    bound: tuple[float, float] | None = (0.25, 2.0)
+    half_life: int | None = None
+    scale: float | None = 0.3
+    learns: str = "out"
+
+    def __post_init__(self) -> None:
+        check_learning(self)
+        if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
+            raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale}: give a finite factor, or None")
+        if self.learns not in LEARNS:
+            raise ValueError(f"learns={self.learns!r}: use one of {LEARNS}")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
+
+
+@dataclass(frozen=True)
+class Continuum:
+    """The continuum memory (section 7), `nestlearn.ContinuumMemory`.
+
+    levels: fast to slow. variant: "sequential" (eq. 73), "nested" (72) or "independent" (74).
+    meta_gradient: "full" through the inner gradients, or "first-order".
+    """
+
+    levels: tuple[Level, ...] = (Level(chunk=4), Level(chunk=16), Level())
+    variant: str = "independent"
+    meta_gradient: str = "full"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """A gated MLP without memory. hidden: its width (default: 8/3 of the model's)."""
+
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
+
+
+Mixer = Titans | Attention | StaticTitans | DeltaNet | Linear
+Channel = Continuum | SwiGLU
+MIXERS: dict[str, type[Mixer]] = {  # by the words that stand for their defaults
+    "hope": Titans, "attention": Attention, "titans": StaticTitans, "deltanet": DeltaNet,
+    "linear": Linear,
+}  # fmt: skip
+CHANNELS: dict[str, type[Channel]] = {"cms": Continuum, "mlp": SwiGLU}
+
+
+def named(field: str, value: Any) -> Any:
+    """Of `mixer` or `channel` the options: themselves, or a word for their defaults, or their JSON.
+
+    ValueError for what is none, and for a field that they do not have.
+    """
+    words: dict[str, dict[str, Any]] = {"mixer": {**MIXERS}, "channel": {**CHANNELS}}
+    known = words[field]
+    if isinstance(value, tuple(known.values())):
+        return value
+    if isinstance(value, str) and value in known:
+        return known[value]()
+    kinds = {kind.__name__: kind for kind in known.values()}
+    if not isinstance(value, dict) or value.get("kind") not in kinds:
+        raise ValueError(f"{field}={value!r}: use one of {(*known,)}, or options {(*kinds,)}")
+    return from_json(kinds[value["kind"]], {k: v for k, v in value.items() if k != "kind"})
+
+
+def to_json(options: Any) -> dict[str, Any]:
+    """The options as plain JSON data, with their kind; `named` reads it."""
+    return {"kind": type(options).__name__, **json.loads(json.dumps(asdict(options)))}
+
+
+def from_json(kind: type, data: dict[str, Any]) -> Any:
+    """Options of that kind from their fields in JSON; ValueError for a field that it has not."""
+    unknown = sorted(set(data) - names(kind))
+    if unknown:
+        raise ValueError(f"unknown fields {unknown}: {kind.__name__} has {sorted(names(kind))}")
+    data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    if "levels" in data:
+        data["levels"] = tuple(
+            from_json(Level, v) if isinstance(v, dict) else v for v in data["levels"]
+        )
+    return kind(**data)
+
+
+def names(kind: Any) -> set[str]:
+    """The names of its fields."""
+    return {f.name for f in fields(kind)}
