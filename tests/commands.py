@@ -74,9 +74,6 @@ FORMS: dict[str, Form] = {
         f"nestlearn eval formal --model hope --only parity {TINY}"
     ),
     "nestlearn reproduce table5": Form(reproduced("table5", "--only parity")),
-    "nestlearn reproduce table5 --models hope-matrix": Form(
-        reproduced("table5", "--only parity --models hope-matrix")
-    ),
     "nestlearn reproduce table4": Form(reproduced("table4", "--only compression")),
     "nestlearn reproduce mqar": Form(reproduced("mqar", "--only K=4")),
     **{

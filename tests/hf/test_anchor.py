@@ -10,7 +10,7 @@ from stacks import tiny, tokens
 from nestlearn import Level
 from nestlearn.hf.anchor import Anchor
 from nestlearn.hf.cache import CACHE
-from nestlearn.hf.families import kernel
+from nestlearn.hf.lending import kernel
 from nestlearn.hf.learning import unroll
 from nestlearn.hf.stack import stack_levels
 

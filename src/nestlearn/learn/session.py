@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nestlearn.hf.anchor import Anchor
-from nestlearn.hf.families import Weights
 from nestlearn.hf.folder import fingerprint
+from nestlearn.hf.lending import Weights
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import size
 

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from nestlearn import state as trees
 from nestlearn.disk import atomic_write, disk_errors
-from nestlearn.hf.families import Factors, kernel
 from nestlearn.hf.folder import fingerprint, to_dict
-from nestlearn.hf.learning import cache_shapes
+from nestlearn.hf.lending import Factors, kernel
 from nestlearn.hf.plan import Memory
+from nestlearn.hf.reading import cache_shapes
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import Fast, LevelState
 
