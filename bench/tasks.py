@@ -17,7 +17,7 @@ from nestlearn.experiments.language import quick_models
 from nestlearn.experiments.models import with_parameters
 from nestlearn.models.hope import HopeLM
 from nestlearn.train import TrainConfig
-from nestlearn.train.run import adamw
+from nestlearn.train.optimize import adamw
 
 from .contestants import (
     FORWARD,

@@ -29,7 +29,7 @@ from tiny_run import (
 from torch import nn
 
 from nestlearn.train.checkpoint import read_log, save_checkpoint, verify_checkpoint
-from nestlearn.train.run import adamw
+from nestlearn.train.optimize import adamw
 
 
 @pytest.fixture(scope="module")

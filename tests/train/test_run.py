@@ -19,8 +19,9 @@ from tiny_run import (
 
 from nestlearn.train import Corpus, TrainConfig, evaluate, train
 from nestlearn.train.checkpoint import read_log, verify_checkpoint
+from nestlearn.train.config import learning_rate
+from nestlearn.train.optimize import adamw
 from nestlearn.train.plots import loss_by_position, loss_curves
-from nestlearn.train.run import adamw, learning_rate
 
 
 @pytest.fixture(scope="module")

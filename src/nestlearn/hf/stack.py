@@ -196,6 +196,11 @@ class StackedModel(Deltas):
         each = sum(h * (k + v) * kind.itemsize for h, k, v, kind in reading.cache_shapes(self))
         return {**found, "context": self.window * (each + 32)}
 
+    def _level_bytes(self, i: int) -> int:
+        rank, shapes = self.config.rank, [kernel(self.layers[j]).shape for j in self.owned[i]]
+        numbers = [out * width if rank is None else rank * (out + width) for out, width in shapes]
+        return sum(numbers) * self.lr[0].element_size()
+
     def check_level(self, level: int) -> None:
         """ValueError if there is no such level."""
         if not 0 <= level < len(self.owned):
