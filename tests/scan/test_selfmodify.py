@@ -101,13 +101,14 @@ def errors(case):
     return distances(found, truth), dict(launches)
 
 
-def check(away, case, tolerance=2e-5, groups=1, inverted=1, runs=None):  # noqa: F811
+def check(away, case, tolerance=3e-5, groups=1, inverted=1, runs=None):  # noqa: F811
     """Errors within the tolerance. All but the gradient of a bias, one sum that cancels, are
     within 1e-5. runs: of chunks that were answered together, as many as there are chunks unless
     said.
     """
     found, launches = away(errors, case)
-    assert all(e <= tolerance for e in found), found  # false for NaN, too
+    large = [(i, e) for i, e in enumerate(found) if not e <= tolerance]  # NaN, too
+    assert not large, large
     chunks = -(-sum(case.calls) // case.chunk)  # begun: what goes on inside one is composed
     again = 2 if case.options.get("remat") else 1
     expected = dict.fromkeys(FORWARD, chunks * groups * again)

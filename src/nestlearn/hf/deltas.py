@@ -13,7 +13,7 @@ from nestlearn.layers.mixers import wide
 
 from .door import check_ran, check_weight, evaluating, find_blocks, probe
 from .lending import Effective, Factors, Weights, adopt, adopted, kernel, lend, release, version
-from .plan import WINDOW, Memory, StackConfig, chosen
+from .plan import WINDOW, StackConfig, StackMemory, chosen
 from .version import version_of
 from .writes import Fast, LevelState, Pace
 
@@ -64,13 +64,13 @@ class Deltas(nn.Module):
             raise
         self.base = base.eval()
 
-    def init_memory(self, batch: int = 1) -> Memory:
+    def init_memory(self, batch: int = 1) -> StackMemory:
         """The memory before the first token, of `batch` streams."""
         tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.lr[0].device)
         like = self.lr[0].detach()
         seen, writes = like.new_zeros(batch), tokens.new_zeros(batch)
         levels = tuple(LevelState((), (), seen, (), (), writes) for _ in self.config.levels)
-        return Memory(0, tokens, (), (tokens, like.new_zeros(batch, 0)), levels)
+        return StackMemory(0, tokens, (), (tokens, like.new_zeros(batch, 0)), levels)
 
     @property
     def norms(self) -> list[float]:
@@ -131,7 +131,7 @@ class Deltas(nn.Module):
         bound = tuple(high * self.norms[j] for j in self.owned[i])
         return Pace(self.lr[i], theta, keep, bound)
 
-    def fasts(self, memory: Memory) -> dict[int, Fast]:
+    def fasts(self, memory: StackMemory) -> dict[int, Fast]:
         """The levels' deltas where there are any."""
         return {
             i: level.fast or self.start(i, len(memory.context))
@@ -139,14 +139,14 @@ class Deltas(nn.Module):
             if level.fast or len(self.starts)
         }
 
-    def current(self, memory: Memory) -> Weights:
+    def current(self, memory: StackMemory) -> Weights:
         """What the layers compute with under a memory of one batch."""
         return self.effective(self.fasts(memory))
 
-    def weights(self, memory: Memory | Sequence[Memory] | None) -> Weights:
+    def weights(self, memory: StackMemory | Sequence[StackMemory] | None) -> Weights:
         """The weights of every layer that a memory has changed; none for an untouched one."""
         memory = self.init_memory() if memory is None else memory
-        several = [memory] if isinstance(memory, Memory) else list(memory)
+        several = [memory] if isinstance(memory, StackMemory) else list(memory)
         moved = [
             i for i in range(len(self.owned))
             if len(self.starts) or any(m.levels[i].fast for m in several)
@@ -160,7 +160,7 @@ class Deltas(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, memory: Memory | Weights | None = None, **options: Any
+        self, input_ids: Tensor, memory: StackMemory | Weights | None = None, **options: Any
     ) -> Any:
         """The base model's `generate` under the memory; options are its own."""
         weights = self._effective(memory)
@@ -169,7 +169,7 @@ class Deltas(nn.Module):
         self.check_ran(weights, ran)
         return made
 
-    def _effective(self, memory: Memory | Sequence[Memory] | Weights | None) -> Weights:
+    def _effective(self, memory: StackMemory | Sequence[StackMemory] | Weights | None) -> Weights:
         if not isinstance(memory, dict):
             return self.weights(memory)
         if not memory.keys() <= set(self.layers):

@@ -17,7 +17,7 @@ from .deltas import Deltas
 from .door import evaluating
 from .gradients import constant, gradients, leaves, shared_gradients
 from .lending import Weights, lend
-from .plan import Memory
+from .plan import StackMemory
 from .reading import Piece, check, in_the_bases_type, make_room, read
 from .writes import Fast, LevelState, add, consolidate, decay, restart, write
 
@@ -25,10 +25,10 @@ Pull = Callable[[Weights], Tensor]  # a divergence [B] in nats a token, under th
 
 
 def unroll(
-    model: Deltas, ids: Tensor, memory: Memory | None = None, mask: Tensor | None = None,
+    model: Deltas, ids: Tensor, memory: StackMemory | None = None, mask: Tensor | None = None,
     *, teach: Tensor | None = None, drift: float | None = None, anchor: Anchor | None = None,
     graph: str | None = None,
-) -> tuple[Tensor, Memory]:  # fmt: skip
+) -> tuple[Tensor, StackMemory]:  # fmt: skip
     """`StackedModel.learn`; with graph "full" or "first-order" losses and memory hang on the step
     sizes and start values, through the inner gradients or with these as constants.
     """
@@ -37,9 +37,9 @@ def unroll(
 
 
 def _unroll(
-    model: Deltas, ids: Tensor, memory: Memory | None, mask: Tensor | None,
+    model: Deltas, ids: Tensor, memory: StackMemory | None, mask: Tensor | None,
     teach: Tensor | None, drift: float | None, anchor: Anchor | None, graph: str | None,
-) -> tuple[Tensor, Memory]:  # fmt: skip
+) -> tuple[Tensor, StackMemory]:  # fmt: skip
     memory = model.init_memory(len(ids)) if memory is None else trees.trainable(memory)
     queue = trees.trainable(check(model, ids, memory, mask, teach, drift))
     memory = in_the_bases_type(model, memory)
@@ -81,7 +81,7 @@ def _recorded(model: Deltas, graph: str | None) -> ExitStack:
     return modes
 
 
-def _pull(model: Deltas, anchor: Anchor, memory: Memory, at: int) -> Pull | None:
+def _pull(model: Deltas, anchor: Anchor, memory: StackMemory, at: int) -> Pull | None:
     """The anchor's divergence at a position; None while the model is still the pretrained one."""
     if not len(model.starts) and not any(level.fast for level in memory.levels):
         return None
@@ -90,9 +90,9 @@ def _pull(model: Deltas, anchor: Anchor, memory: Memory, at: int) -> Pull | None
 
 
 def _read_and_gather(
-    model: Deltas, piece: Piece, memory: Memory, active: list[int], graph: str | None,
+    model: Deltas, piece: Piece, memory: StackMemory, active: list[int], graph: str | None,
     pull: Pull | None,
-) -> tuple[Tensor, Memory]:  # fmt: skip
+) -> tuple[Tensor, StackMemory]:  # fmt: skip
     """Read one whole piece, and add its gradient to what the active levels gather."""
     tokens, weight = piece[0], piece[1]
     if not memory.context.shape[1]:

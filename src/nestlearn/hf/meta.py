@@ -12,7 +12,7 @@ from nestlearn import state as trees
 
 from . import learning, reading
 from .deltas import Deltas
-from .plan import Memory
+from .plan import StackMemory
 from .writes import Fast
 
 GRAPHS = ("full", "first-order")
@@ -104,7 +104,7 @@ def train_stack(
 
 
 def _step(model, windows, kept, config, adam, logs, rates) -> tuple[float, float]:
-    memory: Memory | None = None
+    memory: StackMemory | None = None
     learned, forgot = 0.0, 0.0
     pieces = windows.split(config.reach, 1)
     for piece in pieces:

@@ -23,7 +23,7 @@ LARGE, RANK = 50_000_000, 4  # parameters from which deltas are of a low rank by
 Cache = tuple[tuple[Tensor, Tensor], ...]
 
 
-class Memory(NamedTuple):
+class StackMemory(NamedTuple):
     """What a stacked model has learned, and where in its stream it stands.
 
     position: tokens read. context [B, n]: the window's tokens before the running piece; cache:
@@ -36,6 +36,9 @@ class Memory(NamedTuple):
     cache: Cache
     pending: tuple[Tensor, ...]
     levels: tuple[LevelState, ...]
+
+
+Memory = StackMemory  # its name in pickles of before
 
 
 @dataclass(frozen=True)

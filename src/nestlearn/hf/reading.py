@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from .deltas import Deltas
 from .door import evaluating, read_on
 from .lending import Weights, lend
-from .plan import Cache, Memory
+from .plan import Cache, StackMemory
 
 _EMPTY: Cache = ()
 Piece = tuple[Tensor, ...]  # tokens [B, P], weights [B, P], and teach signals [B, P, N, D] if any
 
 
-def losses(model: Deltas, ids: Tensor, memory: Memory | None) -> Tensor:
+def losses(model: Deltas, ids: Tensor, memory: StackMemory | None) -> Tensor:
     """−log p [B, T] of a text by itself, under what the memory has learned; writes nothing."""
     levels = () if memory is None else memory.levels
     memory = model.init_memory(len(ids))
@@ -53,7 +53,7 @@ def cache_shapes(model: Deltas) -> list[tuple[int, int, int, torch.dtype]]:
 
 
 def read(
-    model: Deltas, tokens: Tensor, memory: Memory, weights: Weights,
+    model: Deltas, tokens: Tensor, memory: StackMemory, weights: Weights,
     inputs: dict[nn.Module, Tensor] | None = None,
 ) -> tuple[Tensor, Cache]:  # fmt: skip
     """−log p of tokens that follow the memory's context [B, P] (the stream's first: nan)."""
@@ -68,7 +68,7 @@ def read(
     return F.pad(loss, (tokens.shape[1] - seen.shape[1], 0), value=float("nan")), cache
 
 
-def make_room(model: Deltas, memory: Memory, length: int) -> Memory:
+def make_room(model: Deltas, memory: StackMemory, length: int) -> StackMemory:
     """If the window cannot take so many tokens more: a new one, that begins with the last
     tokens of the old one, read again.
     """
@@ -81,7 +81,7 @@ def make_room(model: Deltas, memory: Memory, length: int) -> Memory:
     return memory._replace(context=context, cache=cache)
 
 
-def in_the_bases_type(model: Deltas, memory: Memory) -> Memory:
+def in_the_bases_type(model: Deltas, memory: StackMemory) -> StackMemory:
     """The memory with a cache of the type that the base model reads with: it may have been cast."""
     if not memory.cache or memory.cache[0][0].dtype == model.base.dtype:
         return memory
@@ -91,7 +91,7 @@ def in_the_bases_type(model: Deltas, memory: Memory) -> Memory:
 
 
 def check(
-    model: Deltas, ids: Tensor, memory: Memory, mask: Tensor | None, teach: Tensor | None,
+    model: Deltas, ids: Tensor, memory: StackMemory, mask: Tensor | None, teach: Tensor | None,
     drift: float | None,
 ) -> Piece:  # fmt: skip
     """The tokens with their weights (and teach signals); ValueError where they do not fit."""

@@ -19,7 +19,7 @@ from .anchor import Anchor
 from .deltas import Deltas
 from .door import evaluating
 from .lending import Weights, kernel, lend, release, share
-from .plan import AUTO, Memory, StackConfig, rank_of
+from .plan import AUTO, StackConfig, StackMemory, rank_of
 
 
 def stack_levels(
@@ -86,14 +86,14 @@ def unstack(model: StackedModel) -> PreTrainedModel:
 class StackedModel(Deltas):
     """A causal language model whose MLPs learn from what it reads; `stack_levels` builds it.
 
-    `learn` reads tokens and returns their losses and the `Memory` afterwards; `forward` and
+    `learn` reads tokens and returns their losses and the `StackMemory` afterwards; `forward` and
     `generate` compute with a memory and write nothing. The base model's parameters never change
     (only `merge` writes into them): what was learned is in the memory alone.
     """
 
     # ------------------------------------------------------------------------------ the doors
 
-    def forward(self, input_ids: Tensor, memory: Memory | None = None, **options: Any) -> Any:
+    def forward(self, input_ids: Tensor, memory: StackMemory | None = None, **options: Any) -> Any:
         """The base model's output under the memory, in evaluation mode (before anything is learned:
         the base model's, in its own mode); options are its own forward's.
         """
@@ -105,7 +105,7 @@ class StackedModel(Deltas):
         return out
 
     @contextmanager
-    def using(self, memory: Memory | Sequence[Memory] | Weights | None) -> Iterator[None]:
+    def using(self, memory: StackMemory | Sequence[StackMemory] | Weights | None) -> Iterator[None]:
         """Inside the block the base model, and all that is built on it, reads the memory.
 
         Several memories, of one row or more each, read one batch: its rows are dealt to them in
@@ -122,13 +122,13 @@ class StackedModel(Deltas):
     def learn(
         self,
         ids: Tensor,
-        memory: Memory | None = None,
+        memory: StackMemory | None = None,
         mask: Tensor | None = None,
         *,
         teach: Tensor | None = None,
         drift: float | None = None,
         anchor: Anchor | None = None,
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Tensor, StackMemory]:
         """Read tokens and learn from them; the same however the stream is cut into calls.
 
         ids [B, T]: the stream's next tokens. mask [B, T]: the tokens to learn from, bool or a
@@ -149,14 +149,14 @@ class StackedModel(Deltas):
         return losses, trees.detach(memory)
 
     @torch.no_grad()
-    def losses(self, ids: Tensor, memory: Memory | None = None) -> Tensor:
+    def losses(self, ids: Tensor, memory: StackMemory | None = None) -> Tensor:
         """−log p in nats of each token of a text by itself [B, T], under what the memory has
         learned; the first is nan. Nothing is written, and the memory's own context is not read.
         """
         return reading.losses(self, ids, memory)
 
     @torch.no_grad()
-    def merge(self, memory: Memory, level: int) -> Memory:
+    def merge(self, memory: StackMemory, level: int) -> StackMemory:
         """Add what a level has learned to the base model's own weights, for good; the memory
         returned has that level at its start again, so nothing that it computes changes.
 
@@ -173,7 +173,7 @@ class StackedModel(Deltas):
             own.copy_((wide(own) + delta.dense()[0] - start.dense()[0]).to(own.dtype))
         return self.reset(memory, level)
 
-    def reset(self, memory: Memory, level: int) -> Memory:
+    def reset(self, memory: StackMemory, level: int) -> StackMemory:
         """The memory with one level at its start value, nothing gathered; all else goes on."""
         self.check_level(level)
         fresh = self.init_memory(len(memory.context)).levels[level]
