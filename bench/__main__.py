@@ -20,7 +20,7 @@ from rich.text import Text
 
 from . import contestants as entrants
 from . import equivalence, report
-from .harness import Record, Task, Tick, expected, run_rounds, warm_up
+from .harness import Measured, Task, Tick, expected, run_rounds, warm_up
 from .machine import commit, limit_memory, machine, versions
 from .memory import PIECE, do, memory_jobs, memory_records
 from .tasks import Settings, share_records, tasks
@@ -213,7 +213,9 @@ def run(
     return document
 
 
-def _records(here: list[entrants.Contestant], todo: list[Task], settings: Settings) -> list[Record]:
+def _records(
+    here: list[entrants.Contestant], todo: list[Task], settings: Settings
+) -> list[Measured]:
     return [task.record() for task in todo] + share_records(here, todo, settings)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nestlearn.disk import atomic_write
 
-from .harness import FLAT, Record
+from .harness import FLAT, Measured
 
 # Ours in Okabe and Ito's palette, told apart with any colour vision, with two dark ones for its
 # pale yellow and black; peers dashed, in greys.
@@ -42,7 +42,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     atomic_write(path, lambda temp: figure.savefig(temp, format="png", facecolor="white"))
 
 
-def drawn(document: dict[str, Any]) -> list[Record]:
+def drawn(document: dict[str, Any]) -> list[Measured]:
     """The records that the picture shows: measured speeds, without the flatness's two lengths."""
     return [
         r
@@ -51,7 +51,7 @@ def drawn(document: dict[str, Any]) -> list[Record]:
     ]
 
 
-def _styles(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+def _styles(records: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     """Colour, dashes and marker by contestant, the same in all panels."""
     ours = {r["contestant"]: bool(r["ours"]) for r in records}
     styles = {}
@@ -62,7 +62,7 @@ def _styles(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _panel(axes: Any, records: Sequence[Record], styles: dict[str, dict[str, Any]]) -> None:
+def _panel(axes: Any, records: Sequence[Measured], styles: dict[str, dict[str, Any]]) -> None:
     ends = []
     for name in dict.fromkeys(r["contestant"] for r in records):
         points = sorted((r for r in records if r["contestant"] == name), key=lambda r: r["T"])

@@ -19,7 +19,7 @@ REPEATS = 20
 
 FLAT = "flat: "  # prefix of the kinds of run that compare one length with another
 
-Record = dict[str, Any]
+Measured = dict[str, Any]
 Tick = Callable[[str, float], Any]  # what was done, and how much of the phase it was
 
 
@@ -44,7 +44,7 @@ class Task:
     rate: bool = True
     metric: str = "speed"
     lenient: bool = False
-    facts: Record = field(default_factory=dict)
+    facts: Measured = field(default_factory=dict)
     seconds: float | None = None  # of one run, from the warm-up; None: dropped
     dropped: str = ""
     values: list[float] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Task:
         assert self.seconds is not None
         return min(REPEATS, max(1, math.ceil(LEAST / max(self.seconds, 1e-6))))
 
-    def record(self) -> Record:
+    def record(self) -> Measured:
         """As JSON data: median, lowest and highest of the rounds; None where it was dropped."""
         return {
             "contestant": self.contestant,
@@ -75,7 +75,7 @@ class Task:
         }
 
 
-def summary(values: Sequence[float]) -> Record:
+def summary(values: Sequence[float]) -> Measured:
     """Median, lowest and highest (None without values), how many, and the values."""
     return {
         "median": statistics.median(values) if values else None,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .contestants import HOPE, OURS, TRAIN, Contestant, Shape, contestants, far_contestants
-from .harness import Record, Tick, is_memory
+from .harness import Measured, Tick, is_memory
 from .machine import ROOT, forget_peak, limit_memory, peak_bytes
 from .tasks import Settings, facts, pass_through
 
@@ -23,7 +23,7 @@ SETTLE = 16 * PIECE
 START = 120.0  # seconds that a child may take besides its work
 
 Job = dict[str, Any]
-Measure = Callable[[Job, float | None], Record]
+Measure = Callable[[Job, float | None], Measured]
 
 
 def memory_jobs(entrants: Sequence[Contestant], settings: Settings) -> list[Job]:
@@ -47,9 +47,9 @@ def memory_jobs(entrants: Sequence[Contestant], settings: Settings) -> list[Job]
 
 def memory_records(
     jobs: Sequence[Job], limit: float, tick: Tick, measure: Measure | None = None
-) -> list[Record]:
+) -> list[Measured]:
     """One record for each job. A contestant that fails at a length is dropped at longer ones."""
-    records: list[Record] = []
+    records: list[Measured] = []
     dropped: dict[tuple[str, str], str] = {}
     for job in jobs:
         key = (job["kind"], job["contestant"])
@@ -68,7 +68,7 @@ def memory_records(
     return records
 
 
-def in_child(job: Job, seconds: float | None) -> Record:
+def in_child(job: Job, seconds: float | None) -> Measured:
     """Do the job in a fresh process, within so many seconds: {"dropped": why, "mib": peak}."""
     command = [sys.executable, "-m", "bench", "child", json.dumps(job)]
     try:
@@ -85,7 +85,7 @@ def in_child(job: Job, seconds: float | None) -> Record:
     return {"dropped": (done.stderr.strip().splitlines() or ["failed"])[-1]}
 
 
-def do(job: Job) -> Record:
+def do(job: Job) -> Measured:
     """The job itself, in the child."""
     limit_memory()
     torch.set_num_threads(job["threads"])

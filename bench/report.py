@@ -10,7 +10,7 @@ from typing import Any
 
 from nestlearn.disk import atomic_write
 
-from .harness import Record
+from .harness import Measured
 
 Document = dict[str, Any]
 DASH = "—"
@@ -74,7 +74,7 @@ def _head(document: Document) -> str:
     )
 
 
-def _section(kind: str, records: Sequence[Record], baselines: Sequence[str]) -> str:
+def _section(kind: str, records: Sequence[Measured], baselines: Sequence[str]) -> str:
     first = records[0]
     legend = first["unit"] if first["unit"] != "%" else "counted matrix products, % of the peak"
     if first.get("width"):
@@ -95,7 +95,7 @@ def _section(kind: str, records: Sequence[Record], baselines: Sequence[str]) -> 
     return f"**{kind[0].upper()}{kind[1:]}** ({legend})\n\n{_markdown(rows)}"
 
 
-def _rows(records: Sequence[Record], others: Sequence[str]) -> list[list[str]]:
+def _rows(records: Sequence[Measured], others: Sequence[str]) -> list[list[str]]:
     """The header and one row for each contestant (and metric, where it has several)."""
     lengths = sorted({r["T"] for r in records if r["T"] is not None})
     by = {(_name(r), r["T"]): r for r in records}
@@ -116,11 +116,11 @@ def _rows(records: Sequence[Record], others: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def _name(record: Record) -> str:
+def _name(record: Measured) -> str:
     return record["contestant"] + (f", {record['metric']}" if record["unit"] == "%" else "")
 
 
-def _cell(record: Record, others: Iterable[Record | None]) -> str:
+def _cell(record: Measured, others: Iterable[Measured | None]) -> str:
     """Median ± half the range in %, and the ratios to the others."""
     if record["median"] is None:
         return DASH
@@ -134,7 +134,7 @@ def _cell(record: Record, others: Iterable[Record | None]) -> str:
     return f"{text} ({', '.join(ratio(record, other) for other in shown)})"
 
 
-def ratio(record: Record, other: Record | None) -> str:
+def ratio(record: Measured, other: Measured | None) -> str:
     """The median of the ratios within the rounds, as text."""
     pairs = list(zip(record["values"], other["values"])) if other else []
     return f"{statistics.median(a / b for a, b in pairs):.2f}" if pairs else DASH

@@ -17,7 +17,7 @@ from nestlearn.experiments.language import quick_models
 from nestlearn.experiments.models import with_parameters
 from nestlearn.models.hope import HopeLM
 from nestlearn.train import TrainConfig
-from nestlearn.train.run import adamw
+from nestlearn.train.optimize import adamw
 
 from .contestants import (
     FORWARD,
@@ -27,7 +27,7 @@ from .contestants import (
     Shape,
     far_contestants,
 )
-from .harness import FLAT, Record, Task, summary
+from .harness import FLAT, Measured, Task, summary
 
 DECODE, STEP, PEAK, SHARE = "decode", "training step", "peak", "share of peak"
 LARGE, SMALL = "one large product", "40 products of 64 × 64 × 64"
@@ -129,7 +129,7 @@ def pass_through(
     return forward if kind == FORWARD else train
 
 
-def facts(c: Contestant, layer: nn.Module, batch: int, shape: Shape) -> Record:
+def facts(c: Contestant, layer: nn.Module, batch: int, shape: Shape) -> Measured:
     """What a record says of its contestant besides the numbers."""
     return {
         "ours": c.ours,
@@ -279,7 +279,7 @@ def counted_flops(c: Contestant, length: int, batch: int, shape: Shape) -> int:
 
 def share_records(
     entrants: Sequence[Contestant], found: Sequence[Task], settings: Settings
-) -> list[Record]:
+) -> list[Measured]:
     """For our SelfModifyingTitans: counted FLOPs by time, in % of both peaks, round by round."""
     peaks = {t.contestant: t.values for t in found if t.kind == PEAK}
     counts: dict[tuple[str, int], int] = {}

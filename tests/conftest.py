@@ -1,4 +1,4 @@
-"""Shapes are law here: rooms 1 and 2 run with their annotations enforced."""
+"""Shapes are law here: memory and scan run with their annotations enforced."""
 
 import re
 import sys

@@ -20,100 +20,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from nestlearn.disk import atomic_write
+from nestlearn.tree import (
+    CONTAINERS,
+    Leaf,
+    children,
+    described,
+    join,
+    mapped,
+    rebuild,
+    shown,
+    summary,
+    walk,
+)
 
-Leaf = torch.Tensor | int | float | bool | str | None
 Rows = torch.Tensor | Sequence[int] | slice
 T = TypeVar("T")
 
 _FORMAT = "nestlearn-state"
 _VERSION = "1"
-_CONTAINERS = frozenset({"namedtuple", "tuple", "list", "dict"})
-_SCALARS: dict[type, str] = {
-    bool: "bool",
-    int: "int",
-    float: "float",
-    str: "str",
-    type(None): "none",
-}
-
-
-def _kind(node: Any, path: str) -> str:
-    if isinstance(node, torch.Tensor):
-        return "tensor"
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return "namedtuple"
-    if type(node) in (tuple, list):
-        return type(node).__name__
-    if type(node) is dict:
-        for key in node:
-            if not isinstance(key, str) or not key:
-                raise ValueError(
-                    f"{_show(path)}: the dict key {key!r} is not a non-empty str; "
-                    "a state tree's dicts have str keys, so that paths can name their leaves"
-                )
-        return "dict"
-    if type(node) in _SCALARS:
-        return _SCALARS[type(node)]
-    raise ValueError(
-        f"{_show(path)}: a {type(node).__name__} is no part of a state tree; use NamedTuples, "
-        "tuples, lists and dicts of tensors, ints, floats, bools, str or None"
-    )
-
-
-def _children(node: Any, kind: str) -> list[tuple[str, Any]]:
-    if kind == "namedtuple":
-        return list(zip(node._fields, node))
-    if kind == "dict":
-        return list(node.items())
-    return [(str(i), child) for i, child in enumerate(node)]
-
-
-def _rebuild(node: Any, kind: str, children: list[Any]) -> Any:
-    if kind == "dict":
-        return dict(zip(node, children))
-    return type(node)(*children) if kind == "namedtuple" else type(node)(children)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _show(path: str) -> str:
-    return path or "the root of the tree"
-
-
-def _walk(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    kind = _kind(node, path)
-    yield path, kind, node
-    if kind in _CONTAINERS:
-        for name, child in _children(node, kind):
-            yield from _walk(child, _join(path, name))
-
-
-def _map(fn: Callable[..., Any], path: str, node: Any, rest: tuple[Any, ...]) -> Any:
-    """Apply `fn(path, leaf, *rest_leaves)` to the tensors; the other leaves come from `node`."""
-    kind = _kind(node, path)
-    for other in rest:
-        _check_same_node(path, kind, node, other)
-    if kind == "tensor":
-        return fn(path, node, *rest)
-    if kind not in _CONTAINERS:
-        return node
-    others = [dict(_children(other, kind)) for other in rest]
-    mapped = [
-        _map(fn, _join(path, name), child, tuple(other[name] for other in others))
-        for name, child in _children(node, kind)
-    ]
-    return _rebuild(node, kind, mapped)
-
-
-def _check_same_node(path: str, kind: str, node: Any, other: Any) -> None:
-    summaries = [_summary(_kind(n, path), _describe(_kind(n, path), n)) for n in (node, other)]
-    if _kind(other, path) != kind or (kind in _CONTAINERS and summaries[0] != summaries[1]):
-        raise ValueError(
-            f"{_show(path)}: {summaries[0]} in one tree and {summaries[1]} in another; "
-            "the trees must have the same structure"
-        )
 
 
 def tree_map(fn: Callable[..., torch.Tensor], tree: T, *rest: T) -> T:
@@ -122,12 +46,12 @@ def tree_map(fn: Callable[..., torch.Tensor], tree: T, *rest: T) -> T:
     Leaves that are not tensors are taken from `tree`. ValueError, naming the path, where the
     structures of `rest` differ from `tree`.
     """
-    return _map(lambda _, *tensors: fn(*tensors), "", tree, rest)
+    return mapped(lambda _, *tensors: fn(*tensors), "", tree, rest)
 
 
 def leaves(tree: Any) -> list[tuple[str, Leaf]]:
     """Return every leaf with its dotted path, in the order of the tree (the root's path is "")."""
-    return [(path, node) for path, kind, node in _walk(tree) if kind not in _CONTAINERS]
+    return [(path, node) for path, kind, node in walk(tree) if kind not in CONTAINERS]
 
 
 def detach(tree: T) -> T:
@@ -163,14 +87,14 @@ def batch_size(tree: Any) -> int | None:
             continue
         if leaf.ndim == 0:
             raise ValueError(
-                f"{_show(path)}: a tensor of shape () has no batch axis; give it one, or keep a "
+                f"{shown(path)}: a tensor of shape () has no batch axis; give it one, or keep a "
                 "value that all samples share as an int or float"
             )
         if size is None:
             size, first = leaf.shape[0], path
         elif leaf.shape[0] != size:
             raise ValueError(
-                f"{_show(path)}: the batch axis is {leaf.shape[0]}, but {size} at {_show(first)}; "
+                f"{shown(path)}: the batch axis is {leaf.shape[0]}, but {size} at {shown(first)}; "
                 "every tensor of a state has the batch first"
             )
     return size
@@ -222,13 +146,13 @@ def concat(trees: Sequence[T]) -> T:
     first, *rest = trees
     for tree in trees:
         batch_size(tree)
-    joined = _map(_concat_leaf, "", first, tuple(rest))
+    joined = mapped(_concat_leaf, "", first, tuple(rest))
     for other in rest:  # the structures agree by now, and leaves() follows the keys of `first`
         found = dict(leaves(other))
         for path, leaf in leaves(first):
             if not isinstance(leaf, torch.Tensor) and repr(leaf) != repr(found[path]):
                 raise ValueError(
-                    f"{_show(path)}: {leaf!r} in one state and {found[path]!r} in another; only "
+                    f"{shown(path)}: {leaf!r} in one state and {found[path]!r} in another; only "
                     "states that agree in all but their tensors can be joined into one batch"
                 )
     return joined
@@ -238,11 +162,11 @@ def _concat_leaf(path: str, *tensors: torch.Tensor) -> torch.Tensor:
     for name in ("dtype", "device"):
         values = [getattr(t, name) for t in tensors]
         if any(value != values[0] for value in values):
-            raise ValueError(f"{_show(path)}: different {name}s {values}; use to() first")
+            raise ValueError(f"{shown(path)}: different {name}s {values}; use to() first")
     shapes = [tuple(t.shape) for t in tensors]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
         raise ValueError(
-            f"{_show(path)}: the shapes {shapes} differ beyond the batch axis; only states of "
+            f"{shown(path)}: the shapes {shapes} differ beyond the batch axis; only states of "
             "one configuration can be joined"
         )
     return torch.cat(tensors)
@@ -263,14 +187,14 @@ def save(tree: Any, path: str | Path, metadata: dict[str, str] | None = None) ->
     """
     nodes: dict[str, list[Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for node_path, kind, node in _walk(tree):
+    for node_path, kind, node in walk(tree):
         if node_path in nodes:
             raise ValueError(f"{node_path}: two leaves have this path; rename the dotted dict key")
-        detail = _describe(kind, node)
+        detail = described(kind, node)
         if kind == "tensor":
             stored = _storable(node_path, node)
             detail["sha256"] = _digest(stored)
-            tensors[_join("state", node_path)] = stored
+            tensors[join("state", node_path)] = stored
         nodes[node_path] = [kind, detail]
     notes = metadata or {}
     if any(not isinstance(text, str) for pair in notes.items() for text in pair):
@@ -293,7 +217,7 @@ def load(path: str | Path, like: T, device: torch.device | str | None = None) ->
     with _opened(path) as (file, header):
         nodes = json.loads(header["tree"])
         _check_structure(path, nodes, like)
-        digests = {_join("state", p): d["sha256"] for p, (k, d) in nodes.items() if k == "tensor"}
+        digests = {join("state", p): d["sha256"] for p, (k, d) in nodes.items() if k == "tensor"}
         if set(file.keys()) != digests.keys():
             raise _damaged(path, "its tensors are not those that its header lists")
         tensors: dict[str, torch.Tensor] = {}
@@ -311,21 +235,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return json.loads(header["metadata"])
 
 
-def _describe(kind: str, node: Any) -> Any:
-    """What the file keeps of a node: names of children, a tensor's dtype and shape, a value."""
-    if kind in _CONTAINERS:
-        return [name for name, _ in _children(node, kind)]
-    if kind == "tensor":
-        return {"dtype": str(node.dtype).removeprefix("torch."), "shape": list(node.shape)}
-    return node.hex() if kind == "float" else node  # hex: exact, and inf and nan are legal JSON
-
-
 def _storable(path: str, tensor: torch.Tensor) -> torch.Tensor:
     try:
         to_safetensors({"probe": torch.empty(0, dtype=tensor.dtype)})
     except (KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{_show(path)}: safetensors cannot hold {tensor.dtype}; cast it first "
+            f"{shown(path)}: safetensors cannot hold {tensor.dtype}; cast it first "
             "(complex: torch.view_as_real)"
         ) from error
     tensor = tensor.detach().resolve_conj().resolve_neg().to("cpu")
@@ -373,36 +288,24 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
 
 
 def _check_structure(path: Path, nodes: dict[str, list[Any]], like: Any) -> None:
-    wanted = {p: (kind, _describe(kind, node)) for p, kind, node in _walk(like)}
+    wanted = {p: (kind, described(kind, node)) for p, kind, node in walk(like)}
     for node_path in [*wanted, *(p for p in nodes if p not in wanted)]:
-        expected = _summary(*wanted[node_path]) if node_path in wanted else "nothing"
-        found = _summary(*nodes[node_path]) if node_path in nodes else "nothing"
+        expected = summary(*wanted[node_path]) if node_path in wanted else "nothing"
+        found = summary(*nodes[node_path]) if node_path in nodes else "nothing"
         if expected != found:
             raise ValueError(
-                f"{path}: at {_show(node_path)} expected {expected}, found {found}; "
+                f"{path}: at {shown(node_path)} expected {expected}, found {found}; "
                 "build `like` with the configuration that the state was saved under"
             )
-
-
-def _summary(kind: str, detail: Any) -> str:
-    if kind in ("namedtuple", "dict"):
-        names = detail if kind == "namedtuple" else sorted(detail)
-        return f"a {kind} of ({', '.join(names)})"
-    if kind in _CONTAINERS:
-        return f"a {kind} of {len(detail)}"
-    if kind == "tensor":
-        shape = ["batch", *map(str, detail["shape"][1:])] if detail["shape"] else []
-        return f"a {detail['dtype']} tensor [{', '.join(shape)}]"
-    return f"a leaf of type {kind}"
 
 
 def _fill(like: Any, path: str, nodes: dict[str, list[Any]], tensors: dict[str, Any]) -> Any:
     kind, detail = nodes[path]
     if kind == "tensor":
-        return tensors[_join("state", path)]
-    if kind not in _CONTAINERS:
+        return tensors[join("state", path)]
+    if kind not in CONTAINERS:
         return float.fromhex(detail) if kind == "float" else detail
     filled = [
-        _fill(child, _join(path, name), nodes, tensors) for name, child in _children(like, kind)
+        _fill(child, join(path, name), nodes, tensors) for name, child in children(like, kind)
     ]
-    return _rebuild(like, kind, filled)
+    return rebuild(like, kind, filled)

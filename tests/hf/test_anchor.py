@@ -10,8 +10,8 @@ from stacks import tiny, tokens
 from nestlearn import DeltaLevel
 from nestlearn.hf.anchor import Anchor
 from nestlearn.hf.cache import CACHE
-from nestlearn.hf.families import kernel
 from nestlearn.hf.learning import unroll
+from nestlearn.hf.lending import kernel
 from nestlearn.hf.stack import stack_levels
 
 LR, STRENGTH = 0.3, 2.0

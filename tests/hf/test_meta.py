@@ -5,7 +5,7 @@ import torch
 from stacks import tiny, tokens
 
 from nestlearn import DeltaLevel
-from nestlearn.hf import learning
+from nestlearn.hf import learning, reading
 from nestlearn.hf.meta import MetaConfig, add_starts, rate_parameters, train_stack
 from nestlearn.hf.stack import stack_levels
 
@@ -43,7 +43,7 @@ def test_the_full_meta_gradient_is_the_finite_difference(name):
     def outer(graph=None):
         loss, memory = learning.unroll(model, ids, graph=graph)
         with torch.set_grad_enabled(graph is not None):
-            return loss[:, 1:].mean() + learning.losses(model, keep, memory)[:, 1:].mean()
+            return loss[:, 1:].mean() + reading.losses(model, keep, memory)[:, 1:].mean()
 
     parameters = [*rate_parameters(model), *model.starts]
     for parameter in parameters:

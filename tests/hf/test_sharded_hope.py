@@ -61,4 +61,5 @@ def sharded(rank, folder):
 
 def test_two_processes_train_as_one():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(sharded, (folder,), nprocs=2)
+        mp.set_forkserver_preload(["torch.distributed.fsdp", "nestlearn.hf"])  # loaded once
+        mp.start_processes(sharded, (folder,), nprocs=2, start_method="forkserver")

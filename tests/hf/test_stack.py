@@ -11,7 +11,7 @@ from torch import nn
 
 from nestlearn import DeltaLevel, Level, state
 from nestlearn.hf.cache import CACHE
-from nestlearn.hf.families import kernel
+from nestlearn.hf.lending import kernel
 from nestlearn.hf.stack import stack_levels, unstack
 
 LEVELS = [DeltaLevel(4, lr=0.5, rule="gd"), DeltaLevel(12, lr=0.2, rule="momentum")]

@@ -81,4 +81,5 @@ def sharded(rank, folder, expected):
 def test_one_process_is_two():
     expected = {name: alone(*case) for name, case in CASES.items()}
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(sharded, (folder, expected), nprocs=2)
+        mp.set_forkserver_preload(["torch.distributed.fsdp", "nestlearn.optim"])  # loaded once
+        mp.start_processes(sharded, (folder, expected), nprocs=2, start_method="forkserver")

@@ -22,7 +22,7 @@ from nestlearn.memory import (
     momentum,
 )
 from nestlearn.options import Titans
-from nestlearn.scan import Chunk, fused
+from nestlearn.scan import Chunk, chunk, fused
 from nestlearn.scan.writer import into_shell
 
 B, H, C = 2, 2, 8
@@ -383,3 +383,21 @@ def test_the_shell_has_its_gradient_below_inside_and_above():
     sizes = torch.tensor([0.1, 0.8, 3.0], dtype=torch.float64).view(3, 1, 1)
     W = (torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64) * sizes).requires_grad_()
     assert torch.autograd.gradcheck(lambda W, W0: into_shell(W, W0, 0.5, 1.5), (W, W0))
+
+
+class OnCard(torch.Tensor):
+    is_cuda = True
+
+
+def test_triton_can_be_turned_off(monkeypatch):
+    """What a CUDA tensor goes through: the kernels where Triton is there, unless turned off."""
+    monkeypatch.setattr(chunk, "_TRITON_IS_THERE", True)
+    card = torch.zeros(1).as_subclass(OnCard)
+    assert chunk.on_card(card)
+    scan.use_triton(False)
+    try:
+        assert not chunk.on_card(card)
+    finally:
+        scan.use_triton()
+    assert chunk.on_card(card)
+    assert not chunk.on_card(torch.zeros(1))

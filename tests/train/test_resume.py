@@ -30,7 +30,7 @@ from torch import nn
 
 from nestlearn import HopeConfig, HopeLM
 from nestlearn.train.checkpoint import RunFolder, read_log, save_checkpoint, verify_checkpoint
-from nestlearn.train.run import adamw
+from nestlearn.train.optimize import adamw
 
 
 @pytest.fixture(scope="module")

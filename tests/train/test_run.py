@@ -19,8 +19,9 @@ from tiny_run import (
 
 from nestlearn.train import Corpus, TrainConfig, evaluate, train
 from nestlearn.train.checkpoint import read_log, verify_checkpoint
-from nestlearn.train.plots import loss_by_position, loss_curves
-from nestlearn.train.run import adamw, learning_rate
+from nestlearn.train.config import learning_rate
+from nestlearn.train.optimize import adamw
+from nestlearn.train.plots import loss_curves
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +174,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_plots(tmp_path, whole):
-    loss_curves({"a": whole[1], "b": whole[1][:5]}, tmp_path / "curves.png")
-    loss_by_position({"a": torch.rand(100), "b": torch.rand(100)}, tmp_path / "position.svg")
+    for name in ("curves.png", "curves.svg"):
+        loss_curves({"a": whole[1], "b": whole[1][:5]}, tmp_path / name)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "<svg" in (tmp_path / "position.svg").read_text()
-    assert sorted(os.listdir(tmp_path)) == ["curves.png", "position.svg"]
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["curves.png", "curves.svg"]
     with pytest.raises(ValueError, match="no records"):
         loss_curves({}, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no curves"):
-        loss_by_position({}, tmp_path / "x.png")

@@ -23,9 +23,10 @@ from nestlearn.layers import Level
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Continuum, DeltaNet, StaticTitans, Titans
 from nestlearn.train import Corpus, TrainConfig, evaluate
+from nestlearn.train.carried import Carried
 from nestlearn.train.checkpoint import _digest, verify_checkpoint
 from nestlearn.train.data import restarts
-from nestlearn.train.run import _batch, _Carried, _Gradients
+from nestlearn.train.run import _batch, _Gradients
 
 STREAM = dataclasses.replace(CONFIG, stream=3)
 SEVERAL = [(2, 3), (8, 4), (3, 8), (5, 2)]  # (batch, stream)
@@ -68,7 +69,7 @@ def unbounded() -> HopeLM:
 
 
 def stepper(model):
-    carried = _Carried(model, STREAM)
+    carried = Carried(model, STREAM)
     return carried, _Gradients(model, STREAM, carried)
 
 
@@ -331,4 +332,4 @@ def test_a_length_that_cuts_a_chunk_or_a_bound_is_refused(tmp_path):
     ]:
         refused(tmp_path, rf"length=8: with stream=3 give a multiple of {period},", hope(**changes))
     # a state of no columns, but one that does not grow
-    _Carried(hope(mixer=titans(conv=1)), STREAM)
+    Carried(hope(mixer=titans(conv=1)), STREAM)

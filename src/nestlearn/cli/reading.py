@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from nestlearn.hf.plan import Memory
+from nestlearn.hf.plan import StackMemory
 from nestlearn.learn import Session
 
 BLOCK = 2048  # tokens of one `learn`, which is also what a rollback takes back
@@ -84,7 +84,11 @@ def read_and_learn(
 
 
 def _report(
-    session: Session, read: list[int], before: Memory, losses: list[float], say: Callable[..., None]
+    session: Session,
+    read: list[int],
+    before: StackMemory,
+    losses: list[float],
+    say: Callable[..., None],
 ) -> None:
     """Say what was learned: the loss on the text, and on its parts as they were met."""
     last = torch.tensor([read[-SAMPLE:]])
@@ -103,7 +107,7 @@ def _report(
         )
 
 
-def _loss(session: Session, ids: Tensor, memory: Memory | None = None) -> float:
+def _loss(session: Session, ids: Tensor, memory: StackMemory | None = None) -> float:
     memory = session.memory if memory is None else memory
     return float(session.model.losses(ids.to(session.model.lr[0].device), memory)[:, 1:].mean())
 

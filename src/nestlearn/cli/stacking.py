@@ -15,7 +15,7 @@ from nestlearn.cli.commands import say
 from nestlearn.cli.stacked import encode, open_session, place, pretrained, words_of
 
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="A stacked model's folder.")]
-Memory = Annotated[str, typer.Option(help="The memory's name; it is made if it is not there.")]
+MemoryName = Annotated[str, typer.Option(help="The memory's name; it is made if it is not there.")]
 Data = Annotated[
     list[Path],
     typer.Option(help="A text file (.gz too) or a folder of them; repeat the option for more."),
@@ -192,7 +192,7 @@ def stack_train(
 def learn(
     folder: Dir,
     data: Data,
-    memory: Memory,
+    memory: MemoryName,
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Read so many tokens of the text only.")
     ] = None,
@@ -253,7 +253,7 @@ def learn(
 
 def chat(
     folder: Dir,
-    memory: Memory,
+    memory: MemoryName,
     learn: Annotated[
         Literal["user", "assistant", "both", "nothing"] | None,
         typer.Option(help="Whose words are learned from (default: user)."),

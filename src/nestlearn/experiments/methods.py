@@ -104,7 +104,7 @@ def stacked(data: Path, method: Method, lr: float, dial: float) -> Any:
 
 def fisher(model: Any, stories: Tensor) -> list[Tensor]:
     """The diagonal Fisher information of every layer's weights on own samples, of mean 1."""
-    from nestlearn.hf.families import kernel
+    from nestlearn.hf.lending import kernel
 
     weights = [kernel(layer) for layer in model.layers]
     sums = [torch.zeros_like(w) for w in weights]

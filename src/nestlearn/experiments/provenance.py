@@ -13,7 +13,8 @@ from nestlearn import __version__
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent
 TRAINING = (  # what every training depends on
-    "memory", "scan", "layers", "models", "optim", "train", "evals", "state.py", "options.py",
+    "memory", "scan", "layers", "models", "optim", "train", "evals", "state.py", "tree.py",
+    "options.py",
     "experiments/fit.py", "experiments/models.py",
 )  # fmt: skip
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .deltas import Deltas
 from .door import evaluating
-from .families import Weights, lend
-
-if TYPE_CHECKING:
-    from .stack import StackedModel
+from .lending import Weights, lend
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +44,23 @@ class Anchor:
 
     @classmethod
     def sampled(
-        cls, model: StackedModel, count: int = 48, length: int = 128, *, strength: float = 4.0,
+        cls, model: Deltas, count: int = 48, length: int = 128, *, strength: float = 4.0,
         rows: int = 4, seed: int = 0,
     ) -> Anchor:  # fmt: skip
         """Texts [count, length] that the base model says by itself, at temperature 1."""
         config, device = model.base.config.get_text_config(), model.lr[0].device
         first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
         first = first[0] if isinstance(first, list) else first or 0
+        asked = torch.full((count, 1), first, device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             drawn = model.generate(
-                torch.full((count, 1), first, device=device), do_sample=True, top_k=0, top_p=1.0,
-                temperature=1.0, max_new_tokens=length - 1, min_new_tokens=length - 1,
-                pad_token_id=first,
+                asked, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=first,
+                max_new_tokens=length - 1, min_new_tokens=length - 1,
             )  # fmt: skip
         return cls(drawn, strength, rows)
 
-    def divergence(self, model: StackedModel, weights: Weights, turn: int, batch: int) -> Tensor:
+    def divergence(self, model: Deltas, weights: Weights, turn: int, batch: int) -> Tensor:
         """strength · KL [batch] in nats a token, under the weights of `batch` memories."""
         samples = self.samples.to(model.lr[0].device)
         chosen = (self.rows * turn + torch.arange(self.rows, device=samples.device)) % len(samples)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache import CACHE
-from .families import FAMILIES, Block, Effective, Factors, adoptable, adopted, kernel, lend
+from .lending import FAMILIES, Block, Effective, Factors, adoptable, adopted, kernel, lend
 from .plan import Cache
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}

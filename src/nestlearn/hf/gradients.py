@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from .families import Factors, Weights, full_precision
-from .writes import Fast
+from nestlearn.layers.mixers import wide
 
-if TYPE_CHECKING:
-    from .stack import StackedModel
+from .deltas import Deltas
+from .lending import Factors, Weights
+from .writes import Fast
 
 
 def leaves(fast: Fast, graph: str | None) -> Fast:
@@ -25,18 +23,18 @@ def leaves(fast: Fast, graph: str | None) -> Fast:
 
 
 def shared_gradients(
-    model: StackedModel, total: Tensor, weights: Weights, active: list[int]
+    model: Deltas, total: Tensor, weights: Weights, active: list[int]
 ) -> dict[int, Fast]:
     """Of full deltas: one gradient for each layer, which all active levels of it have."""
     numbers = sorted({j for i in active for j in model.owned[i]})
     bases = [base for j in numbers if (base := weights[model.layers[j]].base) is not None]
     grads = _grad(model, total, bases, numbers)
-    factors = {j: Factors(full_precision(g)) for j, g in zip(numbers, grads)}
+    factors = {j: Factors(wide(g)) for j, g in zip(numbers, grads)}
     return {i: tuple(factors[j] for j in model.owned[i]) for i in active}
 
 
 def gradients(
-    model: StackedModel, total: Tensor, own: dict[int, Fast], graph: str | None
+    model: Deltas, total: Tensor, own: dict[int, Fast], graph: str | None
 ) -> dict[int, Fast]:
     """The gradient in each level's own deltas; with graph "full" it can be differentiated."""
     flat = [w for fast in own.values() for factors in fast for w in factors if w is not None]
@@ -57,7 +55,7 @@ def gradients(
 
 
 def _grad(
-    model: StackedModel,
+    model: Deltas,
     total: Tensor,
     leaves: list[Tensor],
     places: list[int],

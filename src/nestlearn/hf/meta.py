@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nestlearn import state as trees
 
-from . import learning
-from .plan import Memory
-from .stack import StackedModel
+from . import learning, reading
+from .deltas import Deltas
+from .plan import StackMemory
 from .writes import Fast
 
 GRAPHS = ("full", "first-order")
@@ -53,7 +53,7 @@ class MetaConfig:
 
 
 def train_stack(
-    model: StackedModel,
+    model: Deltas,
     ids: Tensor,
     config: MetaConfig | None = None,
     *,
@@ -104,7 +104,7 @@ def train_stack(
 
 
 def _step(model, windows, kept, config, adam, logs, rates) -> tuple[float, float]:
-    memory: Memory | None = None
+    memory: StackMemory | None = None
     learned, forgot = 0.0, 0.0
     pieces = windows.split(config.reach, 1)
     for piece in pieces:
@@ -113,7 +113,7 @@ def _step(model, windows, kept, config, adam, logs, rates) -> tuple[float, float
         learned += float(total.detach())
         if kept is not None and config.keep:
             with torch.enable_grad():
-                own = learning.losses(model, kept, memory)[:, 1:].mean() / len(pieces)
+                own = reading.losses(model, kept, memory)[:, 1:].mean() / len(pieces)
             forgot += float(own.detach())
             total = total + config.keep * own
         total.backward()
@@ -130,7 +130,7 @@ def _step(model, windows, kept, config, adam, logs, rates) -> tuple[float, float
     return learned, forgot
 
 
-def rate_parameters(model: StackedModel) -> list[nn.Parameter]:
+def rate_parameters(model: Deltas) -> list[nn.Parameter]:
     """The parameters that say how the levels learn, of the levels that do."""
     found = []
     for i in model.config.faster_first():
@@ -143,7 +143,7 @@ def rate_parameters(model: StackedModel) -> list[nn.Parameter]:
     return found
 
 
-def add_starts(model: StackedModel) -> None:
+def add_starts(model: Deltas) -> None:
     """Give the levels start values of their own, which are zero until they are trained."""
     each: list[Fast] = [model.start(i, 1) for i in range(len(model.config.levels))]
     flat = [w for fast in each for factors in fast for w in factors if w is not None]

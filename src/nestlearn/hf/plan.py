@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from nestlearn.options import check_learning
+from nestlearn.options import Level, check_learning
 
 from .writes import LevelState
 
@@ -23,7 +23,7 @@ LARGE, RANK = 50_000_000, 4  # parameters from which deltas are of a low rank by
 Cache = tuple[tuple[Tensor, Tensor], ...]
 
 
-class Memory(NamedTuple):
+class StackMemory(NamedTuple):
     """What a stacked model has learned, and where in its stream it stands.
 
     position: tokens read. context [B, n]: the window's tokens before the running piece; cache:
@@ -36,6 +36,9 @@ class Memory(NamedTuple):
     cache: Cache
     pending: tuple[Tensor, ...]
     levels: tuple[LevelState, ...]
+
+
+Memory = StackMemory  # its name in pickles of before
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,19 @@ class DeltaLevel:
         check_learning(self)
         if self.bound is not None and not self.bound >= 0:
             raise ValueError(f"bound={self.bound}: give a norm of 0 or more, or None")
+
+    @classmethod
+    def of(cls, level: DeltaLevel | Level) -> DeltaLevel:
+        """A stack's level of a layer's; ValueError if it has what a delta has not."""
+        if not isinstance(level, Level):
+            return level
+        foreign = [
+            n for n in ("hidden", "scale", "learns") if getattr(level, n) != getattr(Level, n)
+        ]
+        if foreign:
+            raise ValueError(f"{level!r}: a stack's level has no {foreign[0]}, give a DeltaLevel")
+        shared = {f.name: getattr(level, f.name) for f in fields(cls)}
+        return cls(**shared | {"bound": None if level.bound is None else level.bound[1]})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .families import Factors
+from .lending import Factors
 
 Fast = tuple[Factors, ...]  # one entry for each linear layer of the level; () where there is none
 
@@ -112,8 +112,6 @@ def restart(level: LevelState, first: Fast, share: Tensor) -> LevelState:
 
 def limit(delta: Factors, bound: float) -> Factors:
     """Each sample's delta scaled back to a Frobenius norm of `bound`, if it is beyond."""
-    if bound == float("inf"):
-        return delta
     if bound == float("inf"):
         return delta
     norm = size(delta)

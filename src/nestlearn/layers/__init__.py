@@ -1,4 +1,4 @@
-"""Room 3: layers, each `(x [B, T, D], state=None) -> (y [B, T, D], state)`."""
+"""Layers, each `(x [B, T, D], state=None) -> (y [B, T, D], state)`."""
 
 from .cms import ContinuumMemory, ContinuumState, Level
 from .mixers import Attention, StaticProjections, gated_deltanet, linear_attention, static_titans

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nestlearn.hf.anchor import Anchor
-from nestlearn.hf.families import Weights
 from nestlearn.hf.folder import fingerprint
+from nestlearn.hf.lending import Weights
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import size
 
@@ -82,7 +82,7 @@ class Session:
         self.drift, self.anchor, self.read_only = drift, anchor, read_only
         self.path = None if memory is None else find(memory)
         self.memory, self.turns = model.init_memory(1), list[ChatTurn]()
-        self._history: list[store.Record] = []
+        self._history: list[store.Entry] = []
         self._digest: str | None = None
         self._base = fingerprint(model)
         self._ready: tuple[Any, str, Weights] | None = None
@@ -222,7 +222,7 @@ class Session:
         return found
 
     @property
-    def history(self) -> list[store.Record]:
+    def history(self) -> list[store.Entry]:
         """What the memory has been through: each text with its source, place and losses."""
         return [dict(record) for record in self._history]
 

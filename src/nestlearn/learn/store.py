@@ -27,10 +27,10 @@ from torch import Tensor
 
 from nestlearn import state as trees
 from nestlearn.disk import atomic_write, disk_errors
-from nestlearn.hf.families import Factors, kernel
 from nestlearn.hf.folder import fingerprint, from_dict, to_dict
-from nestlearn.hf.learning import cache_shapes
-from nestlearn.hf.plan import Memory
+from nestlearn.hf.lending import Factors, kernel
+from nestlearn.hf.plan import StackMemory
+from nestlearn.hf.reading import cache_shapes
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import Fast, LevelState
 
@@ -43,19 +43,19 @@ _KEYS: dict[str, type] = {
 }  # fmt: skip
 _PARTS = ("fast", "total", "velocity", "start")
 
-Record = dict[str, Any]
+Entry = dict[str, Any]
 
 
 class Stored(NamedTuple):
     """A memory as it was read: the state, what it learned from, and its file's digest."""
 
-    memory: Memory
-    history: list[Record]
+    memory: StackMemory
+    history: list[Entry]
     digest: str
 
 
 def save_memory(
-    folder: str | Path, model: StackedModel, memory: Memory, history: list[Record],
+    folder: str | Path, model: StackedModel, memory: StackMemory, history: list[Entry],
     *, expected: str | None = None,
 ) -> str:  # fmt: skip
     """Write one stream's memory; the digest of what is there now.
@@ -139,14 +139,14 @@ def load_memory(folder: str | Path, model: StackedModel) -> Stored:
     return Stored(memory, body["history"], digest)
 
 
-def describe(folder: str | Path) -> Record:
+def describe(folder: str | Path) -> Entry:
     """What memory.json says; errors as in `load_memory`. The tensors are not read."""
     folder = Path(folder)
     with _locked(folder, shared=True):
         return _read_json(folder)[0]
 
 
-def sizes(memory: Memory) -> dict[str, int]:
+def sizes(memory: StackMemory) -> dict[str, int]:
     """Bytes of every level (its deltas, momentum, gathered gradients) and of the context."""
     each = {f"level {i}": trees.nbytes(level) for i, level in enumerate(memory.levels)}
     return {**each, "context": trees.nbytes(memory) - sum(each.values())}
@@ -155,13 +155,13 @@ def sizes(memory: Memory) -> dict[str, int]:
 # -------------------------------------------------------------------------------- the files
 
 
-def _to_json(body: Record) -> bytes:
+def _to_json(body: Entry) -> bytes:
     text = json.dumps(body, sort_keys=True, indent=1)
     sha = hashlib.sha256(text.encode()).hexdigest()
     return f'{{"sha256": "{sha}",\n"memory": {text}}}\n'.encode()
 
 
-def _read_json(folder: Path) -> tuple[Record, str]:
+def _read_json(folder: Path) -> tuple[Entry, str]:
     path = folder / "memory.json"
     if not path.is_file():
         raise FileNotFoundError(f"no memory in {folder}")
@@ -179,7 +179,7 @@ def _read_json(folder: Path) -> tuple[Record, str]:
     return body, hashlib.sha256(raw).hexdigest()
 
 
-def _read_tensors(folder: Path, entry: Record) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, entry: Entry) -> dict[str, Tensor]:
     name = entry.get("file")
     if not isinstance(name, str) or not _TENSORS.fullmatch(name):
         raise _damaged(folder, f"memory.json names the file {name!r}")
@@ -229,7 +229,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _stack(body: Record) -> Any:
+def _stack(body: Entry) -> Any:
     """The stack's options as they are saved now; unchanged where they are of none."""
     try:
         return to_dict(from_dict(body["stack"]))
@@ -237,7 +237,7 @@ def _stack(body: Record) -> Any:
         return body["stack"]
 
 
-def _differences(body: Record, model: StackedModel) -> str:
+def _differences(body: Entry, model: StackedModel) -> str:
     old, new = _stack(body), to_dict(model.config)
     keys = [key for key in new if not isinstance(old, dict) or old.get(key) != new[key]]
     return ", ".join(keys) or "other options"
@@ -246,7 +246,7 @@ def _differences(body: Record, model: StackedModel) -> str:
 # -------------------------------------------------------------- from checked tensors to a memory
 
 
-def _build(tensors: dict[str, Tensor], position: Any, model: StackedModel) -> Memory:
+def _build(tensors: dict[str, Tensor], position: Any, model: StackedModel) -> StackMemory:
     """The state tree of these tensors; ValueError for the first that does not fit the model."""
     if type(position) is not int or position < 0:
         raise ValueError(f"position={position!r}")
@@ -304,7 +304,7 @@ def _build(tensors: dict[str, Tensor], position: Any, model: StackedModel) -> Me
     if rest:
         raise ValueError(f"it holds {sorted(rest)[0]}, which has no place in a memory")
     _check_places(position, context.shape[1], waiting, bool(cache), model)
-    return Memory(position, context, cache, tuple(pending), tuple(levels))
+    return StackMemory(position, context, cache, tuple(pending), tuple(levels))
 
 
 def _tokens(tokens: Tensor, model: StackedModel) -> Tensor:

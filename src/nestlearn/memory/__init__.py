@@ -1,4 +1,4 @@
-"""Room 1: memories, objectives and rules, as pure functions on tensors."""
+"""Memories, objectives and rules, as pure functions on tensors."""
 
 from .memories import FunctionMemory, Matrix, Memory, ResidualMLP, Weights
 from .objectives import Objective, dot_product, l2, objective

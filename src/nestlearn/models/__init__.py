@@ -1,4 +1,4 @@
-"""Room 4: whole models."""
+"""Whole models."""
 
 from .hope import HopeConfig, HopeLM, HopeState
 

@@ -1,4 +1,4 @@
-"""Room 6: optimizers as memories of gradients, and the transforms that they are chains of."""
+"""Optimizers as memories of gradients, and the transforms that they are chains of."""
 
 from .base import ChainOptimizer
 from .chain import Transform, chain, every, total

@@ -1,4 +1,4 @@
-"""Room 2: writes along a stream. `update` is one chunk, `scan` loops anything over chunks."""
+"""Writes along a stream. `update` is one chunk, `scan` loops anything over chunks."""
 
 from ..memory import Gates, RuleState
 from .chunk import Chunk, explain, update, use_triton

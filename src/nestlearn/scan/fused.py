@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory.linalg import decay_products, inverse_unit_lower
-from ..memory.memories import ACTIVATIONS, Matrix, ResidualMLP, Weights
+from ..memory.linalg import inverse_unit_lower
+from ..memory.memories import Matrix, ResidualMLP, Weights
 from ..memory.rules import Gates, GradientRule, RuleState
 from .chunk import Chunk, Given
+from .rows import Scalars, add, add_product, head, nonlinearity, one, plus, split, stacked, steps
 
 
 def why_not(chunk: Chunk, given: Given) -> str | None:
@@ -73,7 +74,7 @@ def update(
     if q is not None and not apart:
         o = outputs[0]
     elif q is not None:
-        o = memory.read(tuple(_one(w, reader) for w in W), q)
+        o = memory.read(tuple(one(w, reader) for w in W), q)
     return o, tuple(after), S
 
 
@@ -91,7 +92,7 @@ def answers(memory: Matrix | ResidualMLP, W: Weights, z: Tensor) -> Tensor:
 class _Answers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, memory, z, *W):
-        phi, gain, residual = _nonlinearity(memory)
+        phi, gain, residual = nonlinearity(memory)
         x, y = z, []
         for i, w in enumerate(W):
             y.append(x @ w.mT)
@@ -104,9 +105,9 @@ class _Answers(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):
-        phi, gain, residual = _nonlinearity(ctx.memory)
+        phi, gain, residual = nonlinearity(ctx.memory)
         n = len(ctx.memory.shapes())
-        (z,), W, y = _split(list(ctx.saved_tensors), 1, n, n - 1)
+        (z,), W, y = split(list(ctx.saved_tensors), 1, n, n - 1)
         dW: list[Tensor] = []
         down = dy
         for i in reversed(range(n)):
@@ -133,16 +134,16 @@ class _Chunk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads):
         form = memory, rule, l2, read, reader, own = ctx.form
-        phi, gain, residual = _nonlinearity(memory)
+        phi, gain, residual = nonlinearity(memory)
         q, k, v, eta, log_alpha, *rest = ctx.saved_tensors
         n, T = len(memory.shapes()), k.shape[-2]
         do, dafter = grads[0], grads[-n:]
-        W, w, y, back, systems, seen = _split(rest, n, n, n, n - 1, *ctx.sizes)
+        W, w, y, back, systems, seen = split(rest, n, n, n, n - 1, *ctx.sizes)
         apart = q is not None and read == "boundary"  # its rows stand after the keys'
-        c = _Scalars(eta, log_alpha)
+        c = Scalars(eta, log_alpha)
         scale = [1.0 / gain] * (n - 1) + [1.0]
         x = [_rows(form, W[0], q, k, v), *(phi.value(a).div_(gain) for a in y[:-1])]
-        xk, yk = [_head(a, T) for a in x], [_head(a, T) for a in y]
+        xk, yk = [head(a, T) for a in x], [head(a, T) for a in y]
         u = [*(phi.pull(p, a) for p, a in zip(back, yk)), _descent(form, y[-1], k, v)]
         deta = torch.zeros_like(eta)
         dtotal = torch.zeros_like(eta if log_alpha is None else log_alpha)
@@ -156,9 +157,9 @@ class _Chunk(torch.autograd.Function):
             dW.append(dafter[i].clone() if log_alpha is None else c.gamma[..., -1:, :] * dafter[i])
             if log_alpha is not None:
                 share = c.left.squeeze(-1) * (w[i] * pulled).sum(-1)
-                _add(dtotal, -share)
+                add(dtotal, -share)
                 whole = share.sum(-1) + (dW[i] * W[i]).sum((-2, -1))
-                _add(dtotal[..., -1], whole)
+                add(dtotal[..., -1], whole)
 
         dq = None
         if q is not None and read == "token":
@@ -166,16 +167,16 @@ class _Chunk(torch.autograd.Function):
             for i in reversed(range(n)):
                 share, f = seen[2 * i : 2 * i + 2]
                 z = q if i == 0 else phi.value(seen[2 * i - 1]).div_(gain)
-                dshare = df @ _one(w[i], reader).mT
+                dshare = df @ one(w[i], reader).mT
                 if log_alpha is not None:
                     moved = (df * f).sum(-1).mul_(scale[i]) - (dshare * share).sum(-2)
-                    _add(_one(dtotal, reader, 1), moved)
-                doverlap = _one(c.ratio, reader) * dshare
-                dc = _one(c.gamma, reader) * df
-                _add_product(_one(dw[i], reader), share.mT, df)
-                _add_product(_one(dW[i], reader), dc.mT, z)
-                _add_product(_one(dx[i], reader), doverlap.mT, z)
-                df = _plus(dc @ _one(W[i], reader), doverlap, _one(xk[i], reader))
+                    add(one(dtotal, reader, 1), moved)
+                doverlap = one(c.ratio, reader) * dshare
+                dc = one(c.gamma, reader) * df
+                add_product(one(dw[i], reader), share.mT, df)
+                add_product(one(dW[i], reader), dc.mT, z)
+                add_product(one(dx[i], reader), doverlap.mT, z)
+                df = plus(dc @ one(W[i], reader), doverlap, one(xk[i], reader))
                 if i > 0:
                     df = phi.pull(df, seen[2 * i - 1])
             dq = df + do if residual else df
@@ -184,7 +185,7 @@ class _Chunk(torch.autograd.Function):
         du, dy, dkeys = [], [], 0
         for i in range(n):
             xs = k if i == 0 else xk[i]
-            r, s = _steps(c.eta, xs, rule)
+            r, s = steps(c.eta, xs, rule)
             lead = r.shape[:-2]
             right = dw[i]
             if rule.delta:
@@ -193,7 +194,7 @@ class _Chunk(torch.autograd.Function):
             du.append(s * right)
             dstep = (right * u[i]).sum(-1)
             if not rule.normalize:
-                _add(deta, dstep)
+                add(deta, dstep)
                 dstep = torch.zeros_like(dstep)
             dr = dstep.sum_to_size(*lead, T)
             if rule.delta:
@@ -205,17 +206,17 @@ class _Chunk(torch.autograd.Function):
                 dy.append((-r * c.found) * right)
                 if log_alpha is not None:
                     later = F.pad((r.squeeze(-1) * drest)[..., 1:], (0, 1))
-                    _add(dtotal, later - (r.mT @ dfaded).squeeze(-2))
+                    add(dtotal, later - (r.mT @ dfaded).squeeze(-2))
                 doverlap = dsystem.mul_(r).mul_(c.faded_by)
             if rule.delta or rule.normalize:
                 size = xs.square().sum(-1)
-                _add(deta, dr / size.clamp(min=1.0))
+                add(deta, dr / size.clamp(min=1.0))
                 dsize = torch.where(size > 1.0, -dr * r.squeeze(-1) / size, 0.0)
             if rule.delta:
                 doverlap.diagonal(dim1=-2, dim2=-1).add_(dsize)
                 both = doverlap + doverlap.mT
                 if lead == dx[i].shape[:-2]:
-                    dx[i] = _plus(dx[i], both, xk[i])
+                    dx[i] = plus(dx[i], both, xk[i])
                 else:
                     dkeys = both @ k
             elif rule.normalize and lead == dx[i].shape[:-2]:
@@ -229,21 +230,21 @@ class _Chunk(torch.autograd.Function):
         for i in range(n - 1):
             dy[i] += phi.curve(yk[i]).mul_(back[i]).mul_(du[i]).mul_(gain)
             pulled = phi.pull(du[i], yk[i])
-            du[i + 1] = _plus(du[i + 1], pulled, W[i + 1].mT)
-            _add_product(dW[i + 1], u[i + 1].mT, pulled)
+            du[i + 1] = plus(du[i + 1], pulled, W[i + 1].mT)
+            add_product(dW[i + 1], u[i + 1].mT, pulled)
         if l2:
             dy[-1] -= du[-1]
 
         # y = W x of all rows, from the last matrix to the first
         rows = [dy[-1]] + ([du[-1]] if own else []) + ([do] if apart else [])
-        down = _stack(rows)
+        down = stacked(rows)
         for i in reversed(range(n)):
-            _add_product(dW[i], down.mT, x[i])
+            add_product(dW[i], down.mT, x[i])
             dx_rows = down @ W[i]
-            _head(dx_rows, T).add_(dx[i])
+            head(dx_rows, T).add_(dx[i])
             if i > 0:
                 down = phi.pull(dx_rows, y[i - 1])
-                _head(down, T).add_(dy[i - 1])
+                head(down, T).add_(dy[i - 1])
         dk, *others = dx_rows.split(T, -2)
         if l2 and residual:
             dk = dk - du[-1]
@@ -260,8 +261,8 @@ class _Chunk(torch.autograd.Function):
 def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tuple[int, int]]:
     """The outputs, what the backward pass needs, and how much of that are systems and reads."""
     memory, rule, _, read, reader, _ = form
-    phi, gain, residual = _nonlinearity(memory)
-    c = _Scalars(eta, log_alpha)
+    phi, gain, residual = nonlinearity(memory)
+    c = Scalars(eta, log_alpha)
     x, y = [_rows(form, W[0], q, k, v)], []
     for i, w in enumerate(W):
         y.append(x[i] @ w.mT)
@@ -272,23 +273,23 @@ def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tu
     back: list[Tensor] = []  # the same before the slope of φ
     for w, a in zip(W[:0:-1], y[-2::-1]):
         back.insert(0, u[0] @ w)
-        u.insert(0, phi.pull(back[0], _head(a, T)))
+        u.insert(0, phi.pull(back[0], head(a, T)))
     writes, systems, after = [], [], []
     for i, w in enumerate(W):
-        xi = _head(x[i], T)
+        xi = head(x[i], T)
         xs = k if i == 0 else xi  # where memories share the keys, one system serves all of them
-        r, s = _steps(c.eta, xs, rule)
+        r, s = steps(c.eta, xs, rule)
         if rule.delta:
             faded = c.faded_by * (xs @ xs.mT)
             inverse = inverse_unit_lower(r * faded)
             scale = 1.0 if i == len(W) - 1 else 1.0 / gain
-            found = (r * c.found * scale) * _head(y[i], T)
+            found = (r * c.found * scale) * head(y[i], T)
             writes.append(inverse @ (s * u[i] - found))
             systems += [faded, inverse]
         else:
             writes.append(s * u[i])
         kept = w if log_alpha is None else c.gamma[..., -1:, :] * w
-        after.append(_plus(kept, (c.left * writes[i]).mT, xi))
+        after.append(plus(kept, (c.left * writes[i]).mT, xi))
 
     o, seen = None, []
     if q is not None and read == "boundary":
@@ -297,9 +298,9 @@ def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tu
     elif q is not None:
         z = q
         for i, w in enumerate(W):
-            share = _one(c.ratio, reader) * (z @ _one(_head(x[i], T), reader).mT)
-            f = _one(c.gamma, reader) * (z @ _one(w, reader).mT)
-            f = _plus(f, share, _one(writes[i], reader))
+            share = one(c.ratio, reader) * (z @ one(head(x[i], T), reader).mT)
+            f = one(c.gamma, reader) * (z @ one(w, reader).mT)
+            f = plus(f, share, one(writes[i], reader))
             if i < len(W) - 1:
                 z = phi.value(f.mul_(gain)).div_(gain)
             seen += [share, f]
@@ -313,103 +314,15 @@ def _rows(form: tuple, W: Tensor, q: Tensor | None, k: Tensor, v: Tensor) -> Ten
     """All that the first weights read, one block of T rows after the other: k, v, q."""
     read, own = form[3], form[5]
     rows = [k] + ([v] if own else []) + ([q] if q is not None and read == "boundary" else [])
-    return _stack(rows).expand(*W.shape[:-2], -1, -1).contiguous()
+    return stacked(rows).expand(*W.shape[:-2], -1, -1).contiguous()
 
 
 def _descent(form: tuple, y: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """u = −δ of the last matrix, from the answers y of all rows."""
     memory, _, l2, _, _, own = form
-    residual, T = _nonlinearity(memory)[2], k.shape[-2]
+    residual, T = nonlinearity(memory)[2], k.shape[-2]
     if own:
         v = y.narrow(-2, T, T) + v if residual else y.narrow(-2, T, T)
     if not l2:
         return v
-    return v - _head(y, T) - k if residual else v - _head(y, T)
-
-
-class _Scalars:
-    """A chunk's scalars, each shaped to scale what it acts on: rows [*b, T, 1] or pairs [*b, T, T].
-
-    gamma, ratio: γ_t and Γ_ts. found, faded_by: the same one token earlier. left: Γ_Ts.
-    """
-
-    def __init__(self, eta: Tensor, log_alpha: Tensor | None):
-        self.eta = eta.unsqueeze(-1)
-        if log_alpha is None:
-            ones = eta.new_ones(eta.shape[-1:] * 2)
-            gamma, self.ratio = ones[0], ones.tril()
-        else:
-            gamma, self.ratio = decay_products(log_alpha.cumsum(-1))
-        self.gamma = gamma.unsqueeze(-1)
-        self.found = F.pad(self.gamma[..., :-1, :], (0, 0, 1, 0), value=1.0)
-        self.faded_by = F.pad(self.ratio[..., :-1, :], (0, 0, 1, 0))
-        self.left = self.ratio[..., -1, :].unsqueeze(-1)
-
-
-def _nonlinearity(memory: Matrix | ResidualMLP) -> tuple[Any, float, bool]:
-    if isinstance(memory, Matrix):
-        return None, 1.0, False
-    return ACTIVATIONS[memory.activation], memory.gain, memory.residual
-
-
-def _steps(eta: Tensor, x: Tensor, rule: GradientRule) -> tuple[Tensor, Tensor]:
-    """Step sizes [*b, T, 1] of the delta term and of the gradient."""
-    if not (rule.delta or rule.normalize):
-        return eta, eta
-    r = eta / x.square().sum(-1, keepdim=True).clamp(min=1.0)
-    return r, r if rule.normalize else eta
-
-
-def _head(rows: Tensor, T: int) -> Tensor:
-    """The first T rows: those of the keys."""
-    return rows if rows.shape[-2] == T else rows.narrow(-2, 0, T)
-
-
-def _stack(rows: list[Tensor]) -> Tensor:
-    """Rows [*b, T, d] one after the other, leading axes broadcast."""
-    if len(rows) == 1:
-        return rows[0]
-    lead = torch.broadcast_shapes(*(a.shape[:-2] for a in rows))
-    return torch.cat([a.expand(*lead, *a.shape[-2:]) for a in rows], -2)
-
-
-def _one(x: Tensor, reader: int | None, tail: int = 2) -> Tensor:
-    """The reader's part along the last leading axis, where `tail` axes follow it."""
-    if reader is None:
-        return x
-    axis = x.ndim - tail - 1
-    if axis < 0:
-        return x
-    return x.select(axis, reader if x.shape[axis] > 1 else 0)
-
-
-def _plus(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """base + a @ b, in one pass where no axis is broadcast."""
-    lead = base.shape[:-2]
-    if not (len(lead) and a.shape[:-2] == lead == b.shape[:-2]):
-        return base + a @ b
-    sum_ = torch.baddbmm(base.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3))
-    return sum_.view(*lead, *sum_.shape[-2:])
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without forming the product where no axis is broadcast."""
-    lead = total.shape[:-2]
-    if total.is_contiguous() and len(lead) and a.shape[:-2] == lead == b.shape[:-2]:
-        total.view(-1, *total.shape[-2:]).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
-    else:
-        total += (a @ b).sum_to_size(total.shape)
-
-
-def _add(total: Tensor, part: Tensor) -> None:
-    """total += part, summed over the axes that total shares."""
-    total += part.sum_to_size(total.shape)
-
-
-def _split(tensors: list, *sizes: int) -> list[list]:
-    """The list in parts of these lengths."""
-    parts = []
-    for size in sizes:
-        parts.append(list(tensors[:size]))
-        tensors = tensors[size:]
-    return parts
+    return v - head(y, T) - k if residual else v - head(y, T)

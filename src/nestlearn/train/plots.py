@@ -32,23 +32,6 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     write_figure(figure, path)
 
 
-def loss_by_position(curves: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Draw the mean loss at each position of a window, smoothed over 1/32 of it.
-
-    curves: nats per token [T] by name, as `evaluate` returns them. ValueError without curves.
-    """
-    if not curves:
-        raise ValueError("loss_by_position was given no curves; pass evaluate()'s second result")
-    figure, axes = new_figure(_POSITION, _LOSS)
-    for i, (name, curve) in enumerate(curves.items()):
-        smooth = _smoothed(curve.detach().float().cpu(), len(curve) // 32)
-        where = list(range(1, len(smooth) + 1))
-        style = {"ls": _DASHES[i % len(_DASHES)], "label": _label(name)}
-        _line(axes[0], i, where, torch.tensor([smooth]), **style)
-    axes[0].legend(frameon=False, fontsize=10)
-    write_figure(figure, path)
-
-
 def comparison(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw models side by side: loss over the training, and over the position in the context.
 

@@ -10,95 +10,24 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import nn
 
-from nestlearn import state as tree
 from nestlearn.disk import atomic_write
-from nestlearn.scan import Writer
+from nestlearn.train.carried import Carried
 from nestlearn.train.checkpoint import Record, RunFolder
+from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import Corpus, keyed_seed, restarts
-from nestlearn.train.optimize import Captured, adamw, schedule
+from nestlearn.train.losses import evaluate, nats
+from nestlearn.train.optimize import Captured, adamw
 from nestlearn.train.plots import loss_curves
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_COUNTS = ("steps", "batch", "length", "stream", "eval_every", "eval_windows", "checkpoint_every")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train: AdamW, linear warmup, cosine decay, clipped gradients.
-
-    steps: optimizer steps. batch, length: windows per step and tokens per window. lr: the peak;
-    warmup: steps of the linear rise to it; final_lr: the share of lr at the last step.
-    weight_decay: on matrices only (ndim >= 2, without `no_decay = True`). clip: the largest
-    gradient norm. eval_every, checkpoint_every: in steps; the last step always does both.
-    dtype: "float32", or "bfloat16" (autocast; weights stay float32). device: "auto" is CUDA
-    where there is one, else Apple's GPU where it works, else the CPU. cuda_graph: on CUDA, capture
-    a step's forward and backward.
-    stream: windows that a row of the batch reads one after another with the model's memory carried
-    from step to step, before it starts anew elsewhere (1: every window starts anew). So a model
-    learns to go on in streams much longer than its windows. The gradient stays within a step: what
-    was carried is data, and start values learn as if the memory were theirs plus a constant. Rows
-    start anew at different steps; validation reads every window from the start.
-    """
-
-    steps: int = 500
-    batch: int = 8
-    length: int = 256
-    lr: float = 3e-3
-    warmup: int = 50
-    final_lr: float = 0.1
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    eval_every: int = 100
-    eval_windows: int = 16
-    checkpoint_every: int = 100
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
-    cuda_graph: bool = True
-    stream: int = 1
-
-    def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, name, value, "an integer of 1 or more")
-        _require(self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
-        shorter = f"at most steps={self.steps}, e.g. warmup={self.steps // 10}"
-        _require(self.warmup <= self.steps, "warmup", self.warmup, shorter)
-        _require(0 < self.lr < math.inf, "lr", self.lr, "a positive learning rate, e.g. 3e-3")
-        _require(0 <= self.final_lr <= 1, "final_lr", self.final_lr, "a share of lr, from 0 to 1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        betas_ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(betas_ok, "betas", self.betas, "two numbers from 0 to below 1")
-        _require(self.clip > 0, "clip", self.clip, "a positive norm (math.inf: no clipping)")
-        _require(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {', '.join(_DTYPES)}")
-
-
-def _require(ok: bool, name: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r}: choose {remedy}")
+from nestlearn.train.terminal import Display, Interrupt
 
 
 def train(
@@ -136,12 +65,12 @@ def train(
     run = optimizer(model, config) if optimizer else adamw(model, config, device)
     windows = corpus.val_windows(config.eval_windows, config.length)
     _batch(corpus, config, 0)  # a short text fails before any file
-    memory = _Carried(model, config) if config.stream > 1 else None
+    memory = Carried(model, config) if config.stream > 1 else None
     carried = memory.state if memory else None
     folder, step, log = _open(model, run, corpus, config, out, resume, carried)
     model.train()
     gradients = _Gradients(model, config, memory)
-    with _fork_rng(device), _Interrupt() as interrupt, _Display(config, step, progress) as display:
+    with _fork_rng(device), Interrupt() as interrupt, Display(config, step, progress) as display:
         try:
             while step < config.steps:
                 record = _update(model, run, corpus, config, step, gradients)
@@ -246,97 +175,13 @@ def _update(
     }
 
 
-class _Carried:
-    """What every row's memory holds from step to step, and what a step makes of it.
-
-    state: tensors [batch, ...], always the same ones, written in place: a CUDA graph and a
-    checkpoint that is loaded find them there. They are data, no part of a graph of gradients.
-    """
-
-    def __init__(self, model: Any, config: TrainConfig) -> None:
-        _check_carries(model, config)
-        self.model = model
-        with torch.no_grad():  # clones: two leaves of a first state may be one tensor
-            self.state = tree.tree_map(torch.clone, model.init_state(config.batch))
-        device = next(model.parameters()).device
-        self._anew = torch.ones(config.batch, dtype=torch.bool, device=device)
-
-    def starts(self, anew: torch.Tensor) -> None:
-        """Say which rows start anew at the next step, bool [batch]."""
-        self._anew.copy_(anew)
-
-    def given(self) -> Any:
-        """Return the state that the step begins with, differentiable in the start values."""
-        return tree.tree_map(self._given, self.model.init_state(len(self._anew)), self.state)
-
-    def _given(self, fresh: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
-        anew = self._anew.view(-1, *[1] * (fresh.ndim - 1))
-        with torch.no_grad():  # a choice, no factor: a row that starts anew takes nothing over
-            value = torch.where(anew, fresh, carried)
-        if not fresh.is_floating_point():
-            return value
-        return value + (fresh - fresh.detach())  # a zero with the gradient of the start value
-
-    def take(self, state: Any) -> None:
-        """Carry the state that the step ended with."""
-        with torch.no_grad():
-            tree.tree_map(lambda mine, new: mine.copy_(new), self.state, state)
-
-
-def _check_carries(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse, by ValueError, a model whose memory cannot be carried, and a length that cuts it."""
-    given = f"stream={config.stream}"
-    if not hasattr(model, "init_state"):
-        raise ValueError(f"{given}: {type(model).__name__} has no init_state(batch); use stream=1")
-    before, after = _shapes_around_a_token(model)
-    for path, shape in before.items():
-        if after.get(path) != shape:
-            raise ValueError(
-                f"{given}: the model's state grows with the stream (state.{path} has shape {shape} "
-                f"before a token and {after.get(path)} after it), as attention's cache does, and "
-                "is not carried from step to step; use stream=1, or a mixer with a memory of fixed "
-                "size"
-            )
-    # A step begins at position 0 again, so it has to end where every chunk and bound does.
-    period = math.lcm(*_periods(model))
-    if config.length % period:
-        raise ValueError(
-            f"length={config.length}: with {given} give a multiple of {period}, so that every "
-            "window ends where the chunks, bounds and fades of the model's memories do"
-        )
-
-
-def _shapes_around_a_token(model: Any) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of the state's tensors before and after one token."""
-    device = next(model.parameters()).device
-    with _evaluating(model), torch.no_grad():
-        before = model.init_state(1)
-        _, after = model(torch.zeros(1, 1, dtype=torch.int64, device=device), state=before)
-    return [
-        {path: tuple(x.shape) for path, x in tree.leaves(state) if isinstance(x, torch.Tensor)}
-        for state in (before, after)
-    ]
-
-
-def _periods(model: nn.Module) -> list[int]:
-    """After how many tokens each memory of the model is at a chunk's end, its bound, its fade."""
-    writers, fades = [], []
-    for module in model.modules():
-        fades.append(getattr(module, "fade_every", None) or 1)
-        groups = getattr(module, "groups", ())  # a number in a convolution of torch
-        parts = (module, *groups) if isinstance(groups, tuple) else (module,)
-        writers += [getattr(part, "writer", None) for part in parts]
-    ends = [w.chunk if w.bound is None else w.bounded for w in writers if isinstance(w, Writer)]
-    return [*ends, *fades]
-
-
 class _Gradients:
     """The loss of a batch, with its gradients in `.grad`; and what is carried, carried on.
 
     On CUDA forward and backward are one graph.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, carried: _Carried | None) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, carried: Carried | None) -> None:
         self.model, self.dtype, self.carried = model, config.dtype, carried
         self.captures = config.cuda_graph and next(model.parameters()).is_cuda
         self._graph: Captured | None = None
@@ -361,25 +206,10 @@ class _Gradients:
         for parameter in self.model.parameters():
             parameter.grad = None
         given = self.carried.given() if self.carried else None
-        losses, state = _nats(self.model, ids, self.dtype, given)
+        losses, state = nats(self.model, ids, self.dtype, given)
         loss = losses.mean()
         loss.backward()
         return loss.detach(), state
-
-
-def _nats(
-    model: nn.Module, windows: torch.Tensor, dtype: str, state: Any = None
-) -> tuple[torch.Tensor, Any]:
-    """Cross entropy at every position of windows [B, T + 1], in nats, float32 [B, T]; the state."""
-    with torch.autocast(windows.device.type, _DTYPES[dtype], enabled=dtype != "float32"):
-        logits, state = model(windows[:, :-1], state=state)
-    flat = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
-    return flat.view(windows.shape[0], -1), state
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate of the update after `step` others: linear to lr, then cosine to the end."""
-    return config.lr * schedule(step, config.steps, config.warmup, final=config.final_lr)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -410,39 +240,6 @@ def _apple_works() -> bool:
         return False
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, windows: torch.Tensor, batch: int = 8, dtype: str = "float32"
-) -> tuple[float, torch.Tensor]:
-    """Return the mean loss over windows int64 [N, T + 1], and by position, in nats per token [T].
-
-    batch: windows at once. Every module's training mode is put back afterwards.
-    """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"windows has shape {tuple(windows.shape)}; pass [N >= 1, T + 1 >= 2]")
-    _require(dtype in _DTYPES, "dtype", dtype, f"one of {', '.join(_DTYPES)}")
-    device = next(model.parameters()).device
-    with _evaluating(model):
-        total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
-        for part in windows.split(batch):
-            losses, _ = _nats(model, part.to(device), dtype)
-            total += losses.cpu().double().sum(0)  # Apple's GPU has no float64
-    by_position = total / windows.shape[0]
-    return float(by_position.mean()), by_position.float()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's own mode is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _validate(
     model: nn.Module, corpus: Corpus, windows: torch.Tensor, config: TrainConfig
 ) -> Record:
@@ -465,72 +262,3 @@ def _write_model(model: Any, corpus: Corpus, path: Path) -> None:
 def _fork_rng(device: torch.device) -> Any:
     """The caller's random state is as it was after training."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-class _Interrupt:
-    """Holds Ctrl-C until a step is whole; a second one does not wait."""
-
-    def __init__(self) -> None:
-        self.asked = self.forced = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():  # only there signals arrive
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, *_: object) -> None:
-        self.forced = self.asked
-        self.asked = True
-        if self.forced:
-            raise KeyboardInterrupt
-
-    def check(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-
-class _Display:
-    """A progress bar on stderr, and a line for every validation."""
-
-    def __init__(self, config: TrainConfig, step: int, shown: bool) -> None:
-        self._bar: Progress | None = None
-        if shown:
-            self._bar = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("{task.fields[rate]} tokens/s"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(
-                "", total=config.steps, completed=step, loss="–", rate="–"
-            )
-
-    def __enter__(self) -> _Display:
-        (self._bar or nullcontext()).__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar:
-            self._bar.__exit__(*error)
-
-    def show(self, record: Record) -> None:
-        if self._bar is None:
-            return
-        rate = f"{record['tokens_per_second']:,.0f}"
-        loss = f"{record['loss']:.3f}"
-        self._bar.update(self._task, completed=record["step"], loss=loss, rate=rate)
-        if "val_loss" in record:
-            bits = record["val_bits_per_byte"]
-            more = f" ({bits:.3f} bits per byte)" if bits is not None else ""
-            text = f"step {record['step']}: validation loss {record['val_loss']:.3f} nats{more}"
-            self._bar.console.print(text, highlight=False)

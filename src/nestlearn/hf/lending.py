@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -241,8 +240,3 @@ def adopt(layer: nn.Module) -> None:
 def release(layer: nn.Module) -> None:
     """Give the layer its own class back."""
     layer.__class__ = _RELEASED[type(layer)]
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

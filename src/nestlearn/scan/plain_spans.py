@@ -1,0 +1,290 @@
+"""Spans of a rule without momentum and half-life, the backward pass written out (see `spans`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..memory import GradientRule
+from ..memory.linalg import frobenius, inverse_unit_lower
+from .writer import Writer
+
+BLOCK = 64  # systems up to this size are inverted by torch
+
+
+class Form(NamedTuple):
+    """size: tokens of a span. start: position of the first token. dtype: of the products.
+
+    options: with these, what stands between the products goes through torch.compile.
+    """
+
+    writer: Writer
+    rule: GradientRule
+    size: int
+    start: int
+    dtype: torch.dtype
+    options: Mapping[str, Any] | None
+
+    def bounded(self, i: int) -> bool:
+        """Whether the bound acts after span i."""
+        stop = self.start + (i + 1) * self.size
+        return self.writer.bound is not None and stop % self.writer.bounded == 0
+
+    def masks(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[i < c] and l [i < c] + d [i < t], of the products' sums, and l + d."""
+        token = torch.arange(self.size, device=like.device)
+        chunk = token // self.writer.chunk
+        earlier = (chunk.unsqueeze(-1) > chunk).to(like)
+        strict = (token.unsqueeze(-1) > token).to(like)
+        l2, replaces = float(self.writer.objective == "l2"), float(self.rule.delta)
+        return earlier, l2 * earlier + replaces * strict, like.new_full((), l2 + replaces)
+
+    def __call__(self, f: Callable, *args: Any) -> Any:
+        """f(*args), f without products."""
+        if self.options is None:
+            return f(*args)
+        for x in args:
+            if isinstance(x, Tensor) and x.ndim > 2:
+                torch._dynamo.maybe_mark_dynamic(x, (0, 1))
+        key = (f, repr(sorted(self.options.items())))
+        if key not in _COMPILED:
+            _COMPILED[key] = torch.compile(f, **self.options)
+        return _COMPILED[key](*args)
+
+
+_COMPILED: dict[tuple[Callable, str], Callable] = {}
+
+
+class Spans(torch.autograd.Function):
+    """(W [B, V, K], W0, last [B, 1, K], h [B, T, K], v [B, T, V], η [B, T]) -> (y, W after).
+
+    n spans of N tokens, T = n N. What needs no state is done for all spans at once: the Gram matrix
+    of the features (keys are the features one token earlier: rows −1 .. N−1 hold both) and the
+    inverse. The loop has three products a span in each direction. In the backward pass the errors
+    of what a feature answers and of what it finds as a key share one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, form: Form, W, W0, last, h, v, eta):
+        N, n, low = form.size, h.shape[1] // form.size, form.dtype
+        wide = torch.promote_types(low, torch.float32)
+        earlier, factor, both = form.masks(h.new_empty(0, dtype=wide))
+        rows, values, eta = form(_laid, last, h, v, eta, earlier, low)
+        gram = _product(rows, rows.mT, wide)
+        system, read, s, aims, steps = form(_systems, gram, values, eta, earlier, factor, both, low)
+        with _tf32(low):
+            inverse = _inverse(system)
+        states, found = (rows.new_empty(n, *W.shape), gram.new_empty(*rows.shape[:3], W.shape[1]))
+        w, shells, W = torch.empty_like(values), [], W.clone()
+        for i in range(n):
+            states[i].copy_(W)
+            _product(rows[i], states[i].mT, wide, out=found[i])
+            with _tf32(low):
+                w[i] = inverse[i] @ torch.addcmul(aims[i], steps[i], found[i, :, :N], value=-1)
+            _add(W, w[i].mT, rows[i, :, :N])
+            if form.bounded(i):
+                assert form.writer.bound is not None
+                shells.append(form(_into_shell, W, W0, *form.writer.bound))
+        errors = form(_errors, values, found, both)
+        _add(found[:, :, 1 : N + 1], read, w)
+        ctx.form, ctx.kinds = form, (last.dtype, h.dtype, v.dtype)
+        ctx.save_for_backward(
+            W0, rows, gram, eta, s, inverse, read, w, errors, states, W,
+            *(x for shell in shells for x in shell),
+        )  # fmt: skip
+        return form(_streamed, found[:, :, 1 : N + 1], h.dtype), W
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy, dW):
+        with torch.autocast(dy.device.type, enabled=False):
+            return Spans._backward(ctx, dy, dW)
+
+    @staticmethod
+    def _backward(ctx: Any, dy, dW):
+        form, N, low = ctx.form, ctx.form.size, ctx.form.dtype
+        W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *flat = ctx.saved_tensors
+        wide, n = gram.dtype, len(rows)
+        shells = list(zip(flat[::2], flat[1::2]))
+        dW0, dW = torch.zeros_like(W0) if shells else None, dW.clone()
+        earlier, factor, both = form.masks(gram.new_empty(0))
+        dy, back = form(_laid_errors, dy, earlier, rows, low)
+        dread = _product(dy, w.mT, wide)
+        dw = _product(read.mT, dy, wide)
+        dstates, g, steps = torch.empty_like(states), torch.empty_like(w), both * s
+        for i in reversed(range(n)):
+            if form.bounded(i):
+                after = W if i == n - 1 else states[i + 1]
+                dW0 += form(_shell_backward, after, dW, *shells.pop(), W0, *form.writer.bound)
+            dstates[i].copy_(dW)
+            _add(dw[i], rows[i, :, :N], dstates[i].mT)
+            with _tf32(low):
+                pull = inverse[i].mT @ dw[i]
+            g[i] = pull
+            back[i, :, :N].addcmul_(steps[i], pull, value=-1)
+            _add(dW, back[i].mT, rows[i])
+        drows = _product(back, states, low)
+        _add(drows[:, :, :N], w, dstates)
+        overlap = _product(g, w.mT, wide)
+        dgram, dv, deta = form(
+            _systems_backward,
+            overlap,
+            dread,
+            gram,
+            g,
+            errors,
+            s,
+            eta,
+            earlier,
+            factor,
+            ctx.kinds[2],
+        )
+        _add(drows, dgram, rows)
+        dlast, dh = form(_features, drows, earlier, *ctx.kinds[:2])
+        return None, dW, dW0, dlast, dh, dv, deta
+
+
+def _laid(last, h, v, eta, earlier, low):
+    """Features −1 .. N−1 of each span, [n, B, N + 1, K]; values [n, B, N, V]; η [n, B, N, 1].
+
+    The rows are filled up with zeros so that those of bfloat16 matrices begin at 16 bytes.
+    """
+    (B, T, K), N = h.shape, earlier.shape[0]
+    fill = 0 if low == earlier.dtype else 7
+    first = torch.cat([last.to(h.dtype), h[:, N - 1 : T - 1 : N]], 1).mT.unsqueeze(-1)
+    spans = h.reshape(B, T // N, N, K).transpose(0, 1)
+    parts = [first.permute(2, 0, 3, 1), spans, h.new_zeros(T // N, B, fill, K)]
+    rows = torch.cat(parts, 2).to(low)
+    return rows, _spanned(v, N, low), _spanned(eta.unsqueeze(-1), N, earlier.dtype)
+
+
+def _systems(gram, values, eta, earlier, factor, both, low):
+    """The system, what is read of each write, s, and what s times v and what is found get."""
+    N = earlier.shape[0]
+    keys = gram[..., :N, :N]
+    s = eta / keys.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clamp(min=1.0)
+    read = (gram[..., 1 : N + 1, :N] * earlier).to(low)
+    return s * keys * factor, read, s, s * values, both * s
+
+
+def _errors(values, found, both):
+    return (values - both * found[:, :, : values.shape[2]]).to(values.dtype)
+
+
+def _laid_errors(dy, earlier, rows, low):
+    """dy [n, B, N, V], and at the rows of the features that answered."""
+    N = earlier.shape[0]
+    dy = _spanned(dy, N, low)
+    zeros = dy.new_zeros(*dy.shape[:2], 1, dy.shape[3])
+    fill = zeros.expand(-1, -1, rows.shape[2] - N - 1, -1)
+    return dy, torch.cat([zeros, dy, fill], 2)
+
+
+def _systems_backward(overlap, dread, gram, g, errors, s, eta, earlier, factor, kind):
+    """The gradients of the Gram matrix, plus its transpose, of v and of η."""
+    N, rest = earlier.shape[0], gram.shape[-1] - earlier.shape[0]
+    keys, dsystem = gram[..., :N, :N], -overlap * factor
+    ds = (dsystem * keys).sum(-1, keepdim=True)
+    ds = ds + (g.to(ds.dtype) * errors).sum(-1, keepdim=True)
+    size = keys.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    length = size.clamp(min=1.0)
+    dlength = torch.where(size > 1, -ds * s / length, 0.0)
+    one = torch.eye(N, dtype=gram.dtype, device=gram.device)
+    dkeys = F.pad(s * dsystem + dlength * one, (0, rest, 0, rest))
+    dgram = dkeys + F.pad(dread * earlier, (0, rest, 1, rest - 1))
+    dgram = (dgram + dgram.mT).to(g.dtype)
+    return dgram, _streamed(s * g, kind), _streamed(ds / length, eta.dtype).squeeze(-1)
+
+
+def _features(drows, earlier, *kinds):
+    """The gradients of `last` and `h` from those of the rows."""
+    N = earlier.shape[0]
+    more = F.pad(drows[1:, :, :1], (0, 0, 0, 0, 0, 0, 0, 1))  # of the next span's first key
+    body = drows[:, :, 1 : N + 1] + F.pad(more, (0, 0, N - 1, 0))
+    return drows[0, :, :1].to(kinds[0]), _streamed(body, kinds[1])
+
+
+def _spanned(x: Tensor, N: int, dtype: torch.dtype) -> Tensor:
+    """[B, n N, d] as [n, B, N, d]."""
+    B, T, d = x.shape
+    return x.reshape(B, T // N, N, d).transpose(0, 1).to(dtype).contiguous()
+
+
+def _streamed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, B, N, d] as [B, n N, d]."""
+    n, B, N, d = x.shape
+    return x.to(dtype).transpose(0, 1).reshape(B, n * N, d)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """a b over all leading axes; bfloat16 factors are summed, and given, in `dtype`."""
+    lead = a.shape[:-2]
+    a, b = a.flatten(0, -3), b.flatten(0, -3)
+    into = None if out is None else out.flatten(0, -3)
+    mixed = {} if a.dtype == dtype else {"out_dtype": dtype}
+    if into is not None and torch.compiler.is_exporting():  # the program may run with gradients on
+        return into.copy_(torch.bmm(a, b, **mixed, out=None)).unflatten(0, lead)
+    return torch.bmm(a, b, **mixed, out=into).unflatten(0, lead)
+
+
+def _add(x: Tensor, a: Tensor, b: Tensor) -> None:
+    """x += a b, in x's type."""
+    x, a, b = x.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3)
+    if a.dtype == x.dtype:
+        x.baddbmm_(a, b)
+    else:
+        torch.baddbmm(x, a, b, out_dtype=x.dtype, out=x)
+
+
+def _inverse(system: Tensor) -> Tensor:
+    """(I + L)⁻¹: of halves, joined, until they are small enough for torch's own."""
+    N = system.shape[-1]
+    half = N // 2
+    if N <= BLOCK or N % 2 or not system.is_cuda:
+        return inverse_unit_lower(system)
+    one, two = _inverse(torch.stack([system[..., :half, :half], system[..., half:, half:]]))
+    joined = torch.zeros_like(system)
+    joined[..., :half, :half] = one
+    joined[..., half:, half:] = two
+    joined[..., half:, :half] = -(two @ (system[..., half:, :half] @ one))
+    return joined
+
+
+@contextmanager
+def _tf32(dtype: torch.dtype):
+    """Float32 products as TF32 where the others are bfloat16."""
+    if dtype != torch.bfloat16:
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _into_shell(W, W0, low, high):
+    """`into_shell` in place; the norm and what it is brought to."""
+    norm, start = frobenius(W), frobenius(W0).to(W.dtype)
+    size = norm.clamp(min=low * start, max=high * start)
+    W.mul_(size / norm.clamp(min=1e-12))
+    return norm, size
+
+
+def _shell_backward(after, dW, norm, size, W0, low, high):
+    """Through `_into_shell`: dW in place, dW_0."""
+    start = frobenius(W0).to(norm.dtype)
+    under, over = norm < low * start, norm > high * start
+    along = (after * dW).sum((-2, -1), keepdim=True) / size.clamp(min=1e-12)
+    scale = size / norm.clamp(min=1e-12)
+    pull = torch.where(under | over, scale * along / size.clamp(min=1e-12), 0.0)
+    dW.copy_(dW * scale - pull * after)
+    pull = torch.where(under, low * along, torch.where(over, high * along, 0.0)).sum(0)
+    return (pull * W0 / start.clamp(min=1e-12)).to(W0.dtype)

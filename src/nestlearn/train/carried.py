@@ -1,0 +1,98 @@
+"""A memory that is carried from step to step: rows of a batch read on where they were."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from nestlearn import state as tree
+from nestlearn.scan import Writer
+from nestlearn.train.config import TrainConfig
+from nestlearn.train.losses import evaluating
+
+
+class Carried:
+    """What every row's memory holds from step to step, and what a step makes of it.
+
+    state: tensors [batch, ...], always the same ones, written in place: a CUDA graph and a
+    checkpoint that is loaded find them there. They are data, no part of a graph of gradients.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig) -> None:
+        _check_carries(model, config)
+        self.model = model
+        with torch.no_grad():  # clones: two leaves of a first state may be one tensor
+            self.state = tree.tree_map(torch.clone, model.init_state(config.batch))
+        device = next(model.parameters()).device
+        self._anew = torch.ones(config.batch, dtype=torch.bool, device=device)
+
+    def starts(self, anew: torch.Tensor) -> None:
+        """Say which rows start anew at the next step, bool [batch]."""
+        self._anew.copy_(anew)
+
+    def given(self) -> Any:
+        """Return the state that the step begins with, differentiable in the start values."""
+        return tree.tree_map(self._given, self.model.init_state(len(self._anew)), self.state)
+
+    def _given(self, fresh: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+        anew = self._anew.view(-1, *[1] * (fresh.ndim - 1))
+        with torch.no_grad():  # a choice, no factor: a row that starts anew takes nothing over
+            value = torch.where(anew, fresh, carried)
+        if not fresh.is_floating_point():
+            return value
+        return value + (fresh - fresh.detach())  # a zero with the gradient of the start value
+
+    def take(self, state: Any) -> None:
+        """Carry the state that the step ended with."""
+        with torch.no_grad():
+            tree.tree_map(lambda mine, new: mine.copy_(new), self.state, state)
+
+
+def _check_carries(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse, by ValueError, a model whose memory cannot be carried, and a length that cuts it."""
+    given = f"stream={config.stream}"
+    if not hasattr(model, "init_state"):
+        raise ValueError(f"{given}: {type(model).__name__} has no init_state(batch); use stream=1")
+    before, after = _shapes_around_a_token(model)
+    for path, shape in before.items():
+        if after.get(path) != shape:
+            raise ValueError(
+                f"{given}: the model's state grows with the stream (state.{path} has shape {shape} "
+                f"before a token and {after.get(path)} after it), as attention's cache does, and "
+                "is not carried from step to step; use stream=1, or a mixer with a memory of fixed "
+                "size"
+            )
+    # A step begins at position 0 again, so it has to end where every chunk and bound does.
+    period = math.lcm(*_periods(model))
+    if config.length % period:
+        raise ValueError(
+            f"length={config.length}: with {given} give a multiple of {period}, so that every "
+            "window ends where the chunks, bounds and fades of the model's memories do"
+        )
+
+
+def _shapes_around_a_token(model: Any) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of the state's tensors before and after one token."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        before = model.init_state(1)
+        _, after = model(torch.zeros(1, 1, dtype=torch.int64, device=device), state=before)
+    return [
+        {path: tuple(x.shape) for path, x in tree.leaves(state) if isinstance(x, torch.Tensor)}
+        for state in (before, after)
+    ]
+
+
+def _periods(model: nn.Module) -> list[int]:
+    """After how many tokens each memory of the model is at a chunk's end, its bound, its fade."""
+    writers, fades = [], []
+    for module in model.modules():
+        fades.append(getattr(module, "fade_every", None) or 1)
+        groups = getattr(module, "groups", ())  # a number in a convolution of torch
+        parts = (module, *groups) if isinstance(groups, tuple) else (module,)
+        writers += [getattr(part, "writer", None) for part in parts]
+    ends = [w.chunk if w.bound is None else w.bounded for w in writers if isinstance(w, Writer)]
+    return [*ends, *fades]
