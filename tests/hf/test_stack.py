@@ -437,6 +437,13 @@ def test_generating_with_and_without_cache_agree_under_a_memory():
 # ---------------------------------------------------------------------------------- refusals
 
 
+def test_a_layers_level_stands_for_a_delta_level():
+    level = Level(8, lr=0.2, rule="gd", half_life=64, bound=(0.5, 3.0))
+    config = stack_levels(tiny(), [level, Level(bound=None)]).config
+    same = DeltaLevel(8, lr=0.2, rule="gd", half_life=64, bound=3.0)
+    assert config.levels == (same, DeltaLevel(bound=None))
+
+
 def test_refusals_name_the_value_and_the_remedy():
     with pytest.raises(ValueError, match=r"no MLP blocks found in Linear.*Llama, Mistral.*GPT-2"):
         stack_levels(nn.Linear(2, 2), LEVELS)
@@ -452,7 +459,8 @@ def test_refusals_name_the_value_and_the_remedy():
         (LEVELS, {"rank": 17}, "rank=17 is more"),
         (LEVELS, {"window": 65}, "window=65: the model has 64 positions"),
         ([DeltaLevel(4), DeltaLevel(6)], {}, "make 6 a larger multiple of 4"),
-        ([Level(4)], {}, r"Level\(chunk=4.* is none of a stack, give nestlearn\.DeltaLevel"),
+        ([Level(4, hidden=8)], {}, r"Level\(chunk=4.* has no hidden, give a DeltaLevel"),
+        (["fast"], {}, "'fast' is none of a stack, give nestlearn.DeltaLevel"),
         (
             [DeltaLevel(4), DeltaLevel(8), DeltaLevel(16)],
             {"spread": "depth"},
