@@ -295,9 +295,10 @@ def long_text(tmp_path):
 
 
 @pytest.fixture
-def language(hope, monkeypatch):
+def language(monkeypatch):
     language = importlib.import_module("nestlearn.experiments.language")
-    monkeypatch.setitem(hope.SIZES, "tiny", (32, 1, 2))
+    sizes = importlib.import_module("nestlearn.models.config").SIZES
+    monkeypatch.setitem(sizes, "tiny", (32, 1, 2))
     return language
 
 
