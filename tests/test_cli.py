@@ -297,8 +297,8 @@ def long_text(tmp_path):
 @pytest.fixture
 def language(monkeypatch):
     language = importlib.import_module("nestlearn.experiments.language")
-    config = importlib.import_module("nestlearn.models.config")
-    monkeypatch.setitem(config.SIZES, "tiny", (32, 1, 2))
+    sizes = importlib.import_module("nestlearn.models.config").SIZES
+    monkeypatch.setitem(sizes, "tiny", (32, 1, 2))
     return language
 
 
