@@ -36,7 +36,11 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, call, unchecked):
     commands.texts(tmp_path)
     lines = [line for line in COMMANDS if line.startswith("nestlearn ")]
     assert len(lines) == 5
-    shorter = {"train": "--batch 2 --length 64", "reproduce": "--workers 0 --only parity"}
+    shorter = {
+        "train": "--batch 2 --length 64",
+        "generate": "--tokens 9",
+        "reproduce": "--workers 0 --only parity",
+    }
     for line in lines:
         if "--list" not in line:  # `commands.py` runs all of it
             line += " " + shorter.get(line.split()[1], "")

@@ -97,7 +97,7 @@ class Deltas(nn.Module):
         """Another whenever the base model's weights or the start values are."""
         return version_of([*self.base.state_dict().values(), *self.starts])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Deltas:
         """Move or cast. A cast is the base model's: step sizes, start values and all that is
         learned keep their type, and the base stays the one that memories know.
         """
