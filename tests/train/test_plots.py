@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from nestlearn.train import plots
@@ -54,9 +53,10 @@ def test_a_comparison_shows_every_model_on_both_sides(tmp_path, drawn):
 
 
 def test_names_are_shown_as_they_are(tmp_path, drawn):
-    plots.loss_by_position({"_a$b$_[c": torch.ones(32), "$": torch.ones(32)}, tmp_path / "x.png")
+    log = [{"step": 1, "loss": 1.0}]
+    plots.loss_curves({"_a$b$_[c": log, "$": log}, tmp_path / "x.png")
     shown = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
-    assert shown == [r" _a\$b\$_[c", r"\$"]  # what matplotlib draws as a $
+    assert shown == [r" _a\$b\$_[c, training", r"\$, training"]  # what matplotlib draws as a $
 
 
 def test_seeds_are_a_mean_and_a_range(tmp_path, drawn):

@@ -103,10 +103,10 @@ def share(weights: Weights, layers: Iterable[nn.Module]) -> Iterator[None]:
 
     What a block around it lends to the layers of other models stays lent.
     """
-    own, outer, loan = frozenset(layers), _INSIDE.get(), _LOAN.get()
-    beside = {} if loan is None else {k: v for k, v in loan.weights.items() if k not in own}
+    about, outer, loan = frozenset(layers), _INSIDE.get(), _LOAN.get()
+    beside = {} if loan is None else {k: v for k, v in loan.weights.items() if k not in about}
     lent = _Loan({**beside, **weights}, None, {})
-    about = own if outer is None else own | outer.layers
+    about = about if outer is None else about | outer.layers
     block = _Shared(lent, about, frozenset(threading.enumerate()), outer)
     tokens = _LOAN.set(lent), _INSIDE.set(block)
     _OPEN.append(block)
@@ -160,8 +160,8 @@ class _Adopted:
             if loan.inputs is not None:
                 loan.inputs[self] = x
         lent = loan.weights.get(self) if loan is not None else None
-        own = super().forward  # type: ignore[misc]
-        return own(x) if lent is None else _compute(self, own, x, lent)
+        plain = super().forward  # type: ignore[misc]
+        return plain(x) if lent is None else _compute(self, plain, x, lent)
 
 
 class AdoptedLinear(_Adopted, nn.Linear):
@@ -173,10 +173,10 @@ class AdoptedConv1D(_Adopted, Conv1D):
 
 
 _ADOPTED = {nn.Linear: AdoptedLinear, Conv1D: AdoptedConv1D}
-_RELEASED = {adopted: own for own, adopted in _ADOPTED.items()}
+_RELEASED = {adopted: plain for plain, adopted in _ADOPTED.items()}
 
 
-def _compute(layer: nn.Module, own, x: Tensor, lent: Effective) -> Tensor:
+def _compute(layer: nn.Module, plain, x: Tensor, lent: Effective) -> Tensor:
     if lent.version is not None and lent.version != version(layer):
         raise ValueError(
             "the base model's weights have changed since the memory was added to them: leave "
@@ -185,7 +185,7 @@ def _compute(layer: nn.Module, own, x: Tensor, lent: Effective) -> Tensor:
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
     if lent.base is None:
-        y = own(x)
+        y = plain(x)
     elif len(lent.base) == 1:
         # In two dimensions, or torch spreads the weights over the rows for the backward pass.
         rows = F.linear(x.reshape(-1, x.shape[-1]), lent.base[0].to(x.dtype), bias)
