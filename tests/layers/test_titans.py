@@ -244,6 +244,17 @@ def test_deltanet_layer_is_the_recurrence():
     torch.testing.assert_close(layer(x())[0], expected, **TOLERANCE)
 
 
+def test_options_may_be_said_by_name():
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(8, 2, chunk=4, half_life=None)
+    assert layer.writer.chunk == 4
+    assert layer.half_life is None
+    with pytest.raises(TypeError, match="chunks"):
+        SelfModifyingTitans(8, 2, chunks=4)
+    with pytest.raises(ValueError, match=r"options=4: give nestlearn\.options\.Titans"):
+        SelfModifyingTitans(8, 2, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

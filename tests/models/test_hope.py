@@ -73,6 +73,23 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_a_parts_options_may_be_said_of_the_whole():
+    levels = (Level(chunk=4), Level())
+    said = HopeConfig(dim=16, heads=2, chunk=8, levels=levels, hidden=3, depth=2)
+    assert said == HopeConfig(
+        dim=16,
+        heads=2,
+        mixer=options.Titans(8, hidden=3, depth=2),
+        channel=options.Continuum(levels),
+    )
+    assert HopeConfig(channel="mlp", mlp_hidden=5).channel == options.SwiGLU(5)
+    assert replace(said, chunk=4).mixer == options.Titans(4, hidden=3, depth=2)
+    with pytest.warns(UserWarning, match="chunk=8 changes nothing: Attention and Continuum"):
+        assert HopeConfig(mixer="attention", chunk=8) == HopeConfig(mixer="attention")
+    with pytest.raises(TypeError, match="HopeConfig has no 'chunks'"):
+        HopeConfig(chunks=8)
+
+
 def test_a_tied_head_is_saved_and_is_tied_again(tmp_path):
     lm = model()
     lm.head.weight = lm.embed.weight

@@ -71,7 +71,7 @@ class HopeConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         **options: Any,
     ):
-        own = {name: options.pop(name) for name in _FIELDS if name in options}
+        own = {name: options.pop(name) for name in (*_FIELDS, *FLAT) if name in options}
         known = {*PretrainedConfig().to_dict(), *_ELSE}
         unknown = sorted(name for name in options if name not in known and name[0] != "_")
         if unknown:

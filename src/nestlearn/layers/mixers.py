@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -62,11 +63,12 @@ def check_truncate(truncate: int | None) -> None:
         raise ValueError(f"truncate={truncate}: give 1 token or more, or None for no truncation")
 
 
-def check_options(given: Any, kind: type) -> None:
-    """Raise ValueError unless they are of that kind."""
+def chosen(given: Any, kind: type, changes: dict[str, Any]) -> Any:
+    """The options with these fields changed; ValueError unless they are of that kind."""
     if not isinstance(given, kind):
         name = kind.__name__
         raise ValueError(f"options={given!r}: give nestlearn.options.{name}(...), e.g. its chunk")
+    return replace(given, **changes)
 
 
 class Stepping(nn.Module):
@@ -530,10 +532,10 @@ def start_weights(memory: Matrix | ResidualMLP, *lead: int) -> list[Tensor]:
 
 def static_titans(
     dim: int, heads: int, options: StaticTitans = StaticTitans(), *,
-    truncate: int | None = None, remat: bool = False,
+    truncate: int | None = None, remat: bool = False, **changes: Any,
 ) -> StaticProjections:  # fmt: skip
     """Titans: one residual MLP memory per head, static projections, momentum, retention (L2)."""
-    check_options(options, StaticTitans)
+    options = chosen(options, StaticTitans, changes)
     width = dim // heads
     hidden = options.hidden or width
     memory = ResidualMLP(width, hidden, gain=math.sqrt(hidden))
@@ -544,10 +546,10 @@ def static_titans(
 
 def gated_deltanet(
     dim: int, heads: int, options: DeltaNet = DeltaNet(), *,
-    truncate: int | None = None, remat: bool = False,
+    truncate: int | None = None, remat: bool = False, **changes: Any,
 ) -> StaticProjections:  # fmt: skip
     """Gated DeltaNet: a matrix memory, the delta rule with retention; exact at any chunk size."""
-    check_options(options, DeltaNet)
+    options = chosen(options, DeltaNet, changes)
     writer = Writer(Matrix(dim // heads, dim // heads), decay(delta()), options.chunk)
     return StaticProjections(
         dim, heads, writer, eta_max=options.eta_max, conv=options.conv,
@@ -557,10 +559,10 @@ def gated_deltanet(
 
 def linear_attention(
     dim: int, heads: int, options: Linear = Linear(), *,
-    truncate: int | None = None, remat: bool = False,
+    truncate: int | None = None, remat: bool = False, **changes: Any,
 ) -> StaticProjections:  # fmt: skip
     """Linear attention: a matrix memory that only adds."""
-    check_options(options, Linear)
+    options = chosen(options, Linear, changes)
     writer = Writer(Matrix(dim // heads, dim // heads), hebbian(), options.chunk)
     return StaticProjections(
         dim, heads, writer, eta_max=options.eta_max, conv=options.conv,

@@ -31,8 +31,8 @@ from .mixers import (
     StreamingLayer,
     check_heads,
     check_input,
-    check_options,
     check_truncate,
+    chosen,
     logit,
     step_sizes,
     wide,
@@ -80,10 +80,10 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     η, α are a learned readout of their memory's vector answer. The outer gradient reaches every
     start value through every write.
 
-    options: what it is made of, see there. truncate: the outer gradient through the memories stops
-    at multiples of so many tokens; give it for long sequences with large steps (eta_max > 1,
-    momentum), where products of many writes make it explode. remat: recompute each chunk in the
-    backward pass. backend: as in `nestlearn.scan.update`.
+    options: what it is made of, see there; changes: of its fields, such as chunk=32. truncate: the
+    outer gradient through the memories stops at multiples of so many tokens; give it for long
+    sequences with large steps (eta_max > 1, momentum), where products of many writes make it
+    explode. remat: recompute each chunk in the backward pass. backend: as in `nestlearn.scan.update`.
 
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
@@ -100,12 +100,12 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         truncate: int | None = None,
         remat: bool = False,
         backend: str = "auto",
+        **changes: Any,
     ):
         super().__init__()
         check_heads(dim, heads)
         check_truncate(truncate)
-        check_options(options, Titans)
-        o = options
+        o = chosen(options, Titans, changes)
         unknown = set(o.adapt) - set(PROJECTIONS)
         if unknown:
             raise ValueError(f"adapt={o.adapt}: {sorted(unknown)} not among {PROJECTIONS}")

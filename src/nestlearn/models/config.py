@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..options import Channel, Continuum, Mixer, Titans, named, names, to_json
+from ..options import Channel, Continuum, Mixer, SwiGLU, Titans, from_json, named, names, to_json
 
 FORMAT = "nestlearn-hope-1"
 TYPE = "nestlearn-hope"  # by which transformers knows it
@@ -20,15 +21,16 @@ SIZES = {  # dim, layers, heads
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class HopeConfig:
     """All that defines a model; `HopeConfig.size("tiny")` derives it from one dial.
 
     mixer: options of `nestlearn.options`: `Titans`, `Attention`, `StaticTitans`, `DeltaNet` or
     `Linear`; or for their defaults a word, "hope", "attention", "titans" (static ones), "deltanet"
-    or "linear". channel: `Continuum` or `SwiGLU`; or "cms" or "mlp". truncate: the outer gradient
-    through the memories stops at multiples of so many tokens (None: nowhere). remat: memories
-    compute each chunk again in the backward pass.
+    or "linear". channel: `Continuum` or `SwiGLU`; or "cms" or "mlp". A field of theirs may be said
+    here as well: `HopeConfig(chunk=32, levels=(...))`; one that neither has changes nothing, with a
+    warning. truncate: the outer gradient through the memories stops at multiples of so many tokens
+    (None: nowhere). remat: memories compute each chunk again in the backward pass.
     """
 
     vocab_size: int = 256
@@ -40,9 +42,15 @@ class HopeConfig:
     truncate: int | None = None
     remat: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("mixer", "channel"):
-            object.__setattr__(self, name, named(name, getattr(self, name)))
+    def __init__(
+        self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4,
+        mixer: Mixer | str = Titans(), channel: Channel | str = Continuum(),
+        truncate: int | None = None, remat: bool = False, **parts: Any,
+    ):  # fmt: skip
+        mixer, channel = _with(named("mixer", mixer), named("channel", channel), parts)
+        given = (vocab_size, dim, layers, heads, mixer, channel, truncate, remat)
+        for field, value in zip(fields(self), given):
+            object.__setattr__(self, field.name, value)
         for name in ("vocab_size", "dim", "layers", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
@@ -88,6 +96,26 @@ class HopeConfig:
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)} in the model's configuration")
         return cls(**data)
+
+
+def _with(mixer: Any, channel: Any, parts: dict[str, Any]) -> tuple[Mixer, Channel]:
+    """The two with those of their fields changed; what neither has is said, not dropped.
+
+    `mlp_hidden`, from before there were options, is `SwiGLU.hidden`.
+    """
+    for name, value in parts.items():
+        if name not in FLAT:
+            raise TypeError(f"HopeConfig has no {name!r}, nor has {mixer} or {channel}")
+        if name == "mlp_hidden" and isinstance(channel, SwiGLU):
+            channel = replace(channel, hidden=value)
+        elif name in names(type(mixer)):
+            mixer = replace(mixer, **{name: value})
+        elif name in names(type(channel)):
+            channel = from_json(type(channel), {**vars(channel), name: value})
+        else:
+            kinds = f"{type(mixer).__name__} and {type(channel).__name__}"
+            warnings.warn(f"{name}={value!r} changes nothing: {kinds} have none", stacklevel=4)
+    return mixer, channel
 
 
 FLAT = {  # the fields that there were beside those of today before there were options
