@@ -83,7 +83,8 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     options: what it is made of, see there; changes: of its fields, such as chunk=32. truncate: the
     outer gradient through the memories stops at multiples of so many tokens; give it for long
     sequences with large steps (eta_max > 1, momentum), where products of many writes make it
-    explode. remat: recompute each chunk in the backward pass. backend: as in `nestlearn.scan.update`.
+    explode. remat: recompute each chunk in the backward pass. backend: as in
+    `nestlearn.scan.update`.
 
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
