@@ -19,7 +19,7 @@ from nestlearn.layers import (
     gated_deltanet,
     static_titans,
 )
-from nestlearn.layers.mixers import StreamingLayer
+from nestlearn.layers.streaming import StreamingLayer
 from nestlearn.models.hope import HopeBlock, HopeConfig
 from nestlearn.options import Continuum, DeltaNet, StaticTitans, Titans
 

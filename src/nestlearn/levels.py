@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .layers import Attention, ContinuumMemory, SelfModifyingTitans, StaticProjections
-from .layers.cms import LevelMLP
+from .layers.continuum import LevelMLP
 from .models.hope import SwiGLU
 from .optim.declared import NAMES as OPTIMIZERS
 from .optim.declared import Declared, declared

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.layers.mixers import StaticProjections
+from nestlearn.layers.linear import StaticProjections
 from nestlearn.memory import Matrix, delta
 from nestlearn.models.hope import HopeConfig, HopeLM, SwiGLU
 from nestlearn.options import (

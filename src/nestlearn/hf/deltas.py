@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nestlearn.layers.mixers import wide
+from nestlearn.layers.streaming import wide
 
 from .door import check_ran, check_weight, evaluating, find_blocks, probe
 from .lending import Effective, Factors, Weights, adopt, adopted, kernel, lend, release, version

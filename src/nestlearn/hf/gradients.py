@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nestlearn.layers.mixers import wide
+from nestlearn.layers.streaming import wide
 
 from .deltas import Deltas
 from .lending import Factors, Weights

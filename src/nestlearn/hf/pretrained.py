@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import models
-from ..layers.mixers import Stepping
+from ..layers.streaming import Stepping
 from .cache import HopeCache, Rows, read
 from .config import HopeConfig
 from .packing import beginnings, needed, read_packed, real_tokens

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestlearn import state as trees
-from nestlearn.layers.mixers import wide
+from nestlearn.layers.streaming import wide
 from nestlearn.options import Level
 
 from . import learning, reading

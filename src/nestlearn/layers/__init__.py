@@ -1,7 +1,8 @@
 """Layers, each `(x [B, T, D], state=None) -> (y [B, T, D], state)`."""
 
-from .cms import ContinuumMemory, ContinuumState, Level
-from .mixers import Attention, StaticProjections, gated_deltanet, linear_attention, static_titans
+from .attention import Attention
+from .continuum import ContinuumMemory, ContinuumState, Level
+from .linear import StaticProjections, gated_deltanet, linear_attention, static_titans
 from .titans import SelfModifyingTitans, TitansState
 
 __all__ = [

@@ -21,11 +21,10 @@ from ..scan import FastWeights, Span, Writer
 from ..scan.fused import answers
 from ..scan.loop import RUN
 from ..scan.writer import constants
-from .mixers import (
+from .parts import Readout, ShortConvolution, logit, step_sizes
+from .streaming import (
     AROUND,
     Device,
-    Readout,
-    ShortConvolution,
     Starts,
     Stepping,
     StreamingLayer,
@@ -33,8 +32,6 @@ from .mixers import (
     check_input,
     check_truncate,
     chosen,
-    logit,
-    step_sizes,
     wide,
 )
 

@@ -27,7 +27,7 @@ from ..layers import (
     linear_attention,
     static_titans,
 )
-from ..layers.mixers import Stepping, compile_steps, traced
+from ..layers.streaming import Stepping, compile_steps, traced
 from .config import FORMAT, TYPE, WEIGHTS, HopeConfig, saved_config, weight_files
 
 OUTPUTS = ("logits", "hidden", "layers")
@@ -126,7 +126,7 @@ class HopeLM(nn.Module):
         return HopeState(tuple(block.init_state(batch) for block in self._chain()))
 
     def compile(self, **options: Any) -> None:
-        """Compile the memories' layers, in place: see `nestlearn.layers.mixers.Stepping`."""
+        """Compile the memories' layers, in place: see `nestlearn.layers.streaming.Stepping`."""
         compile_steps(self, **options)
 
     def _chain(self) -> list[HopeBlock]:

@@ -15,7 +15,7 @@ from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..options import Level
 from ..scan import FastWeights, Span, Writer, spans
-from .mixers import Device, Starts, Stepping, StreamingLayer, check_input, check_truncate, wide
+from .streaming import Device, Starts, Stepping, StreamingLayer, check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")

@@ -1,0 +1,86 @@
+"""Causal softmax attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parts import Readout, ShortConvolution
+from .streaming import Device, StreamingLayer, check_heads, check_input
+
+
+class AttentionState(NamedTuple):
+    """position: tokens seen. conv: inputs of the convolution. k, v [B, H, position, D / H]."""
+
+    position: int
+    conv: Tensor | None
+    k: Tensor
+    v: Tensor
+
+
+class Attention(StreamingLayer):
+    """Causal softmax attention with rotary positions, in the skeleton of the memories.
+
+    `conv=0` and `gate=False` is the attention of a plain Transformer++. `rotary=False` leaves the
+    positions out. Cost grows with the length of the stream, and so does the state.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, conv: int = 0, gate: bool = False, rotary: bool = True
+    ):
+        super().__init__()
+        check_heads(dim, heads)
+        self.dim, self.heads, self.rotary = dim, heads, rotary
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = ShortConvolution(dim, conv) if conv else None
+        self.readout = Readout(dim, heads) if gate else None
+        self.out = None if gate else nn.Linear(dim, dim, bias=False)
+
+    def init_state(self, batch: int, device: Device = None) -> AttentionState:
+        """The state before the first token: an empty cache."""
+        conv = None if self.conv is None else self.conv.init_state(batch, device)
+        size = (batch, self.heads, 0, self.dim // self.heads)
+        empty = self.qkv.weight.new_zeros(size, device=device)
+        return AttentionState(0, conv, empty, empty)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        check_input(x, self.dim)
+        state = self.begin(state, x)
+        T, past = x.shape[1], state.position
+        z, conv = x, None
+        if self.conv is not None:
+            z, conv = self.conv(x, state.conv)
+        q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b h t d", n=3, h=self.heads)
+        if self.rotary:
+            q, k = _rotate(q, past), _rotate(k, past)
+        if past > 0:
+            k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
+        if past == 0:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        if self.readout is not None:
+            y = self.readout(o, x)
+        else:
+            assert self.out is not None
+            y = self.out(rearrange(o, "b h t d -> b t (h d)"))
+        return y, AttentionState(past + T, conv, k, v)
+
+
+def _rotate(x: Tensor, past: int) -> Tensor:
+    """Rotary position embedding of [..., T, d], the first token at position `past`."""
+    half = x.shape[-1] // 2
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = torch.outer(
+        torch.arange(past, past + x.shape[-2], device=x.device, dtype=dtype), frequency
+    )
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
