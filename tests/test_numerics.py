@@ -79,7 +79,9 @@ def test_memories_keep_their_size(kind, dtype, text, trained):
     noise = torch.randint(0, 256, (N,), generator=torch.Generator().manual_seed(1))
     ids = torch.stack([text, noise])
     first = norms(tuple((b.mixer.init_state(2), b.channel.init_state(2)) for b in model.blocks))
-    assert len(first) == matrices * (groups + len(config.levels) - 1)  # of each stack and level
+    assert len(first) == matrices * (
+        groups + len(config.channel.levels) - 1
+    )  # of each stack and level
     carried = None
     with torch.no_grad():
         for a in range(0, N, PIECE):

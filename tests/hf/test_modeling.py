@@ -130,7 +130,6 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
         ({"channel": {"kind": "Continuum", "levels": [{"chunk": 0}]}}, "chunk=0"),
         ({"mixer": {"kind": "Linear", "half_life": 8}}, r"\['half_life'\]: Linear has"),
-        ({"chunk": 4}, r"unknown fields \['chunk'\]"),
     ],
 )
 def test_a_wrong_configuration_is_refused(options, message, tmp_path):

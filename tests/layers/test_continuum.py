@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from nestlearn import ContinuumMemory, Level
-from nestlearn.layers.continuum import LEARNS, LevelMLP
+from nestlearn.layers.continuum import LevelMLP
+from nestlearn.options import LEARNS
 
 D, B, T = 8, 2, 13
 TOLERANCE = {"rtol": 0, "atol": 1e-10}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar
@@ -58,7 +57,7 @@ def chosen(given: Any, kind: type, changes: dict[str, Any]) -> Any:
     if not isinstance(given, kind):
         name = kind.__name__
         raise ValueError(f"options={given!r}: give nestlearn.options.{name}(...), e.g. its chunk")
-    return replace(given, **changes)
+    return kind(**{**vars(given), **changes})
 
 
 class Stepping(nn.Module):
