@@ -1,11 +1,13 @@
 """equal-time and defaults: who takes part, with what; a missing text is refused before any work."""
 
+import lzma
 from dataclasses import asdict
 
 import pytest
 import torch
 
-from nestlearn.experiments import defaults, equal_time, runner, switching
+from nestlearn.evals import read_records
+from nestlearn.experiments import defaults, equal_time, runner, stability, switching
 from nestlearn.models.hope import HopeConfig, HopeLM
 
 
@@ -28,6 +30,27 @@ def test_books_are_asked_for(data, tmp_path):
     with pytest.raises(ValueError, match=r"give a folder with train-0\.txt\.xz"):
         runner.run("equal-time", tmp_path, data=data)
     assert not list(tmp_path.iterdir())
+
+
+def test_stability_shows_every_rate_and_no_place_of_the_machine(tmp_path):
+    data = tmp_path / "books"
+    data.mkdir()
+    for name in equal_time.BOOKS:
+        (data / name).write_bytes(lzma.compress(bytes(range(32, 127)) * 40))
+    out, models = tmp_path / "out", ["Hope-Attention"]
+    text = runner.run(
+        "stability", out, quick=True, only=["512"], models=models, data=str(data), workers=0,
+        device="cpu", progress=False,
+    )  # fmt: skip
+    assert "Every setting is shown." in text
+    records = read_records(out / "results.json")
+    assert str(tmp_path) not in (out / "results.json").read_text()
+    found = {r.metric: r.value for r in records}
+    norms = records[0].detail["norms"]
+    assert len(norms) == 3
+    assert found[stability.LARGEST] == pytest.approx(max(norms[1:]), abs=1e-4)  # one is warm-up
+    assert found[stability.MEDIAN] == pytest.approx(sum(norms[1:]) / 2, abs=1e-4)
+    assert stability.EXPERIMENT.trials({}, quick=False)[1] == 2 * max(equal_time.EXPERIMENT.rates)
 
 
 def test_the_default_is_the_best_candidate():

@@ -221,8 +221,10 @@ def _records(
         parts = [(model, {**whole, **own}) for model, own in whole["models"].items()]
     else:
         parts = [(config["model"], whole)]
+    # where files stood on the machine that ran it is nobody's business
+    config = {key: value for key, value in config.items() if key not in ("out", "folder")}
     if "best_step" in whole:
-        config = {**config, "best_step": whole["best_step"]}
+        config["best_step"] = whole["best_step"]
     rule = _rule(about, config["rates"], search, "checks" in whole)
     records = []
     for model, result in parts:

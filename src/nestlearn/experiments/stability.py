@@ -86,4 +86,5 @@ EXPERIMENT = Experiment(
     chooses="",
     columns=columns,
     by=lambda r: (r.model, r.task, r.config["lr"]),
+    sources=("experiments/equal_time.py",),
 )
