@@ -70,8 +70,9 @@ def test_memories_keep_their_size(kind, dtype, text, trained):
     if kind == "two rules":
         config, groups = replace(CONFIG, mixer=Titans(64, dgd=0.5, eta_max=2.0)), 2
     if kind == "both matrices":
-        levels = Continuum((Level(chunk=64, learns="all"), Level()))
-        config, matrices = replace(CONFIG, mixer=Titans(64, depth=2), channel=levels), 2
+        levels = tuple(replace(level, learns="all") for level in CONFIG.channel.levels)
+        config = replace(CONFIG, mixer=Titans(64, depth=2), channel=Continuum(levels))
+        matrices = 2
     model = HopeLM(config)
     if kind == "trained":
         model.load_state_dict(trained.state_dict())
