@@ -45,9 +45,9 @@ class HopeConfig(PretrainedConfig):
     """The fields of `nestlearn.HopeConfig`, by the same names, as transformers' configuration.
 
     mixer, channel: options of `nestlearn.options`, words for their defaults, or the JSON that they
-    are kept as here. hidden_size, num_hidden_layers and num_attention_heads read `dim`, `layers`
-    and `heads`. use_cache: whether a call returns its state. The ids of special tokens go to
-    `generate`.
+    are kept as here; a field of theirs may be said of the whole, as in `nestlearn.HopeConfig`.
+    hidden_size, num_hidden_layers and num_attention_heads read `dim`, `layers` and `heads`.
+    use_cache: whether a call returns its state. The ids of special tokens go to `generate`.
 
     Raises ValueError for a field that neither library knows, and for a value that
     `nestlearn.HopeConfig` refuses.
