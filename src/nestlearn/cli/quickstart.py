@@ -145,7 +145,7 @@ def report(records: Sequence[Record], out: Path, console: Console) -> None:
         console.print(
             Panel(Text(text, overflow="fold"), title=record.model, title_align="left", width=90)
         )
-    folders = [out / language.place(r.config).name for r in records]
+    folders = [out / language.folder_name(r.config) for r in records]
     places = [("Figure", out / "comparison.png"), ("Table", out / "table.md")]
     places += [("Model", folder / "model") for folder in folders]
     lines = "".join(f"{what:<8}{path}\n" for what, path in places)

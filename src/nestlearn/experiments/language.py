@@ -143,10 +143,15 @@ def grid(asked: Options) -> list[Cell]:
     return [cell for cell in found if cell["model"] in names]
 
 
+def folder_name(cell: Cell) -> str:
+    """The name of a training's folder, from its model and seed."""
+    slug = "".join(c if c.isalnum() else "-" for c in cell["model"].lower()).replace("--", "-")
+    return f"{slug}-seed{cell['seed']}"
+
+
 def place(cell: Cell) -> Path:
     """The folder of a training."""
-    slug = "".join(c if c.isalnum() else "-" for c in cell["model"].lower()).replace("--", "-")
-    return Path(cell["out"]) / f"{slug}-seed{cell['seed']}"
+    return Path(cell["out"]) / folder_name(cell)
 
 
 def check_folder(cell: Cell) -> None:
