@@ -116,6 +116,10 @@ FORMS: dict[str, Form] = {
         "cd {root} && python -m bench.stack --dim 64 --layers 1 --tokens 256 --rounds 2 "
         "--out {here}/bench"
     ),
+    "python -m bench.rank MODEL --data TEXT --other TEXT": Form(
+        "here=$PWD; cd {root} && python -m bench.rank $here/base --data $here/texts.txt "
+        "--other $here/diary.txt --tokens 256 --out {here}/bench"
+    ),
     "python -m bench.gpu --repeats 3 --limit 2.5": Form(why="needs a GPU"),
     "python -m bench.gpu --model --tokens 16384 --lengths 2048,16384 --repeats 3 --limit 2.5": (
         Form(why="needs a GPU")

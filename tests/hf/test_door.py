@@ -175,9 +175,12 @@ def test_what_is_no_causal_language_model_is_refused():
 
 
 def test_large_models_are_stacked_at_a_low_rank_unless_told_otherwise(monkeypatch):
-    assert stack_levels(tiny(), LEVELS).config.rank is None
+    config = stack_levels(tiny(), LEVELS).config
+    assert (config.rank, config.window, config.cache_dtype) == (None, None, None)
     monkeypatch.setattr(plan, "LARGE", 1000)
-    assert stack_levels(tiny(), LEVELS).config.rank == plan.RANK
+    config = stack_levels(tiny(), LEVELS).config
+    assert (config.rank, config.cache_dtype) == (plan.RANK, plan.HALF)
+    assert 2 <= config.window <= plan.SHORT
     assert stack_levels(tiny(), LEVELS, rank=None).config.rank is None
     assert stack_levels(tiny(), LEVELS, rank=2).config.rank == 2
     with pytest.raises(ValueError, match="rank='low'"):

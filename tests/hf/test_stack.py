@@ -193,6 +193,48 @@ def test_consolidation_moves_the_fast_delta_into_the_slow_one():
     assert torch.linalg.matrix_rank(after[1].fast[0].dense()[0]) <= 6
 
 
+@pytest.mark.parametrize("rule", ["gd", "momentum", "dgd"])
+@pytest.mark.parametrize("options", [{}, {"variant": "nested"}, {"objective": "local"}], ids=str)
+def test_a_low_rank_that_leaves_nothing_out_is_the_full_delta(rule, options):
+    ids, found = tokens(2, 50), []
+    levels = [DeltaLevel(4, lr=0.5, rule=rule, bound=0.1), DeltaLevel(12, lr=0.2, half_life=30)]
+    for rank in (None, 16):  # the smaller side of every matrix
+        base = tiny("gpt2", dtype=torch.float64, attn_implementation="eager")
+        model = stacked(base, levels, rank=rank, **options)
+        loss, memory = model.learn(ids)
+        deltas = [d.dense() for level in memory.levels for d in level.fast]
+        found.append((loss.nan_to_num(), deltas))
+    (loss, full), (again, low) = found
+    assert (loss - again).abs().max() < 1e-9
+    assert max(d.norm() for d in full) > 1e-3
+    assert max((a - b).abs().max() for a, b in zip(full, low, strict=True)) < 1e-9
+
+
+def test_a_low_rank_write_is_the_best_approximation_of_the_full_one():
+    ids, levels = tokens(2, 12), [DeltaLevel(12, lr=0.5, rule="gd", bound=None)]
+    full = stacked(levels=levels).learn(ids)[1].levels[0].fast
+    low = stacked(levels=levels, rank=3).learn(ids)[1].levels[0].fast
+    for a, b in zip(full, low, strict=True):
+        u, s, v = torch.linalg.svd(a.left)
+        best = (u[:, :, :3] * s[:, None, :3]) @ v[:, :3]
+        assert (b.dense() - a.left).norm() <= 1.001 * (best - a.left).norm()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_keys_and_values_are_kept_in_half_the_bytes(kind):
+    ids, levels = tokens(2, 40), [DeltaLevel(4, lr=0.1, rule="gd")]
+    whole, half = stacked(levels=levels), stacked(levels=levels, cache_dtype=kind)
+    assert half.memory_limit()["context"] < 0.7 * whole.memory_limit()["context"]
+    (a, memory), (b, _) = half.learn(ids), whole.learn(ids)
+    assert all(str(k.dtype) == f"torch.{kind}" for pair in memory.cache for k in pair)
+    assert (a - b)[:, 1:].abs().max() < 0.02
+    first, memory = half.learn(ids[:, :17])
+    second, memory = half.learn(ids[:, 17:], memory)
+    assert_close(torch.cat([first, second], 1)[:, 1:], a[:, 1:])
+    with pytest.raises(ValueError, match="cache_dtype='int8'"):
+        stacked(cache_dtype="int8")
+
+
 def test_consolidation_alone_changes_nothing_that_is_computed():
     """With plain GD and no bounds the sum of sequential levels is one SGD with both steps."""
     ids = tokens(1, 50)

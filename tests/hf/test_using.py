@@ -140,3 +140,12 @@ def test_a_sessions_weights_follow_the_base_models():
     assert torch.equal(
         one.generate(PROMPT, **options), model.generate(PROMPT, one.memory, **options)[:, 9:]
     )
+
+
+def test_copies_of_the_layers_for_other_devices_are_refused_where_they_would_read_nothing(
+    model, memories
+):
+    layer = model.layers[0]
+    assert type(layer._replicate_for_data_parallel()) is type(layer)
+    with model.using(memories[0]), pytest.raises(ValueError, match="DataParallel"):
+        layer._replicate_for_data_parallel()

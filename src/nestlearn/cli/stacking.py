@@ -59,7 +59,7 @@ def stack_new(
         list[float] | None,
         typer.Option(
             min=0.0,
-            help="Step size: one for all levels, or one for each (default: 0.05; low-rank: 0.5).",
+            help="Step size: one for all levels, or one for each (default: 0.05).",
         ),
     ] = None,
     rule: Annotated[
@@ -84,12 +84,17 @@ def stack_new(
         typer.Option(
             min=0,
             help="Rank of what is learned; 0: full. Default: full below 50 million parameters, "
-            "then 4. A full memory is up to four times as large as the MLPs, one of rank 4 about "
-            "12 MB for 135 million parameters; the context of the window comes on top.",
+            "then 4. A full memory is up to three times as large as the MLPs; one of rank 4, "
+            "with its context, takes at most 20 MB for 135 million parameters.",
         ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens read at once (default: at most 1,024).")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens read at once. Default: at most 1,024; from 50 million parameters on 448, "
+            "and their keys and values are kept in bfloat16.",
+        ),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.bin of a llama2.c checkpoint.")
@@ -101,7 +106,6 @@ def stack_new(
     """
     from nestlearn import DeltaLevel, stack_levels
     from nestlearn.hf.folder import save_stack
-    from nestlearn.hf.plan import rank_of
 
     chunks = chunk or [64, 512]
     if lr and len(lr) not in (1, len(chunks)):
@@ -109,8 +113,7 @@ def stack_new(
     if out.exists():
         raise ValueError(f"{out} is there already: choose another folder")
     base, words = pretrained(model, tokenizer)
-    rank = rank_of(base) if rank is None else rank or None
-    rates = lr or [0.05 if rank is None else 0.5]  # a random subspace holds little of a gradient
+    rates = lr or [0.05]
     rates = rates * len(chunks) if len(rates) == 1 else rates
     stacked = stack_levels(
         base,
@@ -118,16 +121,16 @@ def stack_new(
         layers=layer,
         spread=spread,
         variant=variant,
-        rank=rank,
-        window=window,
+        rank="auto" if rank is None else rank or None,
+        window=window or "auto",
     )
     save_stack(stacked, out, words)
     limit = stacked.memory_limit()
     context = limit.pop("context") / 1e6
-    learned = sum(limit.values()) / 1e6
+    learned, low = sum(limit.values()) / 1e6, stacked.config.rank
     say(
         f"{len(stacked.blocks)} blocks, {len(chunks)} levels; a memory takes {learned:,.1f} MB at "
-        f"most ({'full weights' if rank is None else f'rank {rank}'}), and {context:,.1f} MB for "
+        f"most ({'full weights' if low is None else f'rank {low}'}), and {context:,.1f} MB for "
         f"the context, once it has read {stacked.window:,} tokens."
     )
     say(f"Next:  nestlearn learn {out} --data my_text.txt --memory mine", "green")

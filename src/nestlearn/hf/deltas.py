@@ -39,6 +39,8 @@ class Deltas(nn.Module):
             raise ValueError(f"window={config.window}: the model has {positions} positions")
         self.window = config.window or min(positions, WINDOW)
         self.again = self.window // 4  # tokens read again when the window is full
+        kind = config.cache_dtype
+        self.cache_dtype: torch.dtype | None = None if kind is None else getattr(torch, kind)
         self.config, self.blocks, self.layers = config, blocks, tuple(layers)
         self.owned = config.deal(len(blocks), len(layers) // len(blocks))
         self.parents = config.parents()
@@ -178,7 +180,7 @@ class Deltas(nn.Module):
 
     def start(self, i: int, batch: int) -> Fast:
         """Level i's start value: zero unless it was trained. A low-rank one is zero on its left;
-        its right side is drawn, always the same.
+        its right side, where a trained start begins, is drawn, always the same.
         """
         shapes = [kernel(self.layers[j]).shape for j in self.owned[i]]
         rank, like = self.config.rank, self.lr[i]
@@ -203,8 +205,12 @@ class Deltas(nn.Module):
             for (out, _), right in zip(shapes, rights)
         )
 
-    def effective(self, fasts: dict[int, Fast], *, dense: bool = False) -> Weights:
-        """Pretrained weights plus the levels' deltas; low-rank ones beside them unless `dense`."""
+    def effective(
+        self, fasts: dict[int, Fast], *, dense: bool = False, tapped: bool = False
+    ) -> Weights:
+        """Pretrained weights plus the levels' deltas; low-rank ones beside them unless `dense`,
+        and with `tapped` such layers note what goes through them.
+        """
         self.check_adopted()
         parts: dict[int, list[Factors]] = {}
         for i, fast in fasts.items():
@@ -214,7 +220,7 @@ class Deltas(nn.Module):
         for j, deltas in parts.items():
             layer, own = self.layers[j], kernel(self.layers[j])
             if self.config.rank is not None and not dense:
-                weights[layer] = Effective(None, tuple(deltas))
+                weights[layer] = Effective(None, tuple(deltas), taps=[] if tapped else None)
                 continue
             total = wide(own) + deltas[0].dense()
             for delta in deltas[1:]:

@@ -8,76 +8,95 @@ from torch import Tensor, nn
 from nestlearn.layers.streaming import wide
 
 from .deltas import Deltas
-from .lending import Factors, Weights
-from .writes import Fast
+from .lending import Effective, Factors
+from .writes import Fast, approximate
 
 
-def leaves(fast: Fast, graph: str | None) -> Fast:
+class Sought:
+    """The weights to compute a loss with, so that `gradients` finds what it says to the levels.
+
+    graph: None; "full", gradients that can be differentiated themselves; "first-order", constants
+    of a graph that goes on.
+    """
+
+    def __init__(self, model: Deltas, fasts: dict[int, Fast], active: list[int], graph: str | None):
+        self.model, self.active, self.graph = model, active, graph
+        self.numbers = sorted({j for i in active for j in model.owned[i]})
+        self.own: dict[int, Fast] = {}
+        if model.config.rank is not None:
+            self.weights = model.effective(fasts, tapped=True)
+        elif graph is None:  # a delta's gradient is that of the sum that it is in
+            self.weights = model.effective(fasts)
+            for lent in self.weights.values():
+                assert lent.base is not None
+                lent.base.requires_grad_()
+        else:
+            self.own = {i: _leaves(fasts[i]) for i in active}
+            self.weights = model.effective({**fasts, **self.own})
+
+    def gradients(self, total: Tensor) -> dict[int, Fast]:
+        """For each active level the gradient in the deltas of each of its layers."""
+        if self.own:
+            owned = self.model.owned
+            places = [j for i in self.own for j in owned[i]]
+            grads = iter(self._grad(total, [w.left for f in self.own.values() for w in f], places))
+            return {i: tuple(Factors(next(grads)) for _ in fast) for i, fast in self.own.items()}
+        if self.model.config.rank is not None:
+            found = self._low_rank(total, self.model.config.rank)
+        else:
+            bases = [b for j in self.numbers if (b := self._lent(j).base) is not None]
+            grads = iter(self._grad(total, bases, self.numbers))
+            found = {j: Factors(wide(next(grads))) for j in self.numbers}
+        return {i: tuple(found[j] for j in self.model.owned[i]) for i in self.active}
+
+    def _low_rank(self, total: Tensor, rank: int) -> dict[int, Factors]:
+        """Of what each layer has taken in, and of the loss's gradients in what it gave."""
+        batch = len(self._lent(self.numbers[0]).added[0].left)
+        runs = [(j, x, y) for j in self.numbers for x, y in self._lent(j).taps or ()]
+        silent = set(self.numbers) - {j for j, *_ in runs}
+        if silent:
+            raise _no_gradient(self.model, min(silent))
+        errors = self._grad(total, [y for *_, y in runs], [j for j, *_ in runs])
+        pairs: dict[int, list[tuple[Tensor, Tensor]]] = {j: [] for j in self.numbers}
+        for (j, x, _), error in zip(runs, errors):
+            x = x if self.graph == "full" else x.detach()
+            rows = [wide(t).reshape(batch, -1, t.shape[-1]) for t in (error, x)]
+            pairs[j].append((rows[0], rows[1]))
+        return {j: approximate(pairs[j], rank) for j in self.numbers}
+
+    def _lent(self, j: int) -> Effective:
+        return self.weights[self.model.layers[j]]
+
+    def _grad(self, total: Tensor, leaves: list[Tensor], places: list[int]) -> tuple[Tensor, ...]:
+        """The gradients of the leaves, which are of the layers in `places`; ValueError, naming
+        the first, for a layer that the loss does not depend on.
+        """
+        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if total.requires_grad:
+            found = torch.autograd.grad(
+                total, leaves, allow_unused=True,
+                create_graph=self.graph == "full", retain_graph=self.graph is not None,
+            )  # fmt: skip
+        for j, gradient in zip(places, found):
+            if gradient is None:
+                raise _no_gradient(self.model, j)
+        return tuple(g for g in found if g is not None)
+
+
+def _leaves(fast: Fast) -> Fast:
     """Names of their own for the deltas as this piece reads them: what earlier pieces left in the
     cache is a constant of the inner gradient, though not of the outer one.
     """
-    own = lambda w: (  # noqa: E731
-        w.view_as(w) if graph and w.requires_grad else w.detach().requires_grad_()
+    return tuple(
+        Factors(w.view_as(w) if w.requires_grad else w.detach().requires_grad_()) for w, _ in fast
     )
-    return tuple(Factors(own(a), None if b is None else own(b)) for a, b in fast)
 
 
-def shared_gradients(
-    model: Deltas, total: Tensor, weights: Weights, active: list[int]
-) -> dict[int, Fast]:
-    """Of full deltas: one gradient for each layer, which all active levels of it have."""
-    numbers = sorted({j for i in active for j in model.owned[i]})
-    bases = [base for j in numbers if (base := weights[model.layers[j]].base) is not None]
-    grads = _grad(model, total, bases, numbers)
-    factors = {j: Factors(wide(g)) for j, g in zip(numbers, grads)}
-    return {i: tuple(factors[j] for j in model.owned[i]) for i in active}
-
-
-def gradients(
-    model: Deltas, total: Tensor, own: dict[int, Fast], graph: str | None
-) -> dict[int, Fast]:
-    """The gradient in each level's own deltas; with graph "full" it can be differentiated."""
-    flat = [w for fast in own.values() for factors in fast for w in factors if w is not None]
-    places = [
-        j for i, fast in own.items() for j, factors in zip(model.owned[i], fast)
-        for w in factors if w is not None
-    ]  # fmt: skip
-    grads = iter(
-        _grad(
-            model, total, flat, places,
-            create=graph == "full", retain=graph is not None,
-        )
-    )  # fmt: skip
-    return {
-        i: tuple(Factors(next(grads), None if b is None else next(grads)) for _, b in fast)
-        for i, fast in own.items()
-    }
-
-
-def _grad(
-    model: Deltas,
-    total: Tensor,
-    leaves: list[Tensor],
-    places: list[int],
-    *,
-    create: bool = False,
-    retain: bool = False,
-) -> tuple[Tensor, ...]:
-    """The gradients of the leaves, which are of the layers in `places`; ValueError, naming the
-    first, for a layer that the loss does not depend on.
-    """
-    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
-    if total.requires_grad:
-        found = torch.autograd.grad(
-            total, leaves, allow_unused=True, create_graph=create, retain_graph=retain
-        )
-    for j, gradient in zip(places, found):
-        if gradient is None:
-            raise ValueError(
-                f"{model.paths[model.layers[j]]} gets no gradient, so it cannot learn: something "
-                "computes past it, or without gradients; undo that, or stack the model anew"
-            )
-    return tuple(g for g in found if g is not None)
+def _no_gradient(model: Deltas, j: int) -> ValueError:
+    return ValueError(
+        f"{model.paths[model.layers[j]]} gets no gradient, so it cannot learn: something "
+        "computes past it, or without gradients; undo that, or stack the model anew"
+    )
 
 
 def constant(inputs: dict[nn.Module, Tensor], graph: str | None) -> dict[nn.Module, Tensor]:

@@ -15,7 +15,7 @@ from nestlearn.memory import objective as inner_objective
 from .anchor import Anchor
 from .deltas import Deltas
 from .door import evaluating
-from .gradients import constant, gradients, leaves, shared_gradients
+from .gradients import Sought, constant
 from .lending import Weights, lend
 from .plan import StackMemory
 from .reading import Piece, check, in_the_bases_type, make_room, read
@@ -127,22 +127,12 @@ def _outer(model, piece, memory, fasts, active, graph, pull):
     tokens, weight = piece[0], piece[1]
     inputs: dict[nn.Module, Tensor] = {}
     with torch.enable_grad():
-        if graph is None and model.config.rank is None:
-            # A delta's gradient is that of the sum that it is in: one leaf for all levels.
-            weights = model.effective(fasts)
-            for lent in weights.values():
-                lent.base.requires_grad_()
-        else:
-            own = {i: leaves(fasts[i], graph) for i in active}
-            weights = model.effective({**fasts, **own})
-        loss, cache = read(model, tokens, memory, weights, inputs)
+        sought = Sought(model, fasts, active, graph)
+        loss, cache = read(model, tokens, memory, sought.weights, inputs)
         total = (loss.nan_to_num() * weight).sum()
         if pull is not None:
-            total = total + (pull(weights) * weight.sum(1)).sum()
-        if graph is None and model.config.rank is None:
-            found = shared_gradients(model, total, weights, active)
-        else:
-            found = gradients(model, total, own, graph)
+            total = total + (pull(sought.weights) * weight.sum(1)).sum()
+        found = sought.gradients(total)
     return loss, cache, found, constant(inputs, graph)
 
 
@@ -159,9 +149,9 @@ def _inside(model, piece, memory, fasts, active, graph):
         return loss, cache, {}, inputs
     inputs = constant(inputs, graph)
     with torch.enable_grad():
-        own = {i: leaves(fasts[i], graph) for i in active}
+        sought = Sought(model, fasts, active, graph)
         total = loss.new_zeros(())
-        with lend(model.effective({**fasts, **own})):
+        with lend(sought.weights):
             for number, block in enumerate(model.blocks):
                 x = inputs[block.layers[0]]
                 y = block.mlp(x)
@@ -171,7 +161,7 @@ def _inside(model, piece, memory, fasts, active, graph):
                     continue
                 error = inner_objective(model.config.levels[0].objective).value(y[:, :-1], x[:, 1:])
                 total = total + (error * weight[:, -n:-1]).sum() / x.shape[-1]
-        found = gradients(model, total, own, graph)
+        found = sought.gradients(total)
     return loss, cache, found, inputs
 
 

@@ -45,12 +45,14 @@ class Factors(NamedTuple):
 class Effective(NamedTuple):
     """What one linear layer computes with. base: its weights [1 or B, out, in], None for its own.
     added: low-rank terms beside them. Rows of a call are dealt to the B memories in equal runs.
-    version: of the layer's own weights when they were added to the deltas.
+    version: of the layer's own weights when they were added to the deltas. taps: where the layer
+    notes its input and output each time it runs; outputs that depend on nothing become leaves.
     """
 
     base: Tensor | None
     added: tuple[Factors, ...] = ()
     version: int | None = None
+    taps: list[tuple[Tensor, Tensor]] | None = None
 
 
 Weights = dict[nn.Module, Effective]
@@ -135,6 +137,12 @@ def _inherited(layer: nn.Module) -> _Loan | None:
     return blocks[0].loan
 
 
+def _loan(layer: nn.Module) -> _Loan | None:
+    """What the layer reads in this call."""
+    loan = _LOAN.get()
+    return _inherited(layer) if loan is None and (_OPEN or _ENDED) else loan
+
+
 def version(layer: nn.Module) -> int | None:
     """How often the layer's own weights were written; None where torch does not count it."""
     weight = layer.weight
@@ -151,10 +159,17 @@ def kernel(layer: nn.Module) -> Tensor:
 class _Adopted:
     """The forward of a layer that may be lent weights; x [rows, ..., in] -> [rows, ..., out]."""
 
+    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:  # type: ignore[misc]
+        loan = _loan(self)
+        if loan is not None and self in loan.weights:
+            raise ValueError(
+                "torch.nn.DataParallel computes with copies of the layers, which read no memory: "
+                "inside using(memory) call the model itself, or one process for each device"
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[misc]
+
     def forward(self: nn.Module, x: Tensor) -> Tensor:  # type: ignore[misc]
-        loan = _LOAN.get()
-        if loan is None and (_OPEN or _ENDED):
-            loan = _inherited(self)
+        loan = _loan(self)
         if loan is not None:
             loan.ran[self] = loan.ran.get(self, 0) + 1
             if loan.inputs is not None:
@@ -196,6 +211,9 @@ def _compute(layer: nn.Module, plain, x: Tensor, lent: Effective) -> Tensor:
     for left, right in lent.added:
         assert right is not None
         y = y + _by_row(_by_row(x, right.to(x.dtype)), left.to(x.dtype))
+    if lent.taps is not None:
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        lent.taps.append((x, y))
     return y
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from nestlearn.options import Level, check_learning
 
@@ -16,9 +17,11 @@ from .writes import LevelState
 SPREADS = ("block", "depth")
 VARIANTS = ("sequential", "nested", "independent")
 OBJECTIVES = ("outer", "local", "teach")
+CACHE_DTYPES = (None, "bfloat16", "float16")
 WINDOW = 1024  # tokens read at once, at most, unless the caller says otherwise
 AUTO: Literal["auto"] = "auto"
-LARGE, RANK = 50_000_000, 4  # parameters from which deltas are of a low rank by default, and which
+# From so many parameters on a memory is small by default.
+LARGE, RANK, SHORT, HALF = 50_000_000, 4, 448, "bfloat16"
 
 Cache = tuple[tuple[Tensor, Tensor], ...]
 
@@ -92,6 +95,7 @@ class StackConfig:
     objective: str = "outer"
     rank: int | None = None
     window: int | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -111,6 +115,8 @@ class StackConfig:
             raise ValueError(f"rank={self.rank!r}: give 1 or more, or None for full weights")
         if self.window is not None and self.window < 2:
             raise ValueError(f"window={self.window}: give 2 tokens or more")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype={self.cache_dtype!r}: use one of {CACHE_DTYPES}")
         if not self._linked:
             return
         for fast, slow in pairwise(self._chunks()):
@@ -161,10 +167,20 @@ class StackConfig:
             return position + limit
         return min(position + limit, *((position // c + 1) * c for c in chunks))
 
+    def gathers(self, i: int, limit: int) -> bool:
+        """Whether level i keeps gradients from one piece to the next, before it writes."""
+        own = self.levels[i].chunk
+        return own is not None and (own > limit or any(c % own for c in self._chunks()))
 
-def rank_of(model: nn.Module) -> int | None:
-    """The rank of a model's deltas where none is given: None, full, for a small one."""
-    return RANK if sum(p.numel() for p in model.parameters()) >= LARGE else None
+
+def small_memory(model: PreTrainedModel) -> dict[str, Any]:
+    """Rank, window and cache type where none are given: None for a small model; for others such
+    that a memory of 135 million parameters takes 20 MB at most, its context included.
+    """
+    if sum(p.numel() for p in model.parameters()) < LARGE:
+        return {"rank": None, "window": None, "cache_dtype": None}
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", SHORT)
+    return {"rank": RANK, "window": min(SHORT, positions), "cache_dtype": HALF}
 
 
 def chosen(layers: Iterable[int] | None, blocks: int) -> list[int]:

@@ -38,10 +38,15 @@ def forward(
     inputs: dict[nn.Module, Tensor] | None = None,
 ) -> tuple[Tensor, Cache]:  # fmt: skip
     """Logits [B, T, V] of tokens that follow those in the cache, and the longer cache."""
+    kind = model.cache_dtype
     with lend(weights, inputs) as ran:
-        logits, cache = read_on(model.base, tokens, cache)
+        logits, cache = read_on(model.base, tokens, _to(cache, model.base.dtype if kind else None))
     model.check_ran(weights, ran)
-    return logits, cache
+    return logits, _to(cache, kind)
+
+
+def _to(cache: Cache, kind: torch.dtype | None) -> Cache:
+    return cache if kind is None else tuple((k.to(kind), v.to(kind)) for k, v in cache)
 
 
 def cache_shapes(model: Deltas) -> list[tuple[int, int, int, torch.dtype]]:
@@ -82,8 +87,8 @@ def make_room(model: Deltas, memory: StackMemory, length: int) -> StackMemory:
 
 
 def in_the_bases_type(model: Deltas, memory: StackMemory) -> StackMemory:
-    """The memory with a cache of the type that the base model reads with: it may have been cast."""
-    if not memory.cache or memory.cache[0][0].dtype == model.base.dtype:
+    """The memory with a cache of the type that the model keeps: the base may have been cast."""
+    if not memory.cache or memory.cache[0][0].dtype == (model.cache_dtype or model.base.dtype):
         return memory
     kinds = [kind for *_, kind in cache_shapes(model)]
     cache = tuple((k.to(kind), v.to(kind)) for (k, v), kind in zip(memory.cache, kinds))

@@ -19,7 +19,7 @@ from .anchor import Anchor
 from .deltas import Deltas
 from .door import evaluating
 from .lending import Weights, kernel, lend, release, share
-from .plan import AUTO, DeltaLevel, StackConfig, StackMemory, rank_of
+from .plan import AUTO, DeltaLevel, StackConfig, StackMemory, small_memory
 
 
 def stack_levels(
@@ -31,7 +31,8 @@ def stack_levels(
     variant: str = "sequential",
     objective: str = "outer",
     rank: int | Literal["auto"] | None = AUTO,
-    window: int | None = None,
+    window: int | Literal["auto"] | None = AUTO,
+    cache_dtype: str | None = AUTO,
 ) -> StackedModel:
     """Let the MLPs of a pretrained causal LM learn from what the model reads (section 7.3).
 
@@ -51,10 +52,12 @@ def stack_levels(
     independent are the same. objective: "outer", next-token cross-entropy by backpropagation;
     "local", each MLP learns to tell the next token's input from its own, y(x_t−1) → x_t, by the
     levels' `objective` (inside a piece); "teach", the caller passes the gradients. rank: of
-    low-rank deltas [out, r] [r, in], None for full ones; "auto": full below 50 million
-    parameters, from there on 4 (`memory_limit` says how large a memory gets). window: tokens that
-    the model reads at once (default: its positions, at most 1,024); when it is full, its last
-    quarter is read again as the start of the next one.
+    low-rank deltas [out, r] [r, in], after each write the best approximation of what the full
+    delta would be; None for full ones. window: tokens that the model reads at once; None: its
+    positions, at most 1,024. When it is full, its last quarter is read again as the start of the
+    next one. cache_dtype: in which the memory holds the window's keys and values: "bfloat16",
+    "float16", or None, the model's own. "auto" is None below 50 million parameters, and from there
+    on rank 4 and 448 tokens in bfloat16 (`memory_limit` says how large a memory gets).
 
     The model is taken over, not copied: it is put into evaluation mode and `unstack` gives it
     back. It reads six tokens first, to see that every MLP that learns runs and gets a gradient.
@@ -62,10 +65,13 @@ def stack_levels(
     experts, hybrids with other states than keys and values, adapters, and quantised, offloaded or
     sharded weights; and for options that do not fit.
     """
+    small = small_memory(model)
     config = StackConfig(
         tuple(map(DeltaLevel.of, levels)), None if layers is None else tuple(layers),
         spread, variant, objective,
-        rank_of(model) if rank == AUTO else rank, window,
+        small["rank"] if rank == AUTO else rank,
+        small["window"] if window == AUTO else window,
+        small["cache_dtype"] if cache_dtype == AUTO else cache_dtype,
     )  # fmt: skip
     return StackedModel(model, config)
 
@@ -191,7 +197,8 @@ class StackedModel(Deltas):
         """
         config, found = self.config, {}
         for i, level in enumerate(config.levels):
-            parts = 2 + (level.rule == "momentum") + (config.variant == "nested")
+            parts = 1 + config.gathers(i, self.window - self.again)
+            parts += (level.rule == "momentum") + (config.variant == "nested")
             found[f"level {i}"] = parts * self._level_bytes(i) if level.chunk is not None else 0
         each = sum(h * (k + v) * kind.itemsize for h, k, v, kind in reading.cache_shapes(self))
         return {**found, "context": self.window * (each + 32)}

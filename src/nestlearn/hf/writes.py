@@ -1,4 +1,8 @@
-"""What a level of a stacked model does when its chunk ends: pure functions on its state."""
+"""What a level of a stacked model does when its chunk ends: pure functions on its state.
+
+A low-rank delta is the best approximation, of its rank, of what the full one would be after the
+same write; so are the gradients that a level gathers, and its momentum.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .lending import Factors
+
+SPARE, SWEEPS = 8, 2  # directions more than the rank, and passes, with which its space is sought
 
 Fast = tuple[Factors, ...]  # one entry for each linear layer of the level; () where there is none
 
@@ -41,10 +47,10 @@ class Pace(NamedTuple):
 
 
 def add(a: Fast, b: Fast) -> Fast:
-    """The sum, factor by factor; () counts as zero."""
+    """The sum, layer by layer; () counts as zero."""
     if not a or not b:
         return a or b
-    return tuple(_each(lambda p, q: p + q, x, y) for x, y in zip(a, b))
+    return tuple(_sum([(1.0, x), (1.0, y)]) for x, y in zip(a, b))
 
 
 def write(state: LevelState, fast: Fast, pace: Pace) -> LevelState:
@@ -62,14 +68,12 @@ def write(state: LevelState, fast: Fast, pace: Pace) -> LevelState:
     for i, (delta, total) in enumerate(zip(fast, state.total)):
         scale = -pace.lr[i].clamp(min=0.0) * mean
         if pace.theta is None:
-            moved = _each(lambda d, g: torch.addcmul(d, _rows(scale, g), g), delta, total)  # noqa: B023
+            moved = _sum([(pace.keep, delta), (pace.keep * scale, total)])
         else:
-            past = state.velocity[i] if state.velocity else _each(torch.zeros_like, delta)
-            step = _each(lambda s, g: pace.theta * s + _rows(scale, g) * g, past, total)  # noqa: B023
-            moved = _each(torch.add, delta, step)
+            past = state.velocity[i] if state.velocity else zero(delta)
+            step = _sum([(pace.theta, past), (scale, total)])
+            moved = _sum([(pace.keep, delta), (pace.keep, step)])
             steps.append(step if every else _where(some, step, past))
-        if pace.keep != 1.0:
-            moved = _each(lambda d: pace.keep * d, moved)
         moved = limit(moved, pace.bound[i])
         deltas.append(moved if every else _where(some, moved, delta))
     none = torch.zeros_like(state.seen)
@@ -148,13 +152,33 @@ def decay(fast: Fast, inputs: list[Tensor], weight: Tensor, lr: Tensor, forget: 
         weighted = x * (weight * share[:, None])[:, :, None]
         side = left if right is None else right
         term = (weighted @ side.mT).mT @ x
-        terms.append(Factors(term) if right is None else Factors(torch.zeros_like(left), term))
+        terms.append(Factors(term) if right is None else Factors(left, term))
     return tuple(terms)
 
 
-def _each(f, *factors: Factors) -> Factors:
-    lefts, rights = zip(*factors)
-    return Factors(f(*lefts), None if rights[0] is None else f(*rights))
+def approximate(pairs: list[tuple[Tensor, Tensor]], rank: int) -> Factors:
+    """The best approximation, of a rank, of a gradient Σ e xᵀ, which is never formed.
+
+    pairs: of e [B, N, out] and x [B, N, in]. The space of its right side is found by subspace
+    iteration from a fixed draw.
+    """
+    errors = torch.cat([e for e, _ in pairs], 1)
+    inputs = torch.cat([x for _, x in pairs], 1)
+    batch, _, width = inputs.shape
+    with torch.no_grad():
+        drawn = torch.Generator().manual_seed(0)
+        beside = min(rank + SPARE, width)
+        side = torch.randn(width, beside, generator=drawn, dtype=torch.float32, device="cpu")
+        side = side.to(inputs).expand(batch, -1, -1)
+        for _ in range(SWEEPS):
+            out = torch.linalg.qr(errors.mT @ (inputs @ side)).Q
+            side = torch.linalg.qr(inputs.mT @ (errors @ out)).Q
+    return _sum([(1.0, _within(errors.mT, inputs, side))], rank)
+
+
+def zero(delta: Factors) -> Factors:
+    """A delta of nothing, of the same form."""
+    return Factors(torch.zeros_like(delta.left), delta.right)
 
 
 def _rows(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -163,7 +187,10 @@ def _rows(per_sample: Tensor, like: Tensor) -> Tensor:
 
 def _where(some: Tensor, new: Factors, old: Factors) -> Factors:
     """The new value for some samples, the old for the others."""
-    return _each(lambda n, o: torch.where(_rows(some, n), n, o), new, old)
+    left = torch.where(_rows(some, new.left), new.left, old.left)
+    if new.right is None or old.right is None:
+        return Factors(left)
+    return Factors(left, torch.where(_rows(some, new.right), new.right, old.right))
 
 
 def _where_moved(delta: Factors, start: Factors, new: Factors, old: Factors) -> Factors:
@@ -175,16 +202,39 @@ def _where_moved(delta: Factors, start: Factors, new: Factors, old: Factors) -> 
     return _where(moved, new, old)
 
 
-def _sum(terms: list[tuple[float | Tensor, Factors]]) -> Factors:
-    """The weighted sum; of low-rank deltas its best approximation of the same rank."""
-    rank = terms[0][1].right
-    if rank is None:
-        return Factors(sum((c * f.left for c, f in terms[1:]), terms[0][0] * terms[0][1].left))
-    left = torch.cat([c * f.left for c, f in terms], -1)
+def _sum(terms: list[tuple[float | Tensor, Factors]], rank: int | None = None) -> Factors:
+    """The weighted sum; of low-rank deltas its best approximation of the first one's rank, or of
+    `rank`. The size stands on the left; the right has orthonormal rows.
+    """
+    lefts = [_times(c, f.left) for c, f in terms]
+    own = terms[0][1].right
+    if own is None:
+        return Factors(sum(lefts[1:], lefts[0]))
+    left = torch.cat(lefts, -1)
     right = torch.cat([f.right for _, f in terms if f.right is not None], 1)
-    q_out, r_out = torch.linalg.qr(left)
-    q_in, r_in = torch.linalg.qr(right.mT)
-    u, s, v = torch.linalg.svd(r_out @ r_in.mT)
-    r = rank.shape[1]
-    # The size stays on the left, the right has unit rows: so an empty direction can still learn.
-    return Factors(q_out @ (u[:, :, :r] * s[:, None, :r]), v[:, :r] @ q_in.mT)
+    with torch.no_grad():
+        q, inner = torch.linalg.qr(right.mT)
+        outer = torch.linalg.qr(left, mode="r").R
+        v = torch.linalg.svd(outer @ inner.mT, full_matrices=False).Vh
+        side = q @ v[:, : rank or own.shape[1]].mT
+    return _within(left, right, side)
+
+
+def _within(a: Tensor, b: Tensor, side: Tensor) -> Factors:
+    """The matrix a b as far as it lies in a space `side` [B, in, r] of its right side.
+
+    Its derivative is taken at a fixed rank, both spaces turning with the matrix: exact where
+    nothing is left out, and else without how the choice of the space depends on what is left out.
+    """
+    left, right = a @ (b @ side), side.mT
+    if left.requires_grad:
+        back = torch.linalg.pinv(left.detach(), rtol=1e-6)
+        turn = (back @ a) @ b - back @ left @ right
+        right = right + (turn - turn.detach())
+    return Factors(left, right)
+
+
+def _times(scale: float | Tensor, w: Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return (_rows(scale, w) if scale.ndim else scale) * w
+    return w if scale == 1.0 else scale * w
