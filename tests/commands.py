@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "docs" / "commands.md"  # what this writes
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if page != TABLE]
 DATA = ROOT.parent / "shared" / "data"
 TINY = "--quick --workers 0"
 BEGINS = r"nestlearn\s[a-z]|python -m (?:bench|nestlearn)|python tests/learn"

@@ -104,16 +104,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         check_heads(dim, heads)
         check_truncate(truncate)
         o = chosen(options, Titans, changes)
-        unknown = set(o.adapt) - set(PROJECTIONS)
-        if unknown:
-            raise ValueError(f"adapt={o.adapt}: {sorted(unknown)} not among {PROJECTIONS}")
-        replacing = round(o.dgd * heads)
-        if not 0 <= o.dgd <= 1 or abs(replacing - o.dgd * heads) > 1e-6:
-            raise ValueError(
-                f"dgd={o.dgd} of heads={heads}: give a share in [0, 1] of a whole number of heads"
-            )
-        if not 0 < o.eta_max <= 2:
-            raise ValueError(f"eta_max={o.eta_max}: give a step bound in (0, 2]")
+        replacing = _check(o, heads)
         self.dim, self.heads, self.eta_max = dim, heads, o.eta_max
         self.truncate, self.remat = truncate, remat
         decayed = PROJECTIONS if o.weight_decay else tuple(n for n in PROJECTIONS if n != "alpha")
@@ -140,17 +131,7 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
                 if o.weight_decay or n != "alpha"
             }
         )
-        size = o.chunk if o.projection_chunk is None else o.projection_chunk
-        together: list[tuple[tuple[str, ...], int]] = [((*self.adapt, "mem"), o.chunk)]
-        if self.adapt and size != o.chunk:
-            together = [(self.adapt, size), (("mem",), o.chunk)]
-        kinds = [(True, slice(0, replacing)), (False, slice(replacing, heads))]
-        self.groups = tuple(
-            Group(names, replace(self.writer, chunk=size, rule=replace(rule, delta=delta)), part)
-            for names, size in together
-            for delta, part in kinds
-            if part.start < part.stop
-        )
+        self.groups = _groups(o, self.adapt, self.writer, rule, (replacing, heads))
         self.half_life = o.half_life
         self.fade_every = _fade_every(o.half_life, [group.writer.chunk for group in self.groups])
         self.conv = ShortConvolution(dim, o.conv) if o.conv else None
@@ -334,3 +315,36 @@ def _fresh(memory: Matrix | ResidualMLP, heads: int) -> list[Tensor]:
         return [eye + 0.02 * torch.randn_like(eye)]
     scale = 1 / math.sqrt(memory.hidden)
     return [scale * torch.randn(heads, *shape) for shape in memory.shapes()]
+
+
+def _check(o: Titans, heads: int) -> int:
+    """How many heads replace (DGD); ValueError for options that such a layer cannot have."""
+    if unknown := set(o.adapt) - set(PROJECTIONS):
+        raise ValueError(f"adapt={o.adapt}: {sorted(unknown)} not among {PROJECTIONS}")
+    replacing = round(o.dgd * heads)
+    if not 0 <= o.dgd <= 1 or abs(replacing - o.dgd * heads) > 1e-6:
+        raise ValueError(
+            f"dgd={o.dgd} of heads={heads}: give a share in [0, 1] of a whole number of heads"
+        )
+    if not 0 < o.eta_max <= 2:
+        raise ValueError(f"eta_max={o.eta_max}: give a step bound in (0, 2]")
+    return replacing
+
+
+def _groups(
+    o: Titans, adapt: tuple[str, ...], writer: Writer, rule: GradientRule, ends: tuple[int, int]
+) -> tuple[Group, ...]:
+    """The memories that one update writes: all of them, if their chunks are of one size; those of
+    the heads that replace and of the others, which end at `ends`, apart.
+    """
+    size = o.chunk if o.projection_chunk is None else o.projection_chunk
+    together: list[tuple[tuple[str, ...], int]] = [((*adapt, "mem"), o.chunk)]
+    if adapt and size != o.chunk:
+        together = [(adapt, size), (("mem",), o.chunk)]
+    kinds = [(True, slice(0, ends[0])), (False, slice(*ends))]
+    return tuple(
+        Group(names, replace(writer, chunk=size, rule=replace(rule, delta=delta)), part)
+        for names, size in together
+        for delta, part in kinds
+        if part.start < part.stop
+    )

@@ -133,129 +133,172 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        form = memory, rule, l2, read, reader, own = ctx.form
-        phi, gain, residual = nonlinearity(memory)
-        q, k, v, eta, log_alpha, *rest = ctx.saved_tensors
-        n, T = len(memory.shapes()), k.shape[-2]
-        do, dafter = grads[0], grads[-n:]
-        W, w, y, back, systems, seen = split(rest, n, n, n, n - 1, *ctx.sizes)
-        apart = q is not None and read == "boundary"  # its rows stand after the keys'
-        c = Scalars(eta, log_alpha)
-        scale = [1.0 / gain] * (n - 1) + [1.0]
-        x = [_rows(form, W[0], q, k, v), *(phi.value(a).div_(gain) for a in y[:-1])]
-        xk, yk = [head(a, T) for a in x], [head(a, T) for a in y]
-        u = [*(phi.pull(p, a) for p, a in zip(back, yk)), _descent(form, y[-1], k, v)]
-        deta = torch.zeros_like(eta)
-        dtotal = torch.zeros_like(eta if log_alpha is None else log_alpha)
+        back = _Backward(ctx.form, ctx.sizes, list(ctx.saved_tensors))
+        do, dafter = grads[0], grads[-back.n :]
+        back.through_update(dafter)
+        dq = back.through_read(do) if back.q is not None and back.read == "token" else None
+        back.through_systems()
+        back.through_descent()
+        return None, *back.through_rows(do, dq), *back.dW
 
-        # W_C = γ_C W + (Γ_C w)ᵀ x
-        dW, dw, dx = [], [], []
-        for i in range(n):
-            pulled = xk[i] @ dafter[i].mT
-            dw.append(c.left * pulled)
-            dx.append((c.left * w[i]) @ dafter[i])
-            dW.append(dafter[i].clone() if log_alpha is None else c.gamma[..., -1:, :] * dafter[i])
-            if log_alpha is not None:
-                share = c.left.squeeze(-1) * (w[i] * pulled).sum(-1)
-                add(dtotal, -share)
-                whole = share.sum(-1) + (dW[i] * W[i]).sum((-2, -1))
-                add(dtotal[..., -1], whole)
 
-        dq = None
-        if q is not None and read == "token":
-            dq, df = do, do
-            for i in reversed(range(n)):
-                share, f = seen[2 * i : 2 * i + 2]
-                z = q if i == 0 else phi.value(seen[2 * i - 1]).div_(gain)
-                dshare = df @ one(w[i], reader).mT
-                if log_alpha is not None:
-                    moved = (df * f).sum(-1).mul_(scale[i]) - (dshare * share).sum(-2)
-                    add(one(dtotal, reader, 1), moved)
-                doverlap = one(c.ratio, reader) * dshare
-                dc = one(c.gamma, reader) * df
-                add_product(one(dw[i], reader), share.mT, df)
-                add_product(one(dW[i], reader), dc.mT, z)
-                add_product(one(dx[i], reader), doverlap.mT, z)
-                df = plus(dc @ one(W[i], reader), doverlap, one(xk[i], reader))
-                if i > 0:
-                    df = phi.pull(df, seen[2 * i - 1])
-            dq = df + do if residual else df
+class _Backward:
+    """The backward pass, equation by equation from the last to the first.
 
-        # (I + r (Γ₋ ∘ x xᵀ)) w = s u − r γ₋ y
-        du, dy, dkeys = [], [], 0
-        for i in range(n):
-            xs = k if i == 0 else xk[i]
-            r, s = steps(c.eta, xs, rule)
-            lead = r.shape[:-2]
-            right = dw[i]
+    Of each matrix, first to last: x, y, w, u as in the equations (of all rows of the stack, with a
+    k of the keys alone), dw, dW and dx, of the keys, the gradients gathered so far, and du, dy.
+    """
+
+    def __init__(self, form: tuple, sizes: tuple[int, int], saved: list[Any]):
+        self.form = form
+        self.memory, self.rule, self.l2, self.read, self.reader, self.own = form
+        self.phi, self.gain, self.residual = nonlinearity(self.memory)
+        self.q, self.k, self.v, eta, self.log_alpha, *rest = saved
+        self.n, self.T = len(self.memory.shapes()), self.k.shape[-2]
+        parts = split(rest, self.n, self.n, self.n, self.n - 1, *sizes)
+        self.W, self.w, self.y, self.back, self.systems, self.seen = parts
+        self.apart = self.q is not None and self.read == "boundary"  # behind the keys' rows
+        self.c = Scalars(eta, self.log_alpha)
+        self.scale = [1.0 / self.gain] * (self.n - 1) + [1.0]
+        hidden = (self.phi.value(a).div_(self.gain) for a in self.y[:-1])
+        self.x = [_rows(form, self.W[0], self.q, self.k, self.v), *hidden]
+        self.xk, self.yk = [[head(a, self.T) for a in rows] for rows in (self.x, self.y)]
+        pulled = (self.phi.pull(p, a) for p, a in zip(self.back, self.yk))
+        self.u = [*pulled, _descent(form, self.y[-1], self.k, self.v)]
+        self.deta = torch.zeros_like(eta)
+        self.dtotal = torch.zeros_like(eta if self.log_alpha is None else self.log_alpha)
+        self.dW: list[Tensor] = []
+        self.dw: list[Tensor] = []
+        self.dx: list[Tensor] = []
+        self.du: list[Tensor] = []
+        self.dy: list[Tensor] = []
+        self.dkeys: Tensor | int = 0
+
+    def through_update(self, dafter: tuple[Tensor, ...]) -> None:
+        """W_C = γ_C W + (Γ_C w)ᵀ x"""
+        c = self.c
+        for d, x, w, W in zip(dafter, self.xk, self.w, self.W):
+            pulled = x @ d.mT
+            self.dw.append(c.left * pulled)
+            self.dx.append((c.left * w) @ d)
+            self.dW.append(d.clone() if self.log_alpha is None else c.gamma[..., -1:, :] * d)
+            if self.log_alpha is not None:
+                share = c.left.squeeze(-1) * (w * pulled).sum(-1)
+                add(self.dtotal, -share)
+                add(self.dtotal[..., -1], share.sum(-1) + (self.dW[-1] * W).sum((-2, -1)))
+
+    def through_read(self, do: Tensor) -> Tensor:
+        """Reads at their tokens: f = γ W z + (Γ ∘ z xᵀ) w, through all matrices; returns dq."""
+        reader, df = self.reader, do
+        gamma, ratio = one(self.c.gamma, reader), one(self.c.ratio, reader)
+        for i in reversed(range(self.n)):
+            share, f = self.seen[2 * i : 2 * i + 2]
+            hidden = i > 0
+            z = self.phi.value(self.seen[2 * i - 1]).div_(self.gain) if hidden else self.q
+            dshare = df @ one(self.w[i], reader).mT
+            if self.log_alpha is not None:
+                moved = (df * f).sum(-1).mul_(self.scale[i]) - (dshare * share).sum(-2)
+                add(one(self.dtotal, reader, 1), moved)
+            doverlap, dc = ratio * dshare, gamma * df
+            add_product(one(self.dw[i], reader), share.mT, df)
+            add_product(one(self.dW[i], reader), dc.mT, z)
+            add_product(one(self.dx[i], reader), doverlap.mT, z)
+            df = plus(dc @ one(self.W[i], reader), doverlap, one(self.xk[i], reader))
+            if hidden:
+                df = self.phi.pull(df, self.seen[2 * i - 1])
+        return df + do if self.residual else df
+
+    def through_systems(self) -> None:
+        """(I + r (Γ₋ ∘ x xᵀ)) w = s u − r γ₋ y"""
+        rule = self.rule
+        for i in range(self.n):
+            xs = self.k if i == 0 else self.xk[i]
+            r, s = steps(self.c.eta, xs, rule)
+            right = self.dw[i]
             if rule.delta:
-                faded, inverse = systems[2 * i : 2 * i + 2]
-                right = inverse.mT @ right
-            du.append(s * right)
-            dstep = (right * u[i]).sum(-1)
-            if not rule.normalize:
-                add(deta, dstep)
-                dstep = torch.zeros_like(dstep)
-            dr = dstep.sum_to_size(*lead, T)
+                right = self.systems[2 * i + 1].mT @ right  # the inverse of the system
+            self.du.append(s * right)
+            dr = (right * self.u[i]).sum(-1)
+            if not rule.normalize:  # s = η
+                add(self.deta, dr)
+                dr = torch.zeros_like(dr)
+            dr = dr.sum_to_size(*r.shape[:-1])
+            doverlap = None
             if rule.delta:
-                dsystem = (right @ w[i].mT).neg_().sum_to_size(*lead, T, T)
-                dfaded = dsystem * faded
-                seen_y = (right * yk[i]).sum(-1).mul_(scale[i]) * c.found.squeeze(-1)
-                drest = dfaded.sum(-1) - seen_y.sum_to_size(*lead, T)
-                dr = dr + drest
-                dy.append((-r * c.found) * right)
-                if log_alpha is not None:
-                    later = F.pad((r.squeeze(-1) * drest)[..., 1:], (0, 1))
-                    add(dtotal, later - (r.mT @ dfaded).squeeze(-2))
-                doverlap = dsystem.mul_(r).mul_(c.faded_by)
+                dr, doverlap = self._through_system(i, r, right, dr)
+                self.dy.append((-r * self.c.found) * right)
+            else:
+                self.dy.append(torch.zeros_like(right))
             if rule.delta or rule.normalize:
-                size = xs.square().sum(-1)
-                add(deta, dr / size.clamp(min=1.0))
-                dsize = torch.where(size > 1.0, -dr * r.squeeze(-1) / size, 0.0)
-            if rule.delta:
-                doverlap.diagonal(dim1=-2, dim2=-1).add_(dsize)
-                both = doverlap + doverlap.mT
-                if lead == dx[i].shape[:-2]:
-                    dx[i] = plus(dx[i], both, xk[i])
-                else:
-                    dkeys = both @ k
-            elif rule.normalize and lead == dx[i].shape[:-2]:
-                dx[i] += (2 * dsize).unsqueeze(-1) * xk[i]
-            elif rule.normalize:
-                dkeys = (2 * dsize).unsqueeze(-1) * k
-            if not rule.delta:
-                dy.append(torch.zeros_like(du[i]))
+                self._through_sizes(i, xs, r, dr, doverlap)
 
-        # u_i = (u_{i+1} W_{i+1}) ∘ φ'(gain y_i), and at the end u = v − y − k or v
-        for i in range(n - 1):
-            dy[i] += phi.curve(yk[i]).mul_(back[i]).mul_(du[i]).mul_(gain)
-            pulled = phi.pull(du[i], yk[i])
-            du[i + 1] = plus(du[i + 1], pulled, W[i + 1].mT)
-            add_product(dW[i + 1], u[i + 1].mT, pulled)
-        if l2:
-            dy[-1] -= du[-1]
+    def _through_system(
+        self, i: int, r: Tensor, right: Tensor, dr: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of r and of x xᵀ, to which the system's own are added."""
+        lead, T = r.shape[:-2], self.T
+        dsystem = (right @ self.w[i].mT).neg_().sum_to_size(*lead, T, T)
+        dfaded = dsystem * self.systems[2 * i]
+        seen = (right * self.yk[i]).sum(-1).mul_(self.scale[i]) * self.c.found.squeeze(-1)
+        drest = dfaded.sum(-1) - seen.sum_to_size(*lead, T)
+        if self.log_alpha is not None:
+            later = F.pad((r.squeeze(-1) * drest)[..., 1:], (0, 1))
+            add(self.dtotal, later - (r.mT @ dfaded).squeeze(-2))
+        return dr + drest, dsystem.mul_(r).mul_(self.c.faded_by)
 
-        # y = W x of all rows, from the last matrix to the first
-        rows = [dy[-1]] + ([du[-1]] if own else []) + ([do] if apart else [])
+    def _through_sizes(
+        self, i: int, xs: Tensor, r: Tensor, dr: Tensor, doverlap: Tensor | None
+    ) -> None:
+        """r = η / max(1, ‖x‖²), and x xᵀ where there is a system."""
+        size = xs.square().sum(-1)
+        add(self.deta, dr / size.clamp(min=1.0))
+        dsize = torch.where(size > 1.0, -dr * r.squeeze(-1) / size, 0.0)
+        own = r.shape[:-2] == self.dx[i].shape[:-2]  # else the memories share the keys
+        if doverlap is not None:
+            doverlap.diagonal(dim1=-2, dim2=-1).add_(dsize)
+            both = doverlap + doverlap.mT
+            if own:
+                self.dx[i] = plus(self.dx[i], both, self.xk[i])
+            else:
+                self.dkeys = both @ self.k
+        elif own:
+            self.dx[i] += (2 * dsize).unsqueeze(-1) * self.xk[i]
+        else:
+            self.dkeys = (2 * dsize).unsqueeze(-1) * self.k
+
+    def through_descent(self) -> None:
+        """u_i = (u_{i+1} W_{i+1}) ∘ φ'(gain y_i), and at the end u = v − y − k or v"""
+        for i in range(self.n - 1):
+            slope = self.phi.curve(self.yk[i]).mul_(self.back[i])
+            self.dy[i] += slope.mul_(self.du[i]).mul_(self.gain)
+            pulled = self.phi.pull(self.du[i], self.yk[i])
+            self.du[i + 1] = plus(self.du[i + 1], pulled, self.W[i + 1].mT)
+            add_product(self.dW[i + 1], self.u[i + 1].mT, pulled)
+        if self.l2:
+            self.dy[-1] -= self.du[-1]
+
+    def through_rows(self, do: Tensor, dq: Tensor | None) -> tuple[Tensor | None, ...]:
+        """y = W x of all rows, from the last matrix to the first; dq, dk, dv, dη, d log α."""
+        dv = self.du[-1]
+        rows = [self.dy[-1]] + ([dv] if self.own else []) + ([do] if self.apart else [])
         down = stacked(rows)
-        for i in reversed(range(n)):
-            add_product(dW[i], down.mT, x[i])
-            dx_rows = down @ W[i]
-            head(dx_rows, T).add_(dx[i])
+        for i in reversed(range(self.n)):
+            add_product(self.dW[i], down.mT, self.x[i])
+            dx = down @ self.W[i]
+            head(dx, self.T).add_(self.dx[i])
             if i > 0:
-                down = phi.pull(dx_rows, y[i - 1])
-                head(down, T).add_(dy[i - 1])
-        dk, *others = dx_rows.split(T, -2)
-        if l2 and residual:
-            dk = dk - du[-1]
-        dv = du[-1]
-        if own:
-            dv = others[0] + du[-1] if residual else others[0]
-        if apart:
-            dq = others[-1] + do if residual else others[-1]
-        dlog_alpha = None if log_alpha is None else dtotal.flip(-1).cumsum(-1).flip(-1)
-        dk, dv = dk.sum_to_size(k.shape) + dkeys, dv.sum_to_size(v.shape)
-        return None, dq, dk, dv, deta, dlog_alpha, *dW
+                down = self.phi.pull(dx, self.y[i - 1])
+                head(down, self.T).add_(self.dy[i - 1])
+        dk, *others = dx.split(self.T, -2)
+        if self.l2 and self.residual:
+            dk = dk - dv
+        if self.own:
+            dv = others[0] + dv if self.residual else others[0]
+        if self.apart:
+            dq = others[-1] + do if self.residual else others[-1]
+        dlog_alpha = None if self.log_alpha is None else self.dtotal.flip(-1).cumsum(-1).flip(-1)
+        dk = dk.sum_to_size(self.k.shape) + self.dkeys
+        return dq, dk, dv.sum_to_size(self.v.shape), self.deta, dlog_alpha
 
 
 def _forward(form: tuple, q, k, v, eta, log_alpha, *W) -> tuple[tuple, tuple, tuple[int, int]]:
