@@ -4,11 +4,32 @@ import re
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
+from beartype import beartype
 from jaxtyping import config, install_import_hook
 
 torch.set_num_threads(1)  # two workers share two cores; and one thread is reproducible
+_SHAPE = re.compile(r"""\[[\w.]+, ["']""")  # as in Float[Tensor, "*b T K"]
+
+
+def _checked(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
+    """What the hook puts around a function. Only where shapes are said it is jaxtyping's, which
+    binds the arguments anew and checks them twice; other types beartype checks by itself. What a
+    function defines inside, without shapes, has no check: each call would compile one anew.
+    """
+
+    def decorate(f):
+        annotations = getattr(f, "__annotations__", {}).values()
+        if isinstance(f, type) or any(_SHAPE.search(str(kind)) for kind in annotations):
+            return jaxtyped(f, typechecker=typechecker)
+        return f if "<locals>" in f.__qualname__ else beartype(f)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _checked
 _hook = install_import_hook(["nestlearn.memory", "nestlearn.scan"], "beartype.beartype")
 ROOT = Path(__file__).parents[1]
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

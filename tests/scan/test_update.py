@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import math
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -21,11 +23,12 @@ from nestlearn.memory import (
     hebbian,
     momentum,
 )
+from nestlearn.memory import objectives as memory_objectives
 from nestlearn.options import Titans
 from nestlearn.scan import Chunk, chunk, fused
 from nestlearn.scan.writer import into_shell
 
-B, H, C = 2, 2, 8
+B, H, C = 2, 2, 6
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 MEMORIES = {
     "matrix": Matrix(5, 4),
@@ -39,7 +42,7 @@ OPTIONS = ("delta", "normalize", "momentum", "decay")
 RULES = {
     f"{'-'.join(o for o, on in zip(OPTIONS, chosen) if on) or 'plain'}-every-{period}":
     GradientRule(**dict(zip(OPTIONS, chosen)), period=period)
-    for *chosen, period in itertools.product(*[(False, True)] * 4, (1, 4))
+    for *chosen, period in itertools.product(*[(False, True)] * 4, (1, 3))
 }  # fmt: skip
 
 
@@ -69,11 +72,12 @@ def stream(memory, rule, T, seed=0, groups=()):
     return W, q, k, v, gates, leaves
 
 
-def run(memory, rule, data, backend, cuts, chunk=C, **options):
-    """The stream in calls that end at `cuts`, chunk boundaries at multiples of `chunk`."""
-    W, q, k, v, gates, leaves = data
+def calls(memory, rule, data, backend, cuts, chunk=C, **options):
+    """The stream in calls that end at `cuts` and at multiples of `chunk`: all outputs, and the
+    weights and state after each call."""
+    W, q, k, v, gates, _ = data
     T = k.shape[-2]
-    S, at, outputs = rule.init(W), W, []
+    S, at, outputs, after = rule.init(W), W, [], []
     cuts = sorted({0, T, *cuts, *range(0, T, chunk)})
     for a, b in itertools.pairwise(cuts):
         if a % chunk == 0:
@@ -84,13 +88,32 @@ def run(memory, rule, data, backend, cuts, chunk=C, **options):
             piece, backend=backend, at=at if a % chunk else None, offset=a % chunk,
         )  # fmt: skip
         outputs.append(o)
-    results = [torch.cat(outputs, -2), *W]
-    for field in S or ():
-        results += [] if field is None else [*field] if isinstance(field, tuple) else [field]
+        after.append((W, S))
+    return torch.cat(outputs, -2), after
+
+
+def tensors(W, S):
+    """The weights and what of the rule's state there is."""
+    fields = [x for x in S or () if x is not None]
+    return [*W, *(x for field in fields for x in (field if isinstance(field, tuple) else [field]))]
+
+
+def weighed(results):
+    """A sum of all numbers with random factors, whose gradient is looked at."""
     g = torch.Generator().manual_seed(7)
-    total = sum((torch.randn(r.shape, generator=g, dtype=r.dtype) * r).sum() for r in results)
+    return sum((torch.randn(r.shape, generator=g, dtype=r.dtype) * r).sum() for r in results)
+
+
+def gradients(total, leaves):
     grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [*results, *(torch.zeros(()) if x is None else x for x in grads)]
+    return [torch.zeros(()) if x is None else x for x in grads]
+
+
+def run(memory, rule, data, backend, cuts, chunk=C, **options):
+    """Outputs, weights and state after the last call, and the gradients of them all."""
+    o, after = calls(memory, rule, data, backend, cuts, chunk, **options)
+    results = [o, *tensors(*after[-1])]
+    return [*results, *gradients(weighed(results), data[-1])]
 
 
 def same(a, b):
@@ -99,28 +122,119 @@ def same(a, b):
         torch.testing.assert_close(x, y, **TOLERANCE)
 
 
+@dataclass(frozen=True)
+class Noting(GradientRule):
+    """The rule, which notes the weights and the state after every token."""
+
+    noted: list = field(default_factory=list)
+
+    def step(self, *args):
+        after = super().step(*args)
+        self.noted.append(after)
+        return after
+
+
+# Lengths around a chunk and over several, and where their calls end beside the ends of chunks. All
+# that a call gives is held after each of them: the stream of C + 1 holds that of C, and the one
+# that is resumed those that end there.
+STREAMS = (
+    (1, ()), (C - 1, ()), (C + 1, ()), (3 * C + 5, ()), (3 * C + 5, (2, 4, 5, C + 3, 3 * C - 1, -1))
+)  # fmt: skip
+BOTH = (memory_objectives.dot_product, memory_objectives.l2)
+BY_ROW = replace(  # both at once: an axis before all others says which
+    BOTH[0],
+    name="both",
+    value=lambda y, v: torch.stack([one.value(y[i], v[i]) for i, one in enumerate(BOTH)]),
+)
+
+
+def definition(memory, rule, read):
+    """Of each objective and stream the data and what the definition gives: outputs, weights and
+    state at the ends of calls, gradients. Objectives and streams are rows of one batch, of which
+    nothing beyond a stream's length is looked at.
+    """
+    shape = (len(BOTH), len(STREAMS))
+    T = max(T for T, _ in STREAMS)
+    rows = [stream(memory, rule, T, seed) for seed in range(math.prod(shape))]
+
+    def batch(*rows):
+        return torch.stack(rows).unflatten(0, shape) if rows[0] is not None else None
+
+    W = tuple(map(batch, *(row[0] for row in rows)))
+    q, k, v = (batch(*(row[i] for row in rows)) for i in (1, 2, 3))
+    gates = Gates(*map(batch, *(row[4] for row in rows)))
+    noting = Noting(**vars(rule))
+    data = (W, q, k, v, gates, None)
+    o, _ = calls(memory, noting, data, "naive", [], objective=BY_ROW, read=read)
+    found = {}
+    for i, (one, (T, cuts)) in enumerate(itertools.product(BOTH, STREAMS)):
+        row = divmod(i, len(STREAMS))
+        states = (tensors(*noting.noted[end - 1]) for end in ends(T, cuts))
+        found[one.name, T, cuts] = [
+            o[row][..., :T, :],
+            *(x[row] for state in states for x in state),
+        ]
+    slopes = gradients(
+        sum(map(weighed, found.values())), [leaf for row in rows for leaf in row[-1]]
+    )
+    n = len(rows[0][-1])
+    return {
+        key: (rows[i], [*(x.detach() for x in results), *slopes[i * n : (i + 1) * n]])
+        for i, (key, results) in enumerate(found.items())
+    }
+
+
+def ends(T, cuts):
+    """Where the calls of a stream end."""
+    return sorted({T, *(cut % T for cut in cuts), *range(C, T, C)})
+
+
+def shortened(data, T):
+    W, q, k, v, gates, leaves = data
+    return W, q[..., :T, :], k[..., :T, :], v[..., :T, :], gates.map(lambda g: g[..., :T]), leaves
+
+
 @pytest.mark.parametrize("read", ["token", "boundary"])
-@pytest.mark.parametrize("objective", ["dot", "l2"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-def test_parallel_equals_naive(memory, rule, objective, read):
+def test_parallel_equals_naive(memory, rule, read):
     if isinstance(memory, FunctionMemory) and (rule.delta or rule.normalize):
-        with pytest.raises(ValueError, match="FunctionMemory"):
-            run(memory, rule, stream(memory, rule, 1), "parallel", [])
+        for objective in BOTH:
+            with pytest.raises(ValueError, match="FunctionMemory"):
+                Chunk(memory, rule, objective=objective.name, read=read)
         return
-    options = {"objective": objective, "read": read}
-    for T in (1, C - 1, C, C + 1, 3 * C + 5):
-        data = stream(memory, rule, T)
-        truth = run(memory, rule, data, "naive", [], **options)
-        same(run(memory, rule, data, "parallel", [], **options), truth)
-        if T > 1:  # resumed inside a chunk
-            same(run(memory, rule, data, "parallel", [T // 2, T - 1], **options), truth)
-            same(run(memory, rule, data, "auto", [T // 2, T - 1], **options), truth)
+    for (objective, T, cuts), (data, truth) in definition(memory, rule, read).items():
+        piece, written_out = shortened(data, T), not (rule.momentum or rule.period > 1)
+        for backend in ("parallel", "auto")[: 1 + written_out]:  # else "auto" is "parallel"
+            with scan.chunk.noted() as tokens:
+                o, after = calls(
+                    memory, rule, piece, backend, ends(T, cuts), objective=objective, read=read
+                )
+            results = [o, *(x for state in after for x in tensors(*state))]
+            same([*results, *gradients(weighed(results), data[-1])], truth)
+            if not isinstance(memory, FunctionMemory):
+                assert ("fused" in tokens) == (backend == "auto")
 
 
-def grouped(memory, rule, backend, objective, read, own, reader, shared):
-    """One chunk of three memories in a group: (outputs, gradients), long and short keys."""
-    g = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_auto_is_parallel_where_no_backward_pass_is_written_out(memory, rule):
+    """So that both are held by holding one."""
+    if isinstance(memory, FunctionMemory) and (rule.delta or rule.normalize):
+        return
+    _, q, k, v, gates, _ = data = stream(memory, rule, C)
+    written_out = not (rule.momentum or rule.period > 1 or isinstance(memory, FunctionMemory))
+    for offset in (0, 2):
+        given = chunk.Given(data[0], q, k, v, gates, offset)
+        for objective, read in itertools.product(("dot", "l2"), ("token", "boundary")):
+            whole = Chunk(memory, rule, objective=objective, read=read)
+            form = "fused" if written_out and not offset else "parallel"
+            assert chunk.choose(whole, given, "auto")[0] == form
+
+
+def group(memory, rule, own, reader, shared, seed):
+    """Leaves of one chunk of three memories in a group, long and short keys: W, q, k, v, gates."""
+    g = torch.Generator().manual_seed(seed)
     T, G, (K, V) = 7, 3, (memory.shapes()[0][1], memory.shapes()[-1][0])
 
     def randn(*shape):
@@ -134,12 +248,36 @@ def grouped(memory, rule, backend, objective, read, own, reader, shared):
     eta = torch.rand(*lead, T, generator=g, dtype=torch.float64)
     log_alpha = randn(*lead, T).sigmoid().log() if rule.decay else None
     leaves = [x.requires_grad_() for x in (*W, q, k, v, eta, log_alpha) if x is not None]
-    chunk = Chunk(memory, rule, objective=objective, read=read, makes_values=own, answering=reader)
-    o, after, _ = scan.update(
-        chunk, W, rule.init(W), q, k, v, Gates(eta, log_alpha), backend=backend
+    return W, q, k, v, Gates(eta, log_alpha), leaves
+
+
+def defined(chunk, data):
+    """What the definition gives for groups of memories, the first half of them trained by the dot
+    product, the others by l2: the rows of one batch, in which no axis is shared.
+    """
+    *_, leaves = data[0]
+    G = leaves[0].shape[2]
+
+    def batch(rows, may_be_shared=False):
+        if rows[0] is None:
+            return None
+        if may_be_shared:
+            rows = [x.expand(*x.shape[:2], G, *x.shape[3:]) for x in rows]
+        return torch.stack(rows).unflatten(0, (2, -1))
+
+    W = tuple(map(batch, zip(*(row[0] for row in data))))
+    q, k, v = (batch([row[i] for row in data], i > 1) for i in (1, 2, 3))
+    gates = Gates(*(batch(rows, True) for rows in zip(*(row[4] for row in data))))
+    chunk = replace(chunk, objective=BY_ROW)
+    o, after, _ = scan.update(chunk, W, chunk.rule.init(W), q, k, v, gates, backend="naive")
+    results = [[x.flatten(0, 1)[i] for x in (o, *after)] for i in range(len(data))]
+    slopes = iter(
+        torch.autograd.grad(sum(map(weighed, results)), [x for row in data for x in row[-1]])
     )
-    total = sum((randn(*x.shape) * x).sum() for x in (o, *after))
-    return [o, *after], torch.autograd.grad(total, leaves)
+    return [
+        [*(x.detach() for x in found), *itertools.islice(slopes, len(row[-1]))]
+        for row, found in zip(data, results)
+    ]
 
 
 SMOOTH = {
@@ -152,20 +290,29 @@ SMOOTH = {
 
 
 @pytest.mark.parametrize("read", ["token", "boundary"])
-@pytest.mark.parametrize("objective", ["dot", "l2"])
 @pytest.mark.parametrize(
     "rule", [delta(False), hebbian(), decay(delta(False)), decay(hebbian())], ids=str
 )
 @pytest.mark.parametrize("memory", SMOOTH.values(), ids=SMOOTH)
-def test_groups_own_values_and_a_reader_in_every_form(memory, rule, objective, read):
+def test_groups_own_values_and_a_reader_in_every_form(memory, rule, read):
     """The written-out backward pass and the algebra by autograd against the definition."""
-    for normalize, own, reader, shared in itertools.product((False, True), repeat=4):
+    rows = list(itertools.product(BOTH, (False, True)))  # objective; keys and gates shared
+    for normalize, own, reader in itertools.product((False, True), (False, True), (None, -1)):
         composed = GradientRule(rule.delta, rule.decay, normalize=normalize)
-        options = (objective, read, own, -1 if reader else None, shared)
-        truth = grouped(memory, composed, "naive", *options)
-        for backend in ("parallel", "fused"):
-            found = grouped(memory, composed, backend, *options)
-            same([*found[0], *found[1]], [*truth[0], *truth[1]])
+        whole = Chunk(memory, composed, read=read, makes_values=own, answering=reader)
+        data = [
+            group(memory, composed, own, reader, shared, seed)
+            for seed, (_, shared) in enumerate(rows)
+        ]
+        for (one, _), row, truth in zip(rows, data, defined(whole, data)):
+            W, q, k, v, gates, leaves = row
+            aimed = replace(whole, objective=one.name)
+            for backend in ("parallel", "fused"):
+                o, after, _ = scan.update(
+                    aimed, W, composed.init(W), q, k, v, gates, backend=backend
+                )
+                found = [o, *after]
+                same([*found, *torch.autograd.grad(weighed(found), leaves)], truth)
 
 
 def test_without_autograd_the_same():
