@@ -17,7 +17,7 @@ N, PIECE = 100_352, 3584  # tokens: multiples of 512, where every bound has just
 ROUNDING = 1e-2  # of a norm in bfloat16
 CONFIG = HopeConfig(
     256,
-    32,
+    16,
     layers=1,
     heads=2,
     mixer=Titans(64),
@@ -84,7 +84,7 @@ def test_memories_keep_their_size(kind, dtype, text, trained):
         groups + len(config.channel.levels) - 1
     )  # of each stack and level
     carried = None
-    with torch.no_grad():
+    with torch.inference_mode():
         for a in range(0, N, PIECE):
             logits, carried = model(ids[:, a : a + PIECE], carried)
             assert torch.isfinite(logits).all(), a

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from nestlearn.memory import Gates, GradientRule, Matrix, delta, every
-from nestlearn.scan import Chunk, Span, Writer, plain_spans, spans, update
+from nestlearn.memory.objectives import dot_product, l2
+from nestlearn.scan import Chunk, FastWeights, Span, Writer, plain_spans, spans, update
 
 B, K, V = 2, 5, 3
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+BOTH = (l2, dot_product)
 RULES = {"gd": (False, False), "dgd": (True, False), "momentum": (False, True)}
 
 
@@ -55,12 +57,54 @@ def run(writer, data, cuts):
         )  # fmt: skip
         last = h[:, part][:, -1:]
         ys.append(y)
-    y = torch.cat(ys, 1)
-    state = [*fast.now, *fast.start, *(fast.rule.momentum or ())]
+    results = [torch.cat(ys, 1), *tensors(fast)]
+    return results, torch.autograd.grad(weighed(results), leaves, allow_unused=True)
+
+
+def tensors(fast):
+    return [*fast.now, *fast.start, *(fast.rule.momentum or ())]
+
+
+def weighed(results):
+    """A sum of all numbers with random factors, whose gradient is looked at."""
     g = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, dtype=torch.float64, generator=g) for x in [y, *state]]
-    total = sum((w * x).sum() for w, x in zip(weights, [y, *state]))
-    return [y, *state], torch.autograd.grad(total, leaves, allow_unused=True)
+    return sum((torch.randn(x.shape, dtype=torch.float64, generator=g) * x).sum() for x in results)
+
+
+def defined(writer, rows, lengths):
+    """`run` of the definition for streams of one length, of which so many tokens are looked at; the
+    first half of them trained by L2, the others by the dot product: the rows of one batch.
+    """
+    each = replace(
+        l2,
+        name="each row's own",
+        value=lambda y, v: torch.cat([o.value(*pair) for o, *pair in zip(BOTH, *halves(y, v))]),
+    )
+    writer = replace(writer, backend="naive", objective=each)
+    C, T = writer.chunk, max(lengths)
+    W0 = torch.cat([row[0].expand(B, V, K) for row in rows])
+    last, h, v = (torch.cat(parts) for parts in list(zip(*rows))[1:4])
+    gates = Gates(*(g[0] if g[0] is None else torch.cat(g) for g in zip(*(row[4] for row in rows))))
+    fast, ys, states = FastWeights((W0,), (W0,), writer.rule.init((W0,))), [], {}
+    for a, b in itertools.pairwise(sorted({0, *lengths, *range(0, T, C)})):
+        part = gates.map(lambda g, a=a, b=b: g[:, a:b])
+        y, fast = spans.write(writer, fast, last, h[:, a:b], v[:, a:b], part, Span(a, b), W0)
+        last = h[:, b - 1 : b]
+        ys.append(y)
+        states[b] = tensors(fast)
+    y = torch.cat(ys, 1).split(B)
+    results = [
+        [y[i][:, :length], *(x.split(B)[i] for x in states[length])]
+        for i, length in enumerate(lengths)
+    ]
+    leaves = [leaf for row in rows for leaf in row[-1]]
+    slopes = torch.autograd.grad(sum(map(weighed, results)), leaves, allow_unused=True)
+    n = len(leaves) // len(rows)
+    return [(found, slopes[i * n : (i + 1) * n]) for i, found in enumerate(results)]
+
+
+def halves(*tensors):
+    return (x.chunk(2) for x in tensors)
 
 
 def equal(one, two):
@@ -72,18 +116,20 @@ def equal(one, two):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-@pytest.mark.parametrize("objective", ["l2", "dot"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("half_life", [None, 20])
 @pytest.mark.parametrize("chunk", [1, 4, 16, 64])
-def test_spans_equal_the_definition(chunk, half_life, rule, objective):
+def test_spans_equal_the_definition(chunk, half_life, rule):
     """Lengths around chunks and spans, from the stream's start."""
-    w = writer(chunk, rule, objective, half_life=half_life)
+    w = writer(chunk, rule, half_life=half_life)
     size = spans.span_size(w, spans.ON_CPU)
-    for T in sorted({1, max(1, chunk - 1), chunk, chunk + 1, size - 1, size + 1, 3 * size + 5}):
-        if T > 0:
-            data = stream(T, rule == "momentum", seed=T)
-            equal(run(w, data, [0]), run(replace(w, backend="naive"), data, [0]))
+    around = {1, chunk - 1, chunk, chunk + 1, size - 1, size + 1, 3 * size + 5} - {0}
+    cases = list(itertools.product(BOTH, sorted(around)))
+    rows = [stream(3 * size + 5, rule == "momentum", seed) for seed in range(len(cases))]
+    truths = defined(w, rows, [T for _, T in cases])
+    for (one, T), (W0, last, h, v, gates, leaves), truth in zip(cases, rows, truths, strict=True):
+        data = W0, last, h[:, :T], v[:, :T], gates.map(lambda g, T=T: g[:, :T]), leaves
+        equal(run(replace(w, objective=one.name), data, [0]), truth)
 
 
 @pytest.mark.parametrize("rule", RULES)
