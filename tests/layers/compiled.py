@@ -5,6 +5,7 @@ checks cannot be compiled.
 """
 
 import copy
+import gc
 import io
 import pickle
 
@@ -23,15 +24,18 @@ LAYERS = {
     "cms-all": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16, learns="all")]), 3),
     "deltanet": (lambda dim: gated_deltanet(dim, 2, chunk=4), 3),
 }  # fmt: skip
+GRAPHS = CompileCounterWithBackend("aot_eager")  # one for all tests: equal layers share what it has
+gc.set_threshold(100_000)  # a quarter of the time to trace went into looking for garbage
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
+@pytest.fixture
+def traced(monkeypatch):
+    """What is traced is the point: nothing is made of new graphs."""
+    monkeypatch.setattr(GRAPHS, "backend", "eager")
 
 
 @pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
-def test_the_same_graphs_for_all_of_one_width(build, number):
+def test_the_same_graphs_for_all_of_one_width(build, number, request):
     """One for the step, two for what is before and after it; of a level, whose spans are not whole
     here, those two; the same for one that never learns. All chunks, batches and lengths share them.
 
@@ -41,9 +45,8 @@ def test_the_same_graphs_for_all_of_one_width(build, number):
     torch.manual_seed(0)
     layer = build(8).double()
     eager = copy.deepcopy(layer)
-    graphs = CompileCounterWithBackend("aot_eager")
-    layer.compile(backend=graphs)
-    counts = []
+    layer.compile(backend=GRAPHS)
+    before, counts = GRAPHS.frame_count, []
     for batch, T in ((2, 12), (3, 20), (5, 11), (2, 4)):
         x = torch.randn(batch, T, 8, dtype=torch.float64, requires_grad=True)
         expected = eager(x)[0]
@@ -52,27 +55,41 @@ def test_the_same_graphs_for_all_of_one_width(build, number):
         (found,) = torch.autograd.grad(y.square().sum(), x)
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-9)
-        counts.append(graphs.frame_count)
+        counts.append(GRAPHS.frame_count - before)
     assert counts == [number] * len(counts)
-    graphs.backend = "eager"  # of those to come what is traced is the point
+    request.getfixturevalue("traced")
     counts = []
     for dim in (12, 8):
         layer = build(dim).double()
         x = torch.randn(2, 8, dim, dtype=torch.float64, requires_grad=True)
         (expected,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
-        layer.compile(backend=graphs)
+        layer.compile(backend=GRAPHS)
         (found,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
         torch.testing.assert_close(found, expected)
-        counts.append(graphs.frame_count)
+        counts.append(GRAPHS.frame_count - before)
     assert counts == [2 * number, 2 * number]
 
 
+def test_whole_spans_are_compiled_too():
+    """What stands between a level's products: spans of 64, and what is left of a call."""
+    torch.manual_seed(0)
+    layer = ContinuumMemory(8, [Level(chunk=4, hidden=16)]).double()
+    x = torch.randn(2, 3 * 64 + 9, 8, dtype=torch.float64, requires_grad=True)
+    expected = layer(x)[0]
+    (grad,) = torch.autograd.grad(expected.square().sum(), x)
+    layer.compile(backend=GRAPHS)
+    found = layer(x)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad)
+
+
+@pytest.mark.usefixtures("traced")
 def test_one_sample_one_token_many_samples():
     """Each with a graph of its own where it has one, and none of them a failure."""
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(8, 2, TITANS)
+    layer = SelfModifyingTitans(8, 2, TITANS).double()
     eager = copy.deepcopy(layer)
-    layer.compile(backend="eager")  # what is traced is the point here
+    layer.compile(backend=GRAPHS)
     states = {False: None, True: None}
     for batch, T, new in (
         (1, 6, True),
@@ -81,7 +98,7 @@ def test_one_sample_one_token_many_samples():
         (20, 8, True),
         (20, 1, False),
     ):
-        x = torch.randn(batch, T, 8)
+        x = torch.randn(batch, T, 8, dtype=torch.float64)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 before = None if new else states[grad]
@@ -90,11 +107,13 @@ def test_one_sample_one_token_many_samples():
             torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.usefixtures("traced")
 def test_a_compiled_layer_may_be_compiled_from_outside_and_copied():
     torch.manual_seed(0)
-    layer, x = SelfModifyingTitans(8, 2, TITANS), torch.randn(2, 6, 8)  # a chunk, and a part of one
+    layer = SelfModifyingTitans(8, 2, TITANS).double()
+    x = torch.randn(2, 6, 8, dtype=torch.float64)  # a chunk, and a part of one
     expected = layer(x)[0]
-    layer.compile(backend="eager")
+    layer.compile(backend=GRAPHS)
     torch.testing.assert_close(torch.compile(layer, backend="eager")(x)[0], expected)
     other = copy.copy(layer)  # shares all but what is put in its place
     other._modules = {**layer._modules, "readout": copy.deepcopy(layer.readout)}
@@ -123,6 +142,7 @@ def test_a_compiled_layer_may_be_pickled(name):
 
 
 def test_a_model_compiles_the_layers_of_memories():
+    torch._dynamo.reset()
     torch.manual_seed(0)
     config = HopeConfig(dim=8, layers=2, heads=2, chunk=4, levels=(Level(chunk=4), Level()))
     model = HopeLM(config)
@@ -133,19 +153,6 @@ def test_a_model_compiles_the_layers_of_memories():
         model.compile(backend=graphs)
         torch.testing.assert_close(model(ids)[0], expected)
         assert graphs.frame_count == 7  # three of Titans, two of each level; both blocks share them
-
-
-def test_whole_spans_are_compiled_too():
-    """What stands between a level's products: spans of 64, and what is left of a call."""
-    torch.manual_seed(0)
-    layer = ContinuumMemory(8, [Level(chunk=4, hidden=16)])
-    x = torch.randn(2, 3 * 64 + 9, 8, requires_grad=True)
-    expected = layer(x)[0]
-    (grad,) = torch.autograd.grad(expected.square().sum(), x)
-    layer.compile(backend="aot_eager")
-    found = layer(x)[0]
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad)
 
 
 def test_inductor_gives_the_same():

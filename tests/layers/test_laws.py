@@ -214,6 +214,7 @@ def test_gradients_are_those_of_finite_differences(name):
     """Nothing is detached on the way: every parameter, in a random direction."""
     build = LAYERS[name]
     layer, x = make(build)
+    x = x[:2, :13]  # past 12, where chunks of all sizes and the half-lives' pauses have ended
     weight = torch.randn(layer(x)[0].shape, dtype=torch.float64)
 
     def loss():
