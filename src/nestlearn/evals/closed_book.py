@@ -5,6 +5,7 @@ it. Its questions have answers of one word: as the page says it, in other words,
 such that the page does not say. A later document may change facts of an earlier one.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import re
@@ -265,7 +266,8 @@ def document(kind: str, seed: int, *, before: Document | None = None, changed: i
     lines = [first if before is None else "There is news of {x}."]
     lines += [facts[key].says for key in facts if key in asked]
     text = " ".join(
-        line.format(x=name, a=told.get(key, "")) for line, key in zip(lines, ["", *_in(facts, asked)])
+        line.format(x=name, a=told.get(key, ""))
+        for line, key in zip(lines, ["", *_in(facts, asked)])
     )
     return Document(kind, name, text, told, tuple(_questions(name, facts, told, asked, before)))
 
