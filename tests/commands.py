@@ -97,6 +97,12 @@ FORMS: dict[str, Form] = {
         reproduced("frontier", "--data {data} --only novel"), needs="{data}/models/stories260K.bin"
     ),
     "nestlearn reproduce fig12 --device cuda": Form(why="needs a GPU"),
+    "nestlearn reproduce closed-book --data FOLDER": Form(
+        why="needs a pretrained model that follows instructions"
+    ),
+    "nestlearn learn stacked/ --data diary.txt --memory mine --study": Form(
+        why="needs a pretrained model that follows instructions"
+    ),
     **{
         f"nestlearn reproduce {name}": Form(reproduced(name))
         for name in (

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from nestlearn import Session, cli
 from nestlearn.cli import stacked
 from nestlearn.hf.folder import load_stack
+from nestlearn.learn import study
+from nestlearn.learn.questions import Question
 
 
 @pytest.fixture
@@ -278,3 +280,26 @@ def test_help_shows_an_example(call):
         code, out, _ = call(command, "--help")
         assert code == 0
         assert "Example:" in out
+
+
+def test_a_text_is_read_and_then_studied(call, folder, monkeypatch):
+    asked = [
+        Question("where is the key", "under the mat", "the key is under the mat."),
+        Question("what is under the mat", "the key", "the key is under the mat."),
+    ]
+    monkeypatch.setattr(study, "ask", lambda *_: asked)
+    out = folder / "stacked"
+    assert call("stack", folder / "model", "--out", out, "--chunk", 8)[0] == 0
+    learn = ("learn", out, "--data", folder / "text.txt", "--memory", "mine", "--study")
+    code, _, said = call(*learn, "--questions", 2)
+    assert code == 0, said
+    shown = re.search(r"Studied in \d+ seconds: 2 questions of its own, \d times\. (.+)", said)
+    assert shown, said
+    now, before = map(float, re.search(r"answers (\S+) nats [^,]+, (\S+) before", said).groups())
+    assert now <= before
+    assert said.count("Forgotten: loss on its own samples") == 2
+    assert "study" in call("memory", "show", out, "mine")[1]
+    monkeypatch.setattr(study, "ask", lambda *_: [])
+    code, _, said = call(*learn)
+    assert code == 2
+    assert "found no question that the text answers" in " ".join(said.split())

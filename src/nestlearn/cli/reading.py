@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from nestlearn.hf.plan import StackMemory
-from nestlearn.learn import Session
+from nestlearn.learn import Session, Studied, StudyConfig
 
 BLOCK = 2048  # tokens of one `learn`, which is also what a rollback takes back
 SAMPLE = 2048  # tokens, at most, of a text on which a loss is measured
@@ -83,6 +83,33 @@ def read_and_learn(
     return Reading(stopped, seconds)
 
 
+def study_text(
+    session: Session, text: str, config: StudyConfig, source: str, say: Callable[..., None]
+) -> Studied:
+    """Study a text that was read, with progress on stderr, and say what came of it."""
+    own, begin = own_text(session), time.perf_counter()
+    before = _loss(session, own)
+    with _progress(unit="") as progress:
+        task = progress.add_task("", total=None, loss="", rate="")
+
+        def tell(what: str, done: int, count: int) -> None:
+            if progress.tasks[0].description != what:  # its rate and time left are its own
+                progress.reset(task, description=what)
+            progress.update(task, completed=done, total=count)
+
+        studied = session.study(text, config, source=source, tell=tell)
+    first, now = studied.apart
+    say(
+        f"Studied in {time.perf_counter() - begin:,.0f} seconds: {studied.questions:,} questions "
+        f"of its own, {studied.epochs:,} times. Without the text it answers {now:.3f} nats a token "
+        f"from what it said with it, {first:.3f} before."
+    )
+    if studied.rolled_back:
+        say(f"Nothing of the study was kept: {studied.rolled_back}.", "yellow")
+    say(f"Forgotten: loss on its own samples {before:.3f} before, {_loss(session, own):.3f} now.")
+    return studied
+
+
 def _report(
     session: Session,
     read: list[int],
@@ -125,13 +152,16 @@ def own_text(session: Session, tokens: int = 256) -> Tensor:
         )  # fmt: skip
 
 
-def _progress() -> Progress:
+def _progress(unit: str = "tokens") -> Progress:
+    measured = (TextColumn("loss {task.fields[loss]}"),) if unit else ()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit)
+        if unit
+        else MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
+        *measured,
         console=Console(stderr=True),
     )

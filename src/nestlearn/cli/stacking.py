@@ -219,17 +219,29 @@ def learn(
             "it forgets far less, and reads about three times slower.",
         ),
     ] = 0.0,
+    study: Annotated[
+        bool,
+        typer.Option(
+            "--study",
+            help="Then let it ask itself what the text says, answer, and learn the answers: for "
+            "models that follow instructions; minutes for a page on two cores.",
+        ),
+    ] = False,
+    questions: Annotated[
+        int, typer.Option(min=1, help="With --study: how many it asks itself, at most.")
+    ] = 64,
     device: Device = "auto",
 ) -> None:
     """Read a text, learn from it, and remember it under a name.
 
     Shows the loss on the text before and after, what that cost elsewhere, the time, and the
-    memory's size. Ctrl-C stops and saves.
+    memory's size. Ctrl-C stops and saves; a study goes on when the command is given again.
 
     Example:  nestlearn learn stacked/ --data diary.txt --memory mine
     """
-    from nestlearn.cli.reading import introduction, read_and_learn
+    from nestlearn.cli.reading import introduction, read_and_learn, study_text
     from nestlearn.hf.anchor import Anchor
+    from nestlearn.learn import StudyConfig
     from nestlearn.learn.store import check_place
 
     session = open_session(folder, memory, device, drift=drift)
@@ -244,13 +256,17 @@ def learn(
     begin = session.memory.position
     read = read_and_learn(session, ids, kept, tolerance, source, say)
     session.save()
+    stopped = read.stopped
+    if study and not stopped:
+        text = session.tokenizer.decode(ids, skip_special_tokens=True)
+        stopped = study_text(session, text, StudyConfig(questions), source, say).stopped
     held, now = sum(session.bytes.values()) / 1e6, session.memory.position - begin
     say(
         f"Saved {session.path} ({held:,.1f} MB): {now:,} tokens learned in {read.seconds:,.1f} "
         f"seconds, {session.memory.position:,} in all.",
         "green",
     )
-    if read.stopped:
+    if stopped:
         raise typer.Exit(130)
 
 

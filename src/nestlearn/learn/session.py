@@ -14,12 +14,16 @@ from torch import Tensor
 from nestlearn.hf.anchor import Anchor
 from nestlearn.hf.folder import fingerprint
 from nestlearn.hf.lending import Weights
+from nestlearn.hf.plan import StackMemory
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import size
 
 from . import conversation, store
+from .consolidation import StudyConfig
 from .conversation import ChatTurn
 from .generation import check_options, check_room, fits
+from .questions import Tell
+from .study import Studied, study
 
 Text = str | Tensor
 MEMORIES = Path("memories")  # where a bare name stands
@@ -61,9 +65,9 @@ class Session:
     layer's pretrained weights. anchor: texts, such as the model's own samples, to which it is held
     while it learns (`nestlearn.hf.anchor.Anchor`). read_only: nothing may be learned or saved.
 
-    Everything but `learn`, `chat`, `reset`, `merge` and `load` leaves the memory as it is. Raises
-    ValueError for a memory of another base model, FileNotFoundError for a read-only session
-    without one. One session is one stream: for many readers in one batch see
+    Everything but `learn`, `study`, `chat`, `reset`, `merge` and `load` leaves the memory as it
+    is. Raises ValueError for a memory of another base model, FileNotFoundError for a read-only
+    session without one. One session is one stream: for many readers in one batch see
     `StackedModel.using([a.memory, b.memory])`.
     """
 
@@ -112,33 +116,52 @@ class Session:
         if self.memory.position == 0:  # nothing yet that could belong to another base
             self._base = fingerprint(self.model)
         self._check_base()
-        ids = self._ids(text, first=self.memory.position == 0)
+        ids = self.ids(text, first=self.memory.position == 0)
         losses, memory = self.model.learn(
             ids, self.memory, mask, drift=self.drift, anchor=self.anchor
         )
         chosen = torch.ones_like(losses) if mask is None else mask.to(losses)
         chosen = chosen * ~losses.isnan()
         loss = float((losses.nan_to_num() * chosen).sum() / chosen.sum().clamp(min=1e-9))
-        reason, held_out = None, None
-        norms = [float(size(delta).max()) for level in memory.levels for delta in level.fast]
-        if not all(map(math.isfinite, (*norms, loss))):
-            reason = "the deltas became infinite: lower the levels' step sizes"
-        elif self._held_out is not None:
-            held_out = self._mean(self._held_out, memory)
-            if not held_out <= max(self._limit, self._mean(self._held_out, self.memory)):
-                reason = f"the held-out loss rose to {held_out:.4f}, above {self._limit:.4f}"
+        held_out, reason = self.judge(memory, loss)
         begin = self.memory.position
         learned = Learned(ids.shape[1], int((chosen > 0).sum()), loss, held_out, reason)
-        self._note("learn", source=source, begin=begin, **learned._asdict())
+        self.note("learn", source=source, begin=begin, **learned._asdict())
         if reason is None:
             self.memory = memory
         return learned
+
+    def study(
+        self, text: str, config: StudyConfig | None = None, *, source: str | None = None,
+        tell: Tell | None = None,
+    ) -> Studied:  # fmt: skip
+        """Learn what a text says, so that it can be asked about without the text.
+
+        The model asks itself questions about the text and answers them with the text before it;
+        then one level learns to answer so without (`nestlearn.learn.consolidation`). The text need
+        not have been read before, and the stream stays where it is. With a folder every round is
+        saved, with the questions: a study that was stopped or killed goes on when it is asked for
+        again. source: as in `learn`. tell: is called with what is being done, how much of it is
+        done, and of how much.
+
+        ValueError without a tokenizer, for an empty text, and where the model finds no question
+        that the text answers.
+        """
+        self._may_write()
+        if self.tokenizer is None:
+            raise ValueError("study needs a tokenizer: Session(..., tokenizer=...)")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("there is nothing to study: give a text with words")
+        if self.memory.position == 0:
+            self._base = fingerprint(self.model)
+        self._check_base()
+        return study(self, text, config or StudyConfig(), source, tell or (lambda *_: None))
 
     def guard(self, held_out: Text, tolerance: float = 0.05) -> None:
         """From now on take back what harms this text (the class says when)."""
         if not tolerance >= 0:
             raise ValueError(f"tolerance={tolerance}: give a share of 0 or more")
-        ids = self._ids(held_out)
+        ids = self.ids(held_out)
         self._limit = self._mean(ids, self.model.init_memory(1)) * (1 + tolerance)
         self._held_out = ids
 
@@ -184,7 +207,7 @@ class Session:
         ValueError, before anything is generated, for options whose result would be no text, and
         for a prompt and new tokens that are more than a table of positions holds.
         """
-        ids = self._ids(prompt)
+        ids = self.ids(prompt)
         check_options(self.model.base, options)
         check_room(self.model.base, ids.shape[1], options)
         options.setdefault("attention_mask", torch.ones_like(ids))
@@ -198,11 +221,11 @@ class Session:
 
     def surprise(self, text: Text) -> Tensor:
         """−log p in nats of every token [1, T] of a text by itself; the first is nan."""
-        return self.model.losses(self._ids(text), self.memory)
+        return self.model.losses(self.ids(text), self.memory)
 
     def perplexity(self, text: Text) -> float:
         """exp of the mean surprise of a text by itself; ValueError for less than two tokens."""
-        return math.exp(self._mean(self._ids(text), self.memory))
+        return math.exp(self._mean(self.ids(text), self.memory))
 
     def diff(self, other: Session | str | Path) -> list[Difference]:
         """How far this memory is from another one of the same model, level by level."""
@@ -266,7 +289,7 @@ class Session:
             self.memory = self.model.init_memory(1)
         else:
             self.memory = self.model.reset(self.memory, level)
-        self._note("reset", level=level)
+        self.note("reset", level=level)
 
     def fork(self, path: str | Path | None = None) -> Session:
         """Another session that knows the same and goes its own way; saved if it has a path.
@@ -277,7 +300,7 @@ class Session:
         twin._held_out, twin._limit = self._held_out, self._limit
         twin.memory, twin._history, twin._base = self.memory, self.history, self._base
         twin.turns, twin._spoken = list(self.turns), self._spoken
-        twin._note("fork", source=None if self.path is None else str(self.path))
+        twin.note("fork", source=None if self.path is None else str(self.path))
         if path is not None:
             twin.save(path)
         return twin
@@ -290,7 +313,7 @@ class Session:
         self._check_base()
         self.memory = self.model.merge(self.memory, level)
         self._base = fingerprint(self.model)
-        self._note("merge", level=level)
+        self.note("merge", level=level)
 
     @property
     def moved(self) -> float:
@@ -301,8 +324,8 @@ class Session:
 
     # --------------------------------------------------------------------------------- inside
 
-    def _ids(self, text: Text, *, first: bool = True) -> Tensor:
-        """Token ids [1, T] on the model's device; first: with the tokens that begin a text."""
+    def ids(self, text: Text, *, first: bool = True) -> Tensor:
+        """A text's ids [1, T] on the model's device; first: with the tokens that begin one."""
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError("a text needs a tokenizer: Session(..., tokenizer=...), or ids")
@@ -352,7 +375,20 @@ class Session:
                 "so its memory does not fit: give the model its weights back, or begin a new one"
             )
 
-    def _note(self, what: str, **facts: Any) -> None:
+    def judge(self, memory: StackMemory, loss: float = 0.0) -> tuple[float | None, str | None]:
+        """The loss on the held-out text under a new memory, and why that is not to be kept."""
+        norms = [float(size(delta).max()) for level in memory.levels for delta in level.fast]
+        if not all(map(math.isfinite, (*norms, loss))):
+            return None, "the deltas became infinite: lower the levels' step sizes"
+        if self._held_out is None:
+            return None, None
+        held_out = self._mean(self._held_out, memory)
+        if held_out <= max(self._limit, self._mean(self._held_out, self.memory)):
+            return held_out, None
+        return held_out, f"the held-out loss rose to {held_out:.4f}, above {self._limit:.4f}"
+
+    def note(self, what: str, **facts: Any) -> None:
+        """Add to the history."""
         self._history.append({"what": what, "time": round(time.time()), **facts})
 
 

@@ -1,0 +1,272 @@
+"""Study: a memory takes over what a text says, and not only its words.
+
+Reading teaches a model the text's next tokens; asked what the text says, it does not know. So it
+asks itself questions about the text and answers them with the text before it; then one level
+learns to give the same answers without the text (a divergence from what it said with it), together
+with the text's own next tokens, held to what the model says by itself. This is the consolidation
+that the paper asks for: the slow level learns from what the fast context has.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestlearn.hf.anchor import Anchor
+from nestlearn.hf.cache import CACHE
+from nestlearn.hf.door import evaluating
+from nestlearn.hf.lending import Factors, Weights, lend
+from nestlearn.hf.plan import StackMemory
+from nestlearn.hf.stack import StackedModel
+from nestlearn.hf.writes import Fast, limit
+
+from .questions import BRIEF, FROM_TEXT, ROWS, Question, Tell, beside, prompt
+
+WARMUP = 4  # steps
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """How a text is studied.
+
+    questions: that the model asks itself, at most. epochs: rounds of them; it ends sooner when the
+    questions kept apart, the share `held_out`, have not become better for two. batch: questions of
+    one step. lr: Adam's, which falls to nothing. text: the weight of the text's own next tokens.
+    anchor: that of the divergence from the base model on its own samples (0: none). level: the one
+    that learns (None: the slowest).
+    """
+
+    questions: int = 64
+    epochs: int = 6
+    batch: int = 8
+    lr: float = 2e-3
+    text: float = 0.5
+    anchor: float = 1.0
+    held_out: float = 0.125
+    level: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+        if not self.lr > 0 or self.text < 0 or self.anchor < 0:
+            raise ValueError("lr is above 0; text and anchor are 0 or more")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: give a share in [0, 1)")
+
+
+class Example(NamedTuple):
+    """A question without the text as ids, the answer's ids, and what the model thought of each of
+    them with the text before it: log-probabilities [N, V], in half precision.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    thought: Tensor
+
+
+class Epoch(NamedTuple):
+    """number: rounds made. memory: after the best of them so far. apart: the divergence, in nats a
+    token, of the questions kept apart, before anything was studied and now; of all questions where
+    none is kept apart. ended: whether it was the last.
+    """
+
+    number: int
+    memory: StackMemory
+    apart: tuple[float, float]
+    ended: bool
+
+
+def level_of(model: StackedModel, asked: int | None) -> int:
+    """The level that studies: the slowest that is written."""
+    order = model.config.faster_first()
+    if asked is not None:
+        model.check_level(asked)
+        return asked
+    if not order:
+        raise ValueError("no level has a chunk, so none is ever written: stack the model with one")
+    return order[-1]
+
+
+def consolidate(
+    model: StackedModel, tokenizer: object, memory: StackMemory, questions: list[Question],
+    ids: Tensor, config: StudyConfig, tell: Tell, each: Callable[[Epoch], None], *,
+    done: int = 0, drift: float | None = None, anchor: Anchor | None = None,
+) -> None:  # fmt: skip
+    """Let a level of one stream's memory learn the answers, and the text's tokens ids [1, T].
+
+    each: called after every round, with the memory as it is then. done: rounds made before. Raises
+    ValueError for a memory of several streams, and without questions.
+    """
+    if len(memory.context) != 1:
+        raise ValueError(f"a memory of {len(memory.context)} streams: select() one to study with")
+    if not questions:
+        raise ValueError(
+            "the model found no question that the text answers: give a longer text, more "
+            "questions, or a model that follows instructions"
+        )
+    i = level_of(model, config.level)
+    examples = thoughts(model, tokenizer, questions, tell)
+    apart = examples[:: round(1 / config.held_out)] if config.held_out else []
+    mine = [e for e in examples if not any(e is other for other in apart)] or examples
+    apart = apart or mine
+    held = anchor or _anchor(model, config)
+    fasts = model.fasts(memory)
+    leaves = _copies(fasts.get(i) or model.start(i, 1))
+    flat = [w.requires_grad_() for factors in leaves for w in factors if w is not None]
+    adam = torch.optim.Adam(flat, config.lr)
+    per_round = -(-len(mine) // config.batch)
+    steps, step = per_round * config.epochs, per_round * done
+    bound = model.pace(i, drift).bound
+
+    def written() -> StackMemory:
+        fast = tuple(limit(factors, high) for factors, high in zip(_copies(leaves), bound))
+        level = memory.levels[i]
+        level = level._replace(fast=fast, velocity=(), writes=level.writes + 1)
+        return memory._replace(levels=(*memory.levels[:i], level, *memory.levels[i + 1 :]))
+
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model.base):
+        weights = lambda: model.effective({**fasts, i: leaves})  # noqa: E731
+        first = best = _mean(model, weights(), apart)
+        kept, since = memory, 0
+        for number in range(done + 1, config.epochs + 1):
+            order = random.Random(config.seed + number).sample(mine, len(mine))
+            for a in range(0, len(order), config.batch):
+                tell("studying", step, steps)
+                adam.param_groups[0]["lr"] = (
+                    config.lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
+                )
+                adam.zero_grad()
+                now = weights()
+                loss = divergence(model, now, order[a : a + config.batch])
+                if config.text:
+                    part = ids[:, _window(ids, model.window, step)]
+                    loss = loss + config.text * _next_tokens(model, now, part)
+                if held is not None:
+                    loss = loss + held.divergence(model, now, step, 1)[0]
+                loss.backward()
+                adam.step()
+                step += 1
+            value = _mean(model, weights(), apart)
+            since = 0 if value < best else since + 1
+            if value < best:
+                best, kept = value, written()
+            ended = number == config.epochs or since == 2
+            each(Epoch(number, kept, (first, best), ended))
+            if ended:
+                break
+
+
+@torch.no_grad()
+def thoughts(
+    model: StackedModel, tokenizer: object, questions: list[Question], tell: Tell
+) -> list[Example]:
+    """What the base model thinks of each answer's tokens with the passage before the question."""
+    base = model.base
+    found: list[Example] = []
+    end = _end(tokenizer, base)
+    ordered = sorted(questions, key=lambda q: q.passage)
+    with evaluating(base), lend({}):
+        for a in range(0, len(ordered), ROWS):
+            tell("thinking", a, len(ordered))
+            some = ordered[a : a + ROWS]
+            answers = [_encode(tokenizer, q.answer) + end for q in some]
+            longest = max(map(len, answers))
+            asked = [
+                prompt(tokenizer, FROM_TEXT.format(text=q.passage, question=q.text)) for q in some
+            ]
+            ids, mask, cache = beside([p + x for p, x in zip(asked, answers)], base)
+            read = cache.get_seq_length()
+            out = base(
+                input_ids=ids[:, read:], attention_mask=mask, position_ids=_places(mask)[:, read:],
+                **{CACHE: cache}, use_cache=True, logits_to_keep=longest + 1,
+            )  # fmt: skip
+            for row, (question, answer) in enumerate(zip(some, answers)):
+                logits = out.logits[row, -len(answer) - 1 : -1].float()
+                # asked now with, now without being told to be brief
+                words = question.text + BRIEF * (len(found) % 2)
+                thought = logits.log_softmax(-1).half()
+                found.append(Example(prompt(tokenizer, words), answer, thought))
+    return found
+
+
+def divergence(model: StackedModel, weights: Weights, examples: list[Example]) -> Tensor:
+    """KL(with the text ‖ without it) in nats a token, the mean over the answers."""
+    ids, mask = _rows([e.prompt + e.answer for e in examples], model.base.device)
+    longest = max(len(e.answer) for e in examples)
+    with lend(weights):
+        out = model.base(
+            input_ids=ids, attention_mask=mask, position_ids=_places(mask),
+            logits_to_keep=longest + 1, use_cache=False,
+        )  # fmt: skip
+    total = out.logits.new_zeros(())
+    for row, example in enumerate(examples):
+        now = out.logits[row, -len(example.answer) - 1 : -1].log_softmax(-1)
+        apart = F.kl_div(now, example.thought.to(now), log_target=True, reduction="none")
+        total = total + apart.sum(-1).mean()
+    return total / len(examples)
+
+
+@torch.no_grad()
+def _mean(model: StackedModel, weights: Weights, examples: list[Example]) -> float:
+    parts = [examples[a : a + ROWS] for a in range(0, len(examples), ROWS)]
+    return sum(float(divergence(model, weights, part)) * len(part) for part in parts) / len(
+        examples
+    )
+
+
+def _next_tokens(model: StackedModel, weights: Weights, ids: Tensor) -> Tensor:
+    with lend(weights):
+        logits = model.base(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[0, :-1], ids[0, 1:])
+
+
+def _copies(fast: Fast) -> Fast:
+    """The same numbers, apart from any graph."""
+    return tuple(
+        Factors(left.detach().clone(), None if right is None else right.detach().clone())
+        for left, right in fast
+    )
+
+
+def _window(ids: Tensor, size: int, step: int) -> slice:
+    """The window of a long text that is read in a step, the windows in turn."""
+    count = -(-ids.shape[1] // size)
+    at = min(step % count * size, max(ids.shape[1] - size, 0))
+    return slice(at, at + size)
+
+
+def _anchor(model: StackedModel, config: StudyConfig) -> Anchor | None:
+    if not config.anchor:
+        return None
+    return Anchor.sampled(model, 16, 64, strength=config.anchor, rows=1, seed=config.seed)
+
+
+def _rows(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, T], padded in front, and which are none."""
+    longest = max(map(len, rows))
+    ids = [[row[0]] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _places(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _encode(tokenizer: object, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+
+
+def _end(tokenizer: object, base: object) -> list[int]:
+    """What ends a reply: the first of the model's end marks, if it has any."""
+    ends = base.generation_config.eos_token_id  # type: ignore[attr-defined]
+    first = ends[0] if isinstance(ends, list) else ends
+    return [] if first is None else [first]

@@ -1,0 +1,160 @@
+"""What a model asks itself about a text, and what it answers with the text before it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nestlearn.hf.cache import CACHE
+
+from . import conversation
+
+# Of a whole passage, and of one of its sentences; {s}.
+ABOUT_ALL = (
+    "Ask one short question about a fact in the text above. Write only the question.",
+    "Write one question about a person in the text above. Write only the question.",
+    "Write one question about a place or a thing in the text above. Write only the question.",
+    "Write one question about a number, a colour or a name in the text above. Write only the "
+    "question.",
+)
+ABOUT_ONE = (
+    'Write one short question that is answered by the sentence "{s}" Write only the question.',
+    'Turn the sentence "{s}" into a question. Write only the question.',
+)
+BRIEF = " Answer in a few words."
+FROM_TEXT = (
+    "Text: {text}\n\nQuestion: {question}\nAnswer the question from the text, in a few words."
+)
+ASKED, ANSWERED = 32, 24  # tokens of a question and of an answer, at most
+ROWS = 32  # prompts that are read side by side
+PASSAGE = 1200  # letters of a passage, about: all of it stands before every question
+
+Tell = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
+
+
+class Question(NamedTuple):
+    """A question about a passage, and what the model answers with that passage before it."""
+
+    text: str
+    answer: str
+    passage: str
+
+
+def passages(text: str, size: int = PASSAGE) -> list[str]:
+    """The text in runs of whole sentences of about `size` letters."""
+    found: list[str] = []
+    for sentence in sentences(text):
+        if found and len(found[-1]) + len(sentence) < size:
+            found[-1] += " " + sentence
+        else:
+            found.append(sentence)
+    return found
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, and what stands between its line breaks."""
+    parts = re.split(r"(?<=[.!?])\s+|\s*\n\s*", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def ask(base: Any, tokenizer: Any, text: str, count: int, seed: int, tell: Tell) -> list[Question]:
+    """So many questions, the passages in turn, or fewer: none twice, and none whose answer shares
+    no word with its passage but those of the question, which is then not an answer from it.
+
+    base: the model that asks and answers, such as the stacked one's base.
+    """
+    parts = passages(text)
+    draw = torch.Generator().manual_seed(seed)
+    wanted = []
+    for i in range(count):
+        passage = parts[i % len(parts)]
+        turn, own = i // len(parts), sentences(passage)
+        form = (*ABOUT_ALL, *ABOUT_ONE)[turn % (len(ABOUT_ALL) + len(ABOUT_ONE))]
+        about = own[int(torch.randint(len(own), (), generator=draw))]
+        wanted.append((passage, f"{passage}\n\n{form.format(s=about)}"))
+    prompts = [prompt(tokenizer, words) for _, words in wanted]
+    said = decode(base, tokenizer, prompts, ASKED, "asking", tell, seed=seed)
+    asked: dict[str, str] = {}
+    for (passage, _), words in zip(wanted, said):
+        question = words.strip().split("\n")[0].strip()
+        if 8 < len(question) < 200:
+            asked.setdefault(question, passage)
+    prompts = [
+        prompt(tokenizer, FROM_TEXT.format(text=passage, question=question))
+        for question, passage in asked.items()
+    ]
+    answers = decode(base, tokenizer, prompts, ANSWERED, "answering", tell)
+    found = [Question(q, a.strip(), p) for (q, p), a in zip(asked.items(), answers)]
+    return [question for question in found if _from_passage(question)]
+
+
+def _from_passage(question: Question) -> bool:
+    new = _words(question.answer) - _words(question.text)
+    return bool(new & _words(question.passage))
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.findall(r"\w+", text.lower()) if len(word) > 1}
+
+
+def prompt(tokenizer: Any, words: str) -> list[int]:
+    """The ids that ask for a reply to these words alone."""
+    return conversation.prompt(tokenizer, [{"role": "user", "content": words}])
+
+
+@torch.no_grad()
+def decode(
+    base: Any, tokenizer: Any, prompts: Sequence[list[int]], tokens: int, what: str, tell: Tell,
+    *, seed: int | None = None,
+) -> list[str]:  # fmt: skip
+    """What follows each prompt: the likeliest tokens, or with a seed samples.
+
+    Prompts that begin alike, as with one passage, have that beginning read once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # those alike side by side
+    said = [""] * len(prompts)
+    device = base.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed or 0)
+        for a in range(0, len(order), ROWS):
+            tell(what, a, len(order))
+            rows = order[a : a + ROWS]
+            ids, mask, cache = beside([prompts[i] for i in rows], base)
+            begin = ids.shape[1]
+            made = base.generate(
+                ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=tokens,
+                do_sample=seed is not None, top_p=0.95, temperature=1.0, top_k=100,
+                pad_token_id=_pad(base),
+            )  # fmt: skip
+            for i, row in zip(rows, made[:, begin:].tolist()):
+                said[i] = tokenizer.decode(row, skip_special_tokens=True)
+    return said
+
+
+def beside(prompts: Sequence[list[int]], base: Any) -> tuple[Tensor, Tensor, DynamicCache]:
+    """Prompts as rows: ids [B, T], which of them are no padding, and the cache of what all begin
+    with; the padding stands behind that.
+    """
+    same = 0
+    while same < min(map(len, prompts)) - 1 and len({row[same] for row in prompts}) == 1:
+        same += 1
+    longest = max(map(len, prompts))
+    cache = DynamicCache()
+    if same:
+        first = torch.tensor([prompts[0][:same]], device=base.device)
+        base(input_ids=first, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+    gaps = [longest - len(row) for row in prompts]
+    ids = [row[:same] + [_pad(base)] * gap + row[same:] for row, gap in zip(prompts, gaps)]
+    mask = [[1] * same + [0] * gap + [1] * (longest - same - gap) for gap in gaps]
+    return torch.tensor(ids, device=base.device), torch.tensor(mask, device=base.device), cache
+
+
+def _pad(base: Any) -> int:
+    ends = base.generation_config.pad_token_id or base.config.get_text_config().eos_token_id
+    return (ends[0] if isinstance(ends, list) else ends) or 0

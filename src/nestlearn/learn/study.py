@@ -1,0 +1,116 @@
+"""Study in a session: asked, answered, consolidated; kept on the way; gone on with when stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nestlearn.disk import atomic_write
+
+from .consolidation import Epoch, StudyConfig, consolidate
+from .questions import Question, Tell, ask
+
+if TYPE_CHECKING:
+    from .session import Session
+
+FORMAT = "nestlearn-study"
+
+
+class Studied(NamedTuple):
+    """What one study did. questions: that the model asked itself and answered from the text.
+    epochs: rounds of them, in all. apart: the divergence, in nats a token, of what it says without
+    the text from what it said with it, on questions kept apart: at first, and now. held_out,
+    rolled_back: as in `Learned`. stopped: by Ctrl-C; what was learned until then is kept.
+    """
+
+    questions: int
+    epochs: int
+    apart: tuple[float, float]
+    held_out: float | None
+    rolled_back: str | None
+    stopped: bool
+
+
+def study(
+    session: Session, text: str, config: StudyConfig, source: str | None, tell: Tell
+) -> Studied:
+    """`Session.study`."""
+    notes = None if session.path is None else Notes.of(session.path, text, config)
+    ids, before = session.ids(text), session.memory
+    found: list[Question] = [] if notes is None else notes.questions
+    last: Epoch | None = None
+
+    def each(epoch: Epoch) -> None:
+        nonlocal last
+        last, session.memory = epoch, epoch.memory
+        if notes is not None:
+            session.save()
+            notes.keep(found, epoch.number)
+
+    stopped = False
+    try:
+        if not found:
+            found = ask(
+                session.model.base, session.tokenizer, text, config.questions, config.seed, tell
+            )
+            if notes is not None:
+                notes.keep(found, 0)
+        consolidate(
+            session.model, session.tokenizer, before, found, ids, config, tell, each,
+            done=0 if notes is None else notes.done, drift=session.drift, anchor=session.anchor,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        stopped = True
+    memory, session.memory = session.memory, before
+    held_out, reason = session.judge(memory)
+    if reason is None:
+        session.memory = memory
+    apart = (math.nan, math.nan) if last is None else last.apart
+    made = 0 if last is None else last.number
+    studied = Studied(len(found), made, apart, held_out, reason, stopped)
+    facts = studied._asdict() | {"apart": [None if math.isnan(x) else x for x in apart]}
+    session.note("study", source=source, begin=before.position, **facts)
+    if notes is not None:
+        session.save()
+        if not stopped:
+            notes.end()
+    return studied
+
+
+class Notes:
+    """What a study has come to, beside the memory: its questions, and the rounds that are made."""
+
+    def __init__(self, file: Path, key: dict[str, Any], questions: list[Question], done: int):
+        self.file, self.key, self.questions, self.done = file, key, questions, done
+
+    @classmethod
+    def of(cls, folder: Path, text: str, config: StudyConfig) -> Notes:
+        """Those of an earlier study of this text with these settings, or new ones."""
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        key = {"format": FORMAT, "text": digest, "settings": asdict(config)}
+        file = folder / f"study-{digest[:16]}.json"
+        try:
+            body = json.loads(file.read_text(encoding="utf-8"))
+            same = {name: body[name] for name in key} == json.loads(json.dumps(key))
+            rows, done = body["questions"], body["done"]
+            whole = all(len(row) == 3 and all(isinstance(x, str) for x in row) for row in rows)
+            if same and whole and type(done) is int and 0 <= done < config.epochs:
+                return cls(file, key, [Question(*row) for row in rows], done)
+        except (OSError, ValueError, KeyError, TypeError):  # none, of another study, or damaged
+            pass
+        return cls(file, key, [], 0)
+
+    def keep(self, questions: list[Question], done: int) -> None:
+        """Write them."""
+        self.questions, self.done = questions, done
+        body = self.key | {"questions": [list(q) for q in questions], "done": done}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.file, lambda path: path.write_text(json.dumps(body, indent=1) + "\n"))
+
+    def end(self) -> None:
+        """The study is over."""
+        self.file.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""Studying a text: questions, what was thought of the answers, and a level that takes it over."""
+
+import json
+import math
+
+import pytest
+import torch
+from people import base, session, stacked
+
+from nestlearn import state
+from nestlearn.learn import StudyConfig, consolidation, questions, study
+from nestlearn.learn.questions import Question
+
+TEXT = "the key is under the mat. the cat has a red hat. "
+PASSAGE = TEXT.strip()
+ASKED = [
+    Question("where is the key?", "under the mat", PASSAGE),
+    Question("what has the cat?", "a red hat", PASSAGE),
+    Question("which hat has the cat?", "red", PASSAGE),
+    Question("what is under the mat?", "the key", PASSAGE),
+]
+QUICK = StudyConfig(4, epochs=4, batch=2, lr=3e-2, text=0.1, anchor=0.0, held_out=0.0)
+
+
+def silent(*_):
+    """Tells nobody."""
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Questions that a model of random weights would not ask; how often they were asked for."""
+    calls = []
+    monkeypatch.setattr(study, "ask", lambda *given: calls.append(given) or ASKED)
+    return calls
+
+
+def test_passages_are_whole_sentences_and_leave_nothing_out():
+    text = "One. Two is longer!\nThree?  Four 3.5 ends without"
+    assert questions.sentences(text) == [
+        "One.",
+        "Two is longer!",
+        "Three?",
+        "Four 3.5 ends without",
+    ]
+    parts = questions.passages(text, 20)
+    assert " ".join(parts).split() == text.split()
+    assert all(len(part) < 24 for part in parts)
+    assert questions.passages("word " * 500, 100) == [("word " * 500).strip()]
+
+
+def test_answers_come_from_the_passage():
+    keep = questions._from_passage
+    assert all(keep(question) for question in ASKED)
+    assert not keep(Question("where is the key?", "the key is", PASSAGE))
+    assert not keep(Question("where is the key?", "in Paris", PASSAGE))
+    assert not keep(Question("where is the key?", "", PASSAGE))
+
+
+def test_prompts_side_by_side_are_continued_as_each_alone():
+    one, words = base(), session().tokenizer
+    prompts = [questions.prompt(words, PASSAGE + end) for end in (" where", " a", " which hat")]
+    prompts.append(questions.prompt(words, "another"))
+    said = questions.decode(one, words, prompts, 6, "", silent)
+    for prompt, words_said in zip(prompts, said, strict=True):
+        ids = torch.tensor([prompt])
+        made = one.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert words_said == words.decode(made[0, len(prompt) :].tolist(), skip_special_tokens=True)
+    again = [questions.decode(one, words, prompts, 6, "", silent, seed=3) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_thoughts_and_divergence_are_those_of_single_readings():
+    model, words = stacked(), session().tokenizer
+    examples = consolidation.thoughts(model, words, ASKED, silent)
+    assert [len(e.answer) for e in examples] == [len(q.answer) for q in ASKED]
+    apart = []
+    for question, example in zip(ASKED, examples, strict=True):
+        shown = questions.FROM_TEXT.format(text=question.passage, question=question.text)
+        rows = [questions.prompt(words, shown), example.prompt]
+        n = len(example.answer)
+        with torch.no_grad():
+            thought, now = (
+                model.base(torch.tensor([row + example.answer])).logits[0, -n - 1 : -1]
+                for row in rows
+            )  # fmt: skip
+        thought, now = thought.log_softmax(-1), now.log_softmax(-1)
+        torch.testing.assert_close(example.thought.float(), thought, atol=5e-3, rtol=5e-3)
+        kl = (example.thought.float().exp() * (example.thought.float() - now)).sum(-1).mean()
+        apart.append(float(kl))
+    with torch.no_grad():
+        found = consolidation.divergence(model, {}, examples)
+    assert float(found) == pytest.approx(sum(apart) / len(apart), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "low-rank"])
+def test_a_level_takes_over_what_was_thought_with_the_text(rank):
+    model, words = stacked(rank=rank), session().tokenizer
+    before = {name: p.clone() for name, p in model.base.state_dict().items()}
+    memory = model.learn(torch.tensor([words.encode(TEXT)]))[1]
+    rounds = []
+    consolidation.consolidate(
+        model, words, memory, ASKED, torch.tensor([words.encode(TEXT)]), QUICK, silent,
+        rounds.append,
+    )  # fmt: skip
+    first, now = rounds[-1].apart
+    assert now < 0.7 * first
+    assert [r.number for r in rounds] == list(range(1, len(rounds) + 1))
+    assert rounds[-1].ended
+    after = rounds[-1].memory
+    slow = consolidation.level_of(model, None)
+    for i, (old, new) in enumerate(zip(memory.levels, after.levels, strict=True)):
+        assert (old is new) == (i != slow)
+    assert int(after.levels[slow].writes) == int(memory.levels[slow].writes) + 1
+    assert after._replace(levels=()) == memory._replace(levels=())
+    assert all(torch.equal(before[name], p) for name, p in model.base.state_dict().items())
+    examples = consolidation.thoughts(model, words, ASKED, silent)
+    assert consolidation._mean(model, model.weights(after), examples) == pytest.approx(
+        now, rel=1e-3
+    )
+    again = model.learn(torch.tensor([words.encode("the mat")]), after)[1]  # it goes on
+    assert again.position == memory.position + 8
+
+
+def test_it_ends_when_the_questions_kept_apart_get_no_better(monkeypatch):
+    model, words, rounds = stacked(), session().tokenizer, []
+    config = StudyConfig(questions=4, epochs=9, batch=2, lr=1e-9, held_out=0.5, anchor=0.0)
+    monkeypatch.setattr(consolidation, "_mean", lambda *_: 1.0)
+    consolidation.consolidate(
+        model, words, model.init_memory(1), ASKED, torch.tensor([words.encode(TEXT)]), config,
+        silent, rounds.append,
+    )  # fmt: skip
+    assert [r.ended for r in rounds] == [False, True]
+    assert all(level.fast == () for level in rounds[-1].memory.levels)  # nothing was better
+
+
+def test_the_anchor_and_long_texts_are_read():
+    model, words, rounds = stacked(), session().tokenizer, []
+    config = StudyConfig(questions=4, epochs=1, batch=2, anchor=1.0)
+    long = torch.tensor([words.encode(TEXT * 9)])
+    assert long.shape[1] > 2 * model.window
+    consolidation.consolidate(
+        model, words, model.init_memory(1), ASKED, long, config, silent, rounds.append
+    )
+    assert math.isfinite(rounds[0].apart[1])
+    windows = {
+        (s.start, s.stop)
+        for s in (consolidation._window(long, model.window, step) for step in range(40))
+    }
+    assert min(start for start, _ in windows) == 0
+    assert max(stop for _, stop in windows) == long.shape[1]
+
+
+def test_a_session_studies_saves_and_says_so(tmp_path, scripted):
+    one = session(memory=tmp_path / "mine")
+    one.learn(TEXT)
+    told = []
+    done = one.study(TEXT, QUICK, source="note", tell=lambda *what: told.append(what))
+    assert (done.questions, done.stopped, done.rolled_back) == (4, False, None)
+    assert done.apart[1] < done.apart[0]
+    assert {what for what, *_ in told} == {"thinking", "studying"}
+    entry = one.history[-1]
+    assert (entry["what"], entry["source"], entry["questions"]) == ("study", "note", 4)
+    other = session(one.model, memory=tmp_path / "mine")
+    assert other.history == one.history
+    for (_, a), (_, b) in zip(state.leaves(one.memory), state.leaves(other.memory), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert not list((tmp_path / "mine").glob("study-*"))
+
+
+def test_a_study_that_was_stopped_goes_on(tmp_path, scripted):
+    one = session(memory=tmp_path / "mine")
+
+    def stop(what, done, of):
+        if what == "studying" and done == 4:  # two steps a round: in the third
+            raise KeyboardInterrupt
+
+    first = one.study(TEXT, QUICK, tell=stop)
+    assert (first.stopped, first.epochs) == (True, 2)
+    (file,) = (tmp_path / "mine").glob("study-*.json")
+    assert json.loads(file.read_text())["done"] == 2
+    other = session(one.model, memory=tmp_path / "mine")
+    second = other.study(TEXT, QUICK)
+    assert (second.stopped, second.epochs) == (False, 4)
+    assert second.apart[0] == pytest.approx(first.apart[1], rel=1e-3)
+    assert len(scripted) == 1
+    assert not file.exists()
+    # of other settings, or damaged: begun anew
+    third = session(stacked(), memory=tmp_path / "new")
+    third.study(TEXT, QUICK, tell=stop)
+    (file,) = (tmp_path / "new").glob("study-*.json")
+    for damaged in ("{", '{"questions": 3}', file.read_text().replace('"done": 2', '"done": 99')):
+        file.write_text(damaged)
+        asked = len(scripted)
+        assert not session(third.model, memory=tmp_path / "new").study(TEXT, QUICK).stopped
+        assert len(scripted) == asked + 1
+
+
+def test_what_harms_the_text_to_keep_is_taken_back(scripted, monkeypatch):
+    one = session(held_out="a quick brown fox jumps over it. ", tolerance=0.0)
+    before = one.memory
+    written = lambda ids, memory: float(any(level.fast for level in memory.levels))  # noqa: E731
+    monkeypatch.setattr(one, "_mean", written)
+    one._limit = 0.5
+    done = one.study(TEXT, QUICK)
+    assert (done.held_out, "held-out" in done.rolled_back) == (1.0, True)
+    assert one.memory is before
+    assert one.history[-1]["rolled_back"] == done.rolled_back
+
+
+def test_what_cannot_be_studied_is_refused(monkeypatch):
+    one = session()
+    for text in ("", "  \n", 3):
+        with pytest.raises(ValueError, match="nothing to study"):
+            one.study(text)
+    one.tokenizer = None
+    with pytest.raises(ValueError, match="tokenizer"):
+        one.study(TEXT)
+    for wrong in ({"questions": 0}, {"lr": 0}, {"held_out": 1.0}, {"anchor": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            StudyConfig(**wrong)
+    monkeypatch.setattr(study, "ask", lambda *_: [])
+    with pytest.raises(ValueError, match="no question"):
+        session().study(TEXT)
+    with pytest.raises(ValueError, match="level=7"):
+        consolidation.level_of(stacked(), 7)
