@@ -45,9 +45,7 @@ FORMS: dict[str, Form] = {
     "pip install -e . && nestlearn quickstart": Form("nestlearn quickstart --quick"),
     'pip install -e ".[test]" && pytest': Form("cd {root} && pytest -n0 tests/memory"),
     'pip install "nestlearn[hf]"': Form(why="from an index; --fresh installs the same from here"),
-    "nestlearn stack Qwen/Qwen3-0.6B --out stacked/ --rank 16": Form(
-        "nestlearn stack base --out stacked/ --rank 16"
-    ),
+    "nestlearn stack Qwen/Qwen3-0.6B --out stacked/": Form("nestlearn stack base --out stacked/"),
     "nestlearn chat stacked/ --memory mine": Form(
         "printf 'the key\\n\\n' | nestlearn chat stacked/ --memory mine --tokens 4"
     ),
