@@ -48,6 +48,37 @@ def test_passages_are_whole_sentences_and_leave_nothing_out():
     assert questions.passages("word " * 500, 100) == [("word " * 500).strip()]
 
 
+@pytest.mark.parametrize(
+    ("said", "question"),
+    [
+        ("Who is the mayor?", "Who is the mayor?"),
+        (' The question is: "Who is the mayor?"\nBram', "Who is the mayor?"),
+        ("24. What is grown there? And more?", "What is grown there?"),
+        ("Q: **Where is it?**", "Where is it?"),
+        ("The mayor is Bram.\nWho?", None),
+        ("Why?", None),
+        ("", None),
+    ],
+)
+def test_a_question_is_found_in_what_is_said(said, question):
+    assert questions.question_in(said) == question
+
+
+def test_every_sentence_is_asked_about(monkeypatch):
+    prompts = []
+    monkeypatch.setattr(questions, "prompt", lambda words, text: text)
+    monkeypatch.setattr(
+        questions, "decode",
+        lambda base, words, rows, tokens, what, tell, seed=None: prompts.append(rows)
+        or [f"What is number {i}?" if seed is not None else "cat" for i, _ in enumerate(rows)],
+    )  # fmt: skip
+    found = questions.ask(None, None, "The cat sat. A dog ran. It rained.", 12, 0, silent)
+    assert len(found) == 12
+    for sentence in ("The cat sat.", "A dog ran.", "It rained."):
+        assert sum(f'"{sentence}"' in row for row in prompts[0]) == 2
+    assert len(set(prompts[0])) == 6 + len(questions.ABOUT_ALL)
+
+
 def test_answers_come_from_the_passage():
     keep = questions._from_passage
     assert all(keep(question) for question in ASKED)

@@ -69,20 +69,22 @@ def ask(base: Any, tokenizer: Any, text: str, count: int, seed: int, tell: Tell)
     base: the model that asks and answers, such as the stacked one's base.
     """
     parts = passages(text)
-    draw = torch.Generator().manual_seed(seed)
     wanted = []
     for i in range(count):
         passage = parts[i % len(parts)]
-        turn, own = i // len(parts), sentences(passage)
-        form = (*ABOUT_ALL, *ABOUT_ONE)[turn % (len(ABOUT_ALL) + len(ABOUT_ONE))]
-        about = own[int(torch.randint(len(own), (), generator=draw))]
-        wanted.append((passage, f"{passage}\n\n{form.format(s=about)}"))
+        turn, own = divmod(i // len(parts), 2)
+        if own:  # every sentence in turn, and about it in every form
+            lines = sentences(passage)
+            form = ABOUT_ONE[turn // len(lines) % len(ABOUT_ONE)]
+            asking = form.format(s=lines[turn % len(lines)])
+        else:
+            asking = ABOUT_ALL[turn % len(ABOUT_ALL)]
+        wanted.append((passage, f"{passage}\n\n{asking}"))
     prompts = [prompt(tokenizer, words) for _, words in wanted]
     said = decode(base, tokenizer, prompts, ASKED, "asking", tell, seed=seed)
     asked: dict[str, str] = {}
     for (passage, _), words in zip(wanted, said):
-        question = words.strip().split("\n")[0].strip()
-        if 8 < len(question) < 200:
+        if question := question_in(words):
             asked.setdefault(question, passage)
     prompts = [
         prompt(tokenizer, FROM_TEXT.format(text=passage, question=question))
@@ -91,6 +93,15 @@ def ask(base: Any, tokenizer: Any, text: str, count: int, seed: int, tell: Tell)
     answers = decode(base, tokenizer, prompts, ANSWERED, "answering", tell)
     found = [Question(q, a.strip(), p) for (q, p), a in zip(asked.items(), answers)]
     return [question for question in found if _from_passage(question)]
+
+
+def question_in(said: str) -> str | None:
+    """The first question of what was said, without what introduces it; None without one."""
+    found = re.match(r"[^?？؟\n]*[?？؟]", said.strip())
+    if found is None:
+        return None
+    question = re.split(r"[\"“:]\s*|^\W*\d+[.)]\s*", found[0])[-1].strip(" *'-")
+    return question if 8 < len(question) < 200 else None
 
 
 def _from_passage(question: Question) -> bool:
