@@ -157,7 +157,7 @@ def _share(form: str) -> Any:
 EXPERIMENT = Experiment(
     name="closed-book",
     shows="questions about a page of invented facts, with the page away",
-    price=("~4 minutes a page", "~15 minutes"),
+    price=("~1 hour", "–"),
     takes=("only", "models", "data", "workers", "device"),
     grid=grid,
     work=work,
