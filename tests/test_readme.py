@@ -60,6 +60,8 @@ def test_a_command_in_a_shell_of_its_own(tmp_path):
     left = commands.run("gpu", "README.md", commands.Form(why="needs a GPU"), tmp_path)
     assert (left.code, left.last) == (None, "not run: needs a GPU")
     assert "| README.md | `no` | `echo out; echo why >&2; exit 3` | 3 |" in commands.table([bad])
+    mended = commands.renewed(commands.table([good, bad]), commands.table([bad._replace(code=0)]))
+    assert mended == commands.table([good, bad._replace(code=0)])
     with pytest.raises(KeyError):
         commands.form("nestlearn unheard-of --now")
 
