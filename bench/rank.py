@@ -43,8 +43,10 @@ def main(
     texts = [stream[:, :tokens], stream[:, tokens:], torch.tensor([encode(words, [other])[:1024]])]
     lines = [HEAD, "|---|---|---|---|---|---|"]
     nothing = {"nothing learned": FORMS["full"], "nothing, short context": FORMS[SHORT]}
+    positions = base.config.get_text_config().max_position_embeddings
     for name, options in {**nothing, **FORMS}.items():
-        stacked, memory = stack_levels(base, LEVELS, **options), None
+        window = options["window"] and min(options["window"], positions)
+        stacked, memory = stack_levels(base, LEVELS, **{**options, "window": window}), None
         began = time.perf_counter()
         if name in FORMS:
             _, memory = stacked.learn(texts[0])

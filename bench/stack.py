@@ -89,6 +89,7 @@ def main(
         )  # fmt: skip
         rows.append(row)
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "stack.json", partial(Path.write_text, data=text))
 
 

@@ -118,7 +118,7 @@ FORMS: dict[str, Form] = {
     "python -m bench --flat": Form("cd {root} && python -m bench --quick --out {here}/bench"),
     "python -m bench.newton_schulz": Form(why="needs a GPU"),
     "python -m bench.stack": Form(
-        "cd {root} && python -m bench.stack --dim 64 --layers 1 --tokens 256 --rounds 2 "
+        "cd {root} && python -m bench.stack --dim 64 --layers 3 --tokens 256 --rounds 2 "
         "--out {here}/bench"
     ),
     "python -m bench.rank MODEL --data TEXT --other TEXT": Form(
