@@ -299,6 +299,8 @@ def test_a_text_is_read_and_then_studied(call, folder, monkeypatch):
     assert now <= before
     assert said.count("Forgotten: loss on its own samples") == 2
     assert "study" in call("memory", "show", out, "mine")[1]
+    code, _, said = call(*learn[:-1], "--questions", 2)
+    assert (code, "add --study" in said) == (2, True)
     monkeypatch.setattr(study, "ask", lambda *_: [])
     code, _, said = call(*learn)
     assert code == 2

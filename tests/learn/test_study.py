@@ -2,14 +2,19 @@
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from people import base, session, stacked
 
-from nestlearn import state
+from nestlearn import DeltaLevel, stack_levels, state
 from nestlearn.learn import StudyConfig, consolidation, questions, study
 from nestlearn.learn.questions import Question
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
+from stacks import FAMILIES, tiny, tokens
 
 TEXT = "the key is under the mat. the cat has a red hat. "
 PASSAGE = TEXT.strip()
@@ -24,6 +29,14 @@ QUICK = StudyConfig(4, epochs=4, batch=2, lr=3e-2, text=0.1, anchor=0.0, held_ou
 
 def silent(*_):
     """Tells nobody."""
+
+
+class Rounds(list):
+    """The rounds of a study, which is to go on."""
+
+    def __call__(self, epoch):
+        self.append(epoch)
+        return True
 
 
 @pytest.fixture
@@ -128,10 +141,10 @@ def test_a_level_takes_over_what_was_thought_with_the_text(rank):
     model, words = stacked(rank=rank), session().tokenizer
     before = {name: p.clone() for name, p in model.base.state_dict().items()}
     memory = model.learn(torch.tensor([words.encode(TEXT)]))[1]
-    rounds = []
+    rounds = Rounds()
     consolidation.consolidate(
         model, words, memory, ASKED, torch.tensor([words.encode(TEXT)]), QUICK, silent,
-        rounds.append,
+        rounds,
     )  # fmt: skip
     first, now = rounds[-1].apart
     assert now < 0.7 * first
@@ -153,24 +166,24 @@ def test_a_level_takes_over_what_was_thought_with_the_text(rank):
 
 
 def test_it_ends_when_the_questions_kept_apart_get_no_better(monkeypatch):
-    model, words, rounds = stacked(), session().tokenizer, []
+    model, words, rounds = stacked(), session().tokenizer, Rounds()
     config = StudyConfig(questions=4, epochs=9, batch=2, lr=1e-9, held_out=0.5, anchor=0.0)
     monkeypatch.setattr(consolidation, "_mean", lambda *_: 1.0)
     consolidation.consolidate(
         model, words, model.init_memory(1), ASKED, torch.tensor([words.encode(TEXT)]), config,
-        silent, rounds.append,
+        silent, rounds,
     )  # fmt: skip
     assert [r.ended for r in rounds] == [False, True]
     assert all(level.fast == () for level in rounds[-1].memory.levels)  # nothing was better
 
 
 def test_the_anchor_and_long_texts_are_read():
-    model, words, rounds = stacked(), session().tokenizer, []
+    model, words, rounds = stacked(), session().tokenizer, Rounds()
     config = StudyConfig(questions=4, epochs=1, batch=2, anchor=1.0)
     long = torch.tensor([words.encode(TEXT * 9)])
     assert long.shape[1] > 2 * model.window
     consolidation.consolidate(
-        model, words, model.init_memory(1), ASKED, long, config, silent, rounds.append
+        model, words, model.init_memory(1), ASKED, long, config, silent, rounds
     )
     assert math.isfinite(rounds[0].apart[1])
     windows = {
@@ -236,6 +249,86 @@ def test_what_harms_the_text_to_keep_is_taken_back(scripted, monkeypatch):
     assert (done.held_out, "held-out" in done.rolled_back) == (1.0, True)
     assert one.memory is before
     assert one.history[-1]["rolled_back"] == done.rolled_back
+
+
+def test_no_round_that_harms_is_ever_on_disk(tmp_path, scripted, monkeypatch):
+    one = session(memory=tmp_path / "mine", held_out="a quick brown fox. ", tolerance=0.0)
+    calls = iter([(0.1, None), (0.1, None), (9.0, "the held-out loss rose")])
+    monkeypatch.setattr(one, "judge", lambda memory: next(calls))
+    saved, before = [], one.memory
+    monkeypatch.setattr(study.Notes, "keep", lambda self, found, done: saved.append(done))
+    done = one.study(TEXT, QUICK)
+    assert (done.epochs, done.rolled_back) == (3, "the held-out loss rose")
+    assert saved == [0, 1, 2]
+    assert one.memory is before
+    other = session(one.model, memory=tmp_path / "mine")
+    assert all(level.fast == () for level in other.memory.levels)
+
+
+def test_what_was_reset_is_studied_from_the_beginning(tmp_path, scripted):
+    def stop(what, done, of):
+        if what == "studying" and done == 4:
+            raise KeyboardInterrupt
+
+    one = session(memory=tmp_path / "mine")
+    first = one.study(TEXT, QUICK, tell=stop)
+    one.reset()
+    again = one.study(TEXT, QUICK, tell=stop)
+    assert (first.epochs, again.epochs) == (2, 2)
+    assert again.apart == pytest.approx(first.apart, rel=1e-3)
+    assert len(scripted) == 1  # the questions are the same
+
+
+def test_a_memory_that_only_studied_is_of_its_base(scripted):
+    one = session()
+    one.study(TEXT, QUICK)
+    assert one.memory.position == 0
+    with torch.no_grad():
+        one.model.base.lm_head.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="base model has changed"):
+        one.study(TEXT, QUICK)
+
+
+def test_the_model_that_asks_has_no_memory_and_no_dropout(monkeypatch):
+    one, found = session(), []
+    _, memory = one.model.learn(torch.tensor([one.tokenizer.encode(TEXT)]))
+    ids = torch.tensor([one.tokenizer.encode("the key")])
+    plain = one.model.base(ids).logits
+
+    def ask(base, *_):
+        found.append((base.training, torch.equal(base(ids).logits, plain)))
+        return ASKED
+
+    monkeypatch.setattr(study, "ask", ask)
+    one.model.base.train()
+    with one.model.using(memory):
+        one.study(TEXT, QUICK)
+    assert found == [(False, True)]
+
+
+def test_a_text_of_one_token_has_no_next_ones(scripted):
+    one = session()
+    one.tokenizer.encode = lambda text, add_special_tokens=True: (
+        [5] if text == "k" else type(one.tokenizer).encode(one.tokenizer, text, add_special_tokens)
+    )
+    done = one.study("k", QUICK)
+    assert math.isfinite(done.apart[1])
+    assert done.apart[1] < done.apart[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_divergence_in_every_family(family):
+    """Rows of different lengths, padded in front, are read as each alone."""
+    model = stack_levels(tiny(family), [DeltaLevel(4, lr=0.1)])
+    examples = []
+    for n in (2, 6, 9):
+        ids = tokens(1, n + 3, seed=n)[0].tolist()
+        thought = torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).log_softmax(-1)
+        examples.append(consolidation.Example(ids[:n], ids[n:], thought.half()))
+    with torch.no_grad():
+        alone = [float(consolidation.divergence(model, {}, [e])) for e in examples]
+        together = float(consolidation.divergence(model, {}, examples))
+    assert together == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
 def test_what_cannot_be_studied_is_refused(monkeypatch):

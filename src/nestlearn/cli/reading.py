@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -99,6 +100,9 @@ def study_text(
 
         studied = session.study(text, config, source=source, tell=tell)
     first, now = studied.apart
+    if math.isnan(first):
+        say("Stopped before the first round was made.")
+        return studied
     say(
         f"Studied in {time.perf_counter() - begin:,.0f} seconds: {studied.questions:,} questions "
         f"of its own, {studied.epochs:,} times. Without the text it answers {now:.3f} nats a token "

@@ -228,14 +228,16 @@ def learn(
         ),
     ] = False,
     questions: Annotated[
-        int, typer.Option(min=1, help="With --study: how many it asks itself, at most.")
-    ] = 64,
+        int | None,
+        typer.Option(min=1, help="With --study: how many it asks itself, at most (default: 64)."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Read a text, learn from it, and remember it under a name.
 
     Shows the loss on the text before and after, what that cost elsewhere, the time, and the
-    memory's size. Ctrl-C stops and saves; a study goes on when the command is given again.
+    memory's size. Ctrl-C stops and saves. The same command reads the text again and goes on with a
+    study that was stopped.
 
     Example:  nestlearn learn stacked/ --data diary.txt --memory mine
     """
@@ -244,6 +246,8 @@ def learn(
     from nestlearn.learn import StudyConfig
     from nestlearn.learn.store import check_place
 
+    if questions and not study:
+        raise ValueError(f"--questions {questions} are asked in a study: add --study")
     session = open_session(folder, memory, device, drift=drift)
     check_place(place(folder, memory))
     say(introduction(session, memory))
@@ -259,7 +263,8 @@ def learn(
     stopped = read.stopped
     if study and not stopped:
         text = session.tokenizer.decode(ids, skip_special_tokens=True)
-        stopped = study_text(session, text, StudyConfig(questions), source, say).stopped
+        config = StudyConfig(questions or StudyConfig.questions)
+        stopped = study_text(session, text, config, source, say).stopped
     held, now = sum(session.bytes.values()) / 1e6, session.memory.position - begin
     say(
         f"Saved {session.path} ({held:,.1f} MB): {now:,} tokens learned in {read.seconds:,.1f} "

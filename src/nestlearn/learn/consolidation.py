@@ -25,6 +25,7 @@ from nestlearn.hf.lending import Factors, Weights, lend
 from nestlearn.hf.plan import StackMemory
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import Fast, limit
+from nestlearn.layers.streaming import wide
 
 from .questions import BRIEF, FROM_TEXT, ROWS, Question, Tell, beside, prompt
 
@@ -97,13 +98,13 @@ def level_of(model: StackedModel, asked: int | None) -> int:
 
 def consolidate(
     model: StackedModel, tokenizer: object, memory: StackMemory, questions: list[Question],
-    ids: Tensor, config: StudyConfig, tell: Tell, each: Callable[[Epoch], None], *,
+    ids: Tensor, config: StudyConfig, tell: Tell, each: Callable[[Epoch], bool], *,
     done: int = 0, drift: float | None = None, anchor: Anchor | None = None,
 ) -> None:  # fmt: skip
     """Let a level of one stream's memory learn the answers, and the text's tokens ids [1, T].
 
-    each: called after every round, with the memory as it is then. done: rounds made before. Raises
-    ValueError for a memory of several streams, and without questions.
+    each: called after every round, with the memory as it is then; whether to go on. done: rounds
+    made before. Raises ValueError for a memory of several streams, and without questions.
     """
     if len(memory.context) != 1:
         raise ValueError(f"a memory of {len(memory.context)} streams: select() one to study with")
@@ -146,7 +147,7 @@ def consolidate(
                 adam.zero_grad()
                 now = weights()
                 loss = divergence(model, now, order[a : a + config.batch])
-                if config.text:
+                if config.text and ids.shape[1] > 1:
                     part = ids[:, _window(ids, model.window, step)]
                     loss = loss + config.text * _next_tokens(model, now, part)
                 if held is not None:
@@ -159,8 +160,7 @@ def consolidate(
             if value < best:
                 best, kept = value, written()
             ended = number == config.epochs or since == 2
-            each(Epoch(number, kept, (first, best), ended))
-            if ended:
+            if not each(Epoch(number, kept, (first, best), ended)) or ended:
                 break
 
 
@@ -189,7 +189,7 @@ def thoughts(
                 **{CACHE: cache}, use_cache=True, logits_to_keep=longest + 1,
             )  # fmt: skip
             for row, (question, answer) in enumerate(zip(some, answers)):
-                logits = out.logits[row, -len(answer) - 1 : -1].float()
+                logits = wide(out.logits[row, -len(answer) - 1 : -1])
                 # asked now with, now without being told to be brief
                 words = question.text + BRIEF * (len(found) % 2)
                 thought = logits.log_softmax(-1).half()
@@ -206,9 +206,9 @@ def divergence(model: StackedModel, weights: Weights, examples: list[Example]) -
             input_ids=ids, attention_mask=mask, position_ids=_places(mask),
             logits_to_keep=longest + 1, use_cache=False,
         )  # fmt: skip
-    total = out.logits.new_zeros(())
+    total = wide(out.logits.new_zeros(()))
     for row, example in enumerate(examples):
-        now = out.logits[row, -len(example.answer) - 1 : -1].log_softmax(-1)
+        now = wide(out.logits[row, -len(example.answer) - 1 : -1]).log_softmax(-1)
         apart = F.kl_div(now, example.thought.to(now), log_target=True, reduction="none")
         total = total + apart.sum(-1).mean()
     return total / len(examples)
@@ -225,7 +225,7 @@ def _mean(model: StackedModel, weights: Weights, examples: list[Example]) -> flo
 def _next_tokens(model: StackedModel, weights: Weights, ids: Tensor) -> Tensor:
     with lend(weights):
         logits = model.base(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[0, :-1], ids[0, 1:])
+    return F.cross_entropy(wide(logits[0, :-1]), ids[0, 1:])
 
 
 def _copies(fast: Fast) -> Fast:

@@ -31,6 +31,7 @@ FROM_TEXT = (
     "Text: {text}\n\nQuestion: {question}\nAnswer the question from the text, in a few words."
 )
 ASKED, ANSWERED = 32, 24  # tokens of a question and of an answer, at most
+SAMPLED = {"top_p": 0.95, "temperature": 1.0, "top_k": 100}
 ROWS = 32  # prompts that are read side by side
 PASSAGE = 1200  # letters of a passage, about: all of it stands before every question
 
@@ -139,8 +140,8 @@ def decode(
             begin = ids.shape[1]
             made = base.generate(
                 ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=tokens,
-                do_sample=seed is not None, top_p=0.95, temperature=1.0, top_k=100,
-                pad_token_id=_pad(base),
+                do_sample=seed is not None, pad_token_id=_pad(base),
+                **(SAMPLED if seed is not None else {}),
             )  # fmt: skip
             for i, row in zip(rows, made[:, begin:].tolist()):
                 said[i] = tokenizer.decode(row, skip_special_tokens=True)

@@ -110,12 +110,7 @@ class Session:
         mask [1, T], for token ids: those to learn from, bool or a weight of each. source: what to
         call the text in `history`. What would make a number infinite is taken back, too.
         """
-        self._may_write()
-        if source is not None and not isinstance(source, str):
-            raise ValueError(f"source={source!r}: give a str; the history is saved as JSON")
-        if self.memory.position == 0:  # nothing yet that could belong to another base
-            self._base = fingerprint(self.model)
-        self._check_base()
+        self._may_learn(source)
         ids = self.ids(text, first=self.memory.position == 0)
         losses, memory = self.model.learn(
             ids, self.memory, mask, drift=self.drift, anchor=self.anchor
@@ -138,23 +133,18 @@ class Session:
         """Learn what a text says, so that it can be asked about without the text.
 
         The model asks itself questions about the text and answers them with the text before it;
-        then one level learns to answer so without (`nestlearn.learn.consolidation`). The text need
-        not have been read before, and the stream stays where it is. With a folder every round is
-        saved, with the questions: a study that was stopped or killed goes on when it is asked for
-        again. source: as in `learn`. tell: is called with what is being done, how much of it is
-        done, and of how much.
+        then one level learns to answer so without. The text need not have been read; the stream
+        stays where it is. With a folder, questions and rounds are saved: a study that was stopped
+        or killed goes on. tell: called with what is being done, how much of it, of how much.
 
         ValueError without a tokenizer, for an empty text, and where the model finds no question
         that the text answers.
         """
-        self._may_write()
+        self._may_learn(source)
         if self.tokenizer is None:
             raise ValueError("study needs a tokenizer: Session(..., tokenizer=...)")
         if not isinstance(text, str) or not text.strip():
             raise ValueError("there is nothing to study: give a text with words")
-        if self.memory.position == 0:
-            self._base = fingerprint(self.model)
-        self._check_base()
         return study(self, text, config or StudyConfig(), source, tell or (lambda *_: None))
 
     def guard(self, held_out: Text, tolerance: float = 0.05) -> None:
@@ -367,6 +357,14 @@ class Session:
     def _may_write(self) -> None:
         if self.read_only:
             raise ValueError("this session is read-only: open the memory without read_only")
+
+    def _may_learn(self, source: str | None) -> None:
+        self._may_write()
+        if source is not None and not isinstance(source, str):
+            raise ValueError(f"source={source!r}: give a str; the history is saved as JSON")
+        if not self.memory.position and not any(level.fast for level in self.memory.levels):
+            self._base = fingerprint(self.model)  # nothing yet that could belong to another base
+        self._check_base()
 
     def _check_base(self) -> None:
         if fingerprint(self.model) != self._base:

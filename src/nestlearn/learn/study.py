@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nestlearn.disk import atomic_write
+from nestlearn.hf.door import evaluating
+from nestlearn.hf.lending import lend
 
-from .consolidation import Epoch, StudyConfig, consolidate
+from .consolidation import Epoch, StudyConfig, consolidate, level_of
 from .questions import Question, Tell, ask
 
 if TYPE_CHECKING:
@@ -42,35 +44,39 @@ def study(
     notes = None if session.path is None else Notes.of(session.path, text, config)
     ids, before = session.ids(text), session.memory
     found: list[Question] = [] if notes is None else notes.questions
+    model, untouched = session.model, not before.levels[level_of(session.model, config.level)].fast
+    done = 0 if notes is None or untouched else notes.done  # reset: what was done is forgotten
     last: Epoch | None = None
+    held_out, reason, stopped = None, None, False
 
-    def each(epoch: Epoch) -> None:
-        nonlocal last
-        last, session.memory = epoch, epoch.memory
-        if notes is not None:
-            session.save()
-            notes.keep(found, epoch.number)
+    def each(epoch: Epoch) -> bool:
+        """A round that harms nothing is kept, and saved; one that does undoes this study."""
+        nonlocal last, held_out, reason
+        last, session.memory = epoch, before
+        held_out, reason = session.judge(epoch.memory)
+        if reason is None:
+            session.memory = epoch.memory
+            if notes is not None:
+                session.save()
+                notes.keep(found, epoch.number)
+        return reason is None
 
-    stopped = False
     try:
         if not found:
-            found = ask(
-                session.model.base, session.tokenizer, text, config.questions, config.seed, tell
-            )
-            if notes is not None:
+            with evaluating(model.base), lend({}):  # a block of `using` around it is not the base
+                found = ask(
+                    model.base, session.tokenizer, text, config.questions, config.seed, tell
+                )
+            if notes is not None and found:
                 notes.keep(found, 0)
         consolidate(
-            session.model, session.tokenizer, before, found, ids, config, tell, each,
-            done=0 if notes is None else notes.done, drift=session.drift, anchor=session.anchor,
+            model, session.tokenizer, before, found, ids, config, tell, each, done=done,
+            drift=session.drift, anchor=session.anchor,
         )  # fmt: skip
     except KeyboardInterrupt:
         stopped = True
-    memory, session.memory = session.memory, before
-    held_out, reason = session.judge(memory)
-    if reason is None:
-        session.memory = memory
     apart = (math.nan, math.nan) if last is None else last.apart
-    made = 0 if last is None else last.number
+    made = done if last is None else last.number
     studied = Studied(len(found), made, apart, held_out, reason, stopped)
     facts = studied._asdict() | {"apart": [None if math.isnan(x) else x for x in apart]}
     session.note("study", source=source, begin=before.position, **facts)
