@@ -187,6 +187,12 @@ def test_large_models_are_stacked_at_a_low_rank_unless_told_otherwise(monkeypatc
         stack_levels(tiny(), LEVELS, rank="low")
 
 
+def test_a_large_module_that_is_no_model_of_transformers_is_refused_as_such(monkeypatch):
+    monkeypatch.setattr(plan, "LARGE", 10)
+    with pytest.raises(ValueError, match="no MLP blocks found in Linear"):
+        stack_levels(torch.nn.Linear(8, 8), LEVELS)
+
+
 @pytest.mark.parametrize(("rank", "variant"), [(None, "nested"), (2, "sequential")])
 def test_a_memory_gets_no_larger_than_was_said(rank, variant):
     levels = [

@@ -1,6 +1,7 @@
 """Memories on disk: whole or not at all, and nothing believed that was not checked."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,19 @@ def test_stacks_of_when_their_levels_were_a_layers_still_load(tmp_path):
     body = json.loads((tmp_path / "memory.json").read_text())["memory"]
     (tmp_path / "memory.json").write_bytes(store_module._to_json({**body, "stack": old}))
     assert load_memory(tmp_path, model).memory.position == 39
+
+
+def test_a_low_rank_stack_of_before_says_that_it_learns_faster_now(tmp_path):
+    save_stack(stacked(rank=2), tmp_path / "stack")
+    file = tmp_path / "stack" / "stack.json"
+    body = json.loads(file.read_text())
+    del body["stack"]["cache_dtype"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_stack(tmp_path / "stack")
+    file.write_text(json.dumps(body))
+    with pytest.warns(UserWarning, match="step sizes of full deltas"):
+        assert load_stack(tmp_path / "stack").config.rank == 2
 
 
 def test_a_batch_is_not_one_memory(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ def load_stack(folder: str | Path, device: str | torch.device | None = None) -> 
         tensors = from_safetensors((folder / data["rates"]).read_bytes())
     except Exception as error:  # safetensors raises its own kind
         raise ValueError(f"{folder} is damaged: {error}") from error
+    if config.rank is not None and "cache_dtype" not in data["stack"]:
+        warnings.warn(
+            f"{folder} was stacked when a low rank learned a tenth of what it does now: stack it "
+            "anew with the step sizes of full deltas (0.05), or it may learn too fast",
+            stacklevel=2,
+        )
     base = AutoModelForCausalLM.from_pretrained(folder / "base", local_files_only=True)
     model = StackedModel(base, config).to(device)
     if any(name.startswith("starts.") for name in tensors):

@@ -177,7 +177,10 @@ def small_memory(model: PreTrainedModel) -> dict[str, Any]:
     """Rank, window and cache type where none are given: None for a small model; for others such
     that a memory of 135 million parameters takes 20 MB at most, its context included.
     """
-    if sum(p.numel() for p in model.parameters()) < LARGE:
+    large = isinstance(model, PreTrainedModel) and (
+        sum(p.numel() for p in model.parameters()) >= LARGE
+    )
+    if not large:  # what is none of transformers' models is refused further on
         return {"rank": None, "window": None, "cache_dtype": None}
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", SHORT)
     return {"rank": RANK, "window": min(SHORT, positions), "cache_dtype": HALF}
