@@ -34,7 +34,7 @@ def main(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for nestlearn stack.")],
     data: Annotated[Path, typer.Option(help="The text that is learned, and goes on afterwards.")],
     other: Annotated[Path, typer.Option(help="A text of another kind: what is forgotten.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Learned; half as many follow.")] = 1280,
+    tokens: Annotated[int, typer.Option(min=2, help="Learned; half as many follow.")] = 640,
     out: Annotated[Path, typer.Option(help="For rank.md.")] = Path("bench/results"),
 ) -> None:
     """Losses in nats a token after one reading: full deltas, low ranks, and a short context."""

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from nestlearn import ContinuumMemory, HopeConfig, HopeLM, Level, SelfModifyingTitans
 from nestlearn.layers import gated_deltanet
-from nestlearn.options import Titans
+from nestlearn.options import Continuum, Titans
 
 TITANS = Titans(4, depth=2, half_life=None)
 LAYERS = {
@@ -144,7 +144,8 @@ def test_a_compiled_layer_may_be_pickled(name):
 def test_a_model_compiles_the_layers_of_memories():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    config = HopeConfig(dim=8, layers=2, heads=2, chunk=4, levels=(Level(chunk=4), Level()))
+    channel = Continuum((Level(chunk=4), Level()))
+    config = HopeConfig(dim=8, layers=2, heads=2, mixer=Titans(4), channel=channel)
     model = HopeLM(config)
     ids = torch.randint(0, 256, (2, 10))
     with torch.no_grad():

@@ -69,10 +69,12 @@ def _stacked(folder: Path, device: str) -> tuple[Any, Any]:
     return stacked, AutoTokenizer.from_pretrained(folder / "model")
 
 
-def _elsewhere(stacked: Any, tokenizer: Any, folder: Path) -> dict[str, Tensor]:
+@cache
+def _elsewhere(folder: Path, device: str) -> dict[str, Tensor]:
     """Texts on which forgetting is measured: ids [N, T]."""
     from nestlearn.hf.anchor import Anchor
 
+    stacked, tokenizer = _stacked(folder, device)
     length = min(128, stacked.window - 1)
     found = {"own": Anchor.sampled(stacked, 16, length, seed=9).samples}
     if (file := folder / "wikitext2" / "test.txt").is_file():
@@ -116,7 +118,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     for question, answer in zip(page.questions, said):
         right[question.form].append(closed_book.right(question, answer))
     cost = {}
-    for name, rows in _elsewhere(stacked, words_of, folder).items():
+    for name, rows in _elsewhere(folder, cell["device"]).items():
         now, before = stacked.losses(rows, session.memory), stacked.losses(rows)
         cost[name] = float((now - before)[:, 1:].mean())
     shares = {form: sum(found) / len(found) for form, found in right.items() if found}
