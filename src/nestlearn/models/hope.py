@@ -29,6 +29,7 @@ from ..layers import (
 )
 from ..layers.streaming import Stepping, compile_steps, traced
 from .config import FORMAT, TYPE, WEIGHTS, HopeConfig, saved_config, weight_files
+from .wavefront import fits, wavefront
 
 OUTPUTS = ("logits", "hidden", "layers")
 
@@ -158,12 +159,16 @@ class HopeLM(nn.Module):
             isinstance(m, Stepping) for m in self.modules()
         ):
             return self._at_free_length(x, state, output)
-        layers, states = [], []
         befores = [None] * len(self.blocks) if state is None else state.blocks
-        for block, before in zip(self.blocks, befores, strict=True):
-            layers += [x] if output == "layers" else []
-            x, after = block(x, before)
-            states.append(after)
+        layers: list[Tensor] = []
+        if output != "layers" and fits(self.blocks, x, self.config.heads):
+            x, states = wavefront(self.blocks, x, befores)
+        else:
+            states = []
+            for block, before in zip(self.blocks, befores, strict=True):
+                layers += [x] if output == "layers" else []
+                x, after = block(x, before)
+                states.append(after)
         x = self.norm(x)
         said = {"hidden": x, "layers": (*layers, x)}
         return (said[output] if output in said else self.head(x)), HopeState(tuple(states))
