@@ -117,6 +117,8 @@ def test_thoughts_and_divergence_are_those_of_single_readings():
     model, words = stacked(), session().tokenizer
     examples = consolidation.thoughts(model, words, ASKED, silent)
     assert [len(e.answer) for e in examples] == [len(q.answer) for q in ASKED]
+    (alone,) = consolidation.thoughts(model, words, ASKED[:1], silent)
+    torch.testing.assert_close(alone.thought, examples[0].thought, atol=5e-3, rtol=5e-3)
     apart = []
     for question, example in zip(ASKED, examples, strict=True):
         shown = questions.FROM_TEXT.format(text=question.passage, question=question.text)

@@ -182,7 +182,7 @@ def thoughts(
             asked = [
                 prompt(tokenizer, FROM_TEXT.format(text=q.passage, question=q.text)) for q in some
             ]
-            ids, mask, cache = beside([p + x for p, x in zip(asked, answers)], base)
+            ids, mask, cache = beside(asked, base, answers)
             read = cache.get_seq_length()
             out = base(
                 input_ids=ids[:, read:], attention_mask=mask, position_ids=_places(mask)[:, read:],
@@ -199,12 +199,15 @@ def thoughts(
 
 def divergence(model: StackedModel, weights: Weights, examples: list[Example]) -> Tensor:
     """KL(with the text ‖ without it) in nats a token, the mean over the answers."""
-    ids, mask = _rows([e.prompt + e.answer for e in examples], model.base.device)
     longest = max(len(e.answer) for e in examples)
     with lend(weights):
+        ids, mask, cache = beside(
+            [e.prompt for e in examples], model.base, [e.answer for e in examples]
+        )
+        read = cache.get_seq_length()
         out = model.base(
-            input_ids=ids, attention_mask=mask, position_ids=_places(mask),
-            logits_to_keep=longest + 1, use_cache=False,
+            input_ids=ids[:, read:], attention_mask=mask, position_ids=_places(mask)[:, read:],
+            **{CACHE: cache}, use_cache=True, logits_to_keep=longest + 1,
         )  # fmt: skip
     total = wide(out.logits.new_zeros(()))
     for row, example in enumerate(examples):
@@ -247,14 +250,6 @@ def _anchor(model: StackedModel, config: StudyConfig) -> Anchor | None:
     if not config.anchor:
         return None
     return Anchor.sampled(model, 16, 64, strength=config.anchor, rows=1, seed=config.seed)
-
-
-def _rows(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids [B, T], padded in front, and which are none."""
-    longest = max(map(len, rows))
-    ids = [[row[0]] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _places(mask: Tensor) -> Tensor:

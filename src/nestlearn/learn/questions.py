@@ -148,13 +148,16 @@ def decode(
     return said
 
 
-def beside(prompts: Sequence[list[int]], base: Any) -> tuple[Tensor, Tensor, DynamicCache]:
-    """Prompts as rows: ids [B, T], which of them are no padding, and the cache of what all begin
-    with; the padding stands behind that.
+def beside(
+    prompts: Sequence[list[int]], base: Any, answers: Sequence[list[int]] = ()
+) -> tuple[Tensor, Tensor, DynamicCache]:
+    """Prompts, each with its answer, as rows: ids [B, T], which of them are no padding, and the
+    cache of what all prompts begin with, but for their last token; the padding stands behind that.
     """
-    same = 0
-    while same < min(map(len, prompts)) - 1 and len({row[same] for row in prompts}) == 1:
+    same, shortest = 0, min(map(len, prompts)) - 1
+    while same < shortest and len({row[same] for row in prompts}) == 1:
         same += 1
+    prompts = [p + a for p, a in zip(prompts, answers)] if answers else prompts
     longest = max(map(len, prompts))
     cache = DynamicCache()
     if same:
