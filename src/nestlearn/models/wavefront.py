@@ -27,7 +27,6 @@ def fits(blocks: Iterable[nn.Module], x: Tensor, heads: int) -> bool:
         and x.shape[1] >= 2 * PART
         and x.shape[0] * heads < FULL
         and not torch.compiler.is_compiling()
-        and torch.cuda.is_current_stream_capturing()
         and all(isinstance(block.mixer, Stepping) for block in blocks)
     )
 
