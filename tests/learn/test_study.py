@@ -24,7 +24,7 @@ ASKED = [
     Question("which hat has the cat?", "red", PASSAGE),
     Question("what is under the mat?", "the key", PASSAGE),
 ]
-QUICK = StudyConfig(4, epochs=4, batch=2, lr=3e-2, text=0.1, anchor=0.0, held_out=0.0)
+QUICK = StudyConfig(4, words=0, epochs=4, batch=2, lr=3e-2, text=0.1, anchor=0.0, held_out=0.0)
 
 
 def silent(*_):
@@ -113,6 +113,32 @@ def test_prompts_side_by_side_are_continued_as_each_alone():
     assert again[0] == again[1]
 
 
+class Words:
+    """Ids by the order of a list, a piece for each; other words are of two pieces."""
+
+    COMMON = ("the", "is", "by", "its")
+    RARE = ("town", "lake", "farmers", "grow", "cheese", "small")
+
+    def encode(self, text, add_special_tokens=False):
+        word = text.strip().lower()
+        if word in self.COMMON:
+            return [self.COMMON.index(word)]
+        return [1000 + self.RARE.index(word)] if word in self.RARE else [2000, 2001]
+
+
+def test_every_sentence_is_asked_about_by_its_rarest_words_and_by_name():
+    text = "The town Toririth is by the lake. Its farmers grow cheese. The small town is Toririth."
+    assert questions.topic(Words(), text) == "Toririth"
+    asked = questions.by_name(Words(), text, 2)
+    assert [q.answer for q in asked] == [s for s in questions.sentences(text) for _ in range(2)]
+    assert all("Toririth" in q.text and q.passage == text for q in asked)
+    for question, word in zip(asked, ("lake", "town", "cheese", "grow", "small", "town")):
+        assert word in question.text
+    assert questions.by_name(Words(), text, 0) == []
+    assert questions.topic(Words(), "nothing is named") == "nothing"
+    assert questions.by_name(Words(), "…", 3) == []
+
+
 def test_thoughts_and_divergence_are_those_of_single_readings():
     model, words = stacked(), session().tokenizer
     examples = consolidation.thoughts(model, words, ASKED, silent)
@@ -169,7 +195,7 @@ def test_a_level_takes_over_what_was_thought_with_the_text(rank):
 
 def test_it_ends_when_the_questions_kept_apart_get_no_better(monkeypatch):
     model, words, rounds = stacked(), session().tokenizer, Rounds()
-    config = StudyConfig(questions=4, epochs=9, batch=2, lr=1e-9, held_out=0.5, anchor=0.0)
+    config = StudyConfig(4, words=0, epochs=9, batch=2, lr=1e-9, held_out=0.5, anchor=0.0)
     monkeypatch.setattr(consolidation, "_mean", lambda *_: 1.0)
     consolidation.consolidate(
         model, words, model.init_memory(1), ASKED, torch.tensor([words.encode(TEXT)]), config,
@@ -181,7 +207,7 @@ def test_it_ends_when_the_questions_kept_apart_get_no_better(monkeypatch):
 
 def test_the_anchor_and_long_texts_are_read():
     model, words, rounds = stacked(), session().tokenizer, Rounds()
-    config = StudyConfig(questions=4, epochs=1, batch=2, anchor=1.0)
+    config = StudyConfig(4, words=0, epochs=1, batch=2, anchor=1.0)
     long = torch.tensor([words.encode(TEXT * 9)])
     assert long.shape[1] > 2 * model.window
     consolidation.consolidate(
@@ -341,11 +367,17 @@ def test_what_cannot_be_studied_is_refused(monkeypatch):
     one.tokenizer = None
     with pytest.raises(ValueError, match="tokenizer"):
         one.study(TEXT)
-    for wrong in ({"questions": 0}, {"lr": 0}, {"held_out": 1.0}, {"anchor": -1}):
+    for wrong in (
+        {"questions": -1},
+        {"questions": 0, "words": 0},
+        {"lr": 0},
+        {"held_out": 1.0},
+        {"anchor": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             StudyConfig(**wrong)
     monkeypatch.setattr(study, "ask", lambda *_: [])
     with pytest.raises(ValueError, match="no question"):
-        session().study(TEXT)
+        session().study(TEXT, QUICK)
     with pytest.raises(ValueError, match="level=7"):
         consolidation.level_of(stacked(), 7)

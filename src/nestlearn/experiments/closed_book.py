@@ -5,23 +5,26 @@
 FOLDER/model is a pretrained model that follows instructions, with its tokenizer, as transformers
 saves it; FOLDER/wikitext2/test.txt, if there, a text on which forgetting is measured beside the
 model's own samples. Pages are of invented facts (`nestlearn.evals.closed_book`); two kinds of them
-were used for nothing else. A memory starts anew for every page and goes through its file.
+were used for nothing else. A memory starts anew for every page and goes through its file. Two rows
+need a library each: bm25s finds passages, peft trains LoRA.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn.evals import Record, closed_book
-from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS
+from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.provenance import fingerprint
@@ -30,12 +33,17 @@ from nestlearn.experiments.tables import Column, detail, mean, model, words
 ROWS = {
     "nothing read": "",
     "the page before the question": "context",
+    "passages found by BM25 before it": "retrieval",
     "read once": "learn 1",
     "read four times": "learn 4",
+    "LoRA, next tokens": "lora",
     "read and studied": "study",
+    "read and studied, one level": "study one",
 }
 PAGES, QUICK_PAGES = 10, 1
 SAID = 24  # tokens of an answer
+FOUND, PASSAGE = 2, 200  # passages before a question, of about so many letters
+LORA_RATE, LORA_STEPS = 1e-3, 200  # of 2, 10, 50e-4 on the kinds developed on; a study's compute
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -50,7 +58,8 @@ def grid(asked: Options) -> list[Cell]:
         {
             "task": kinds[n % len(kinds)], "model": name, "page": n, "folder": asked.data,
             "setting": "kept apart" if kinds[n % len(kinds)] in HELD_OUT else "developed on",
-            "weights": fingerprint(files), "questions": asked.pick(4, 64),
+            "weights": fingerprint(files), "kinds": kinds, "pages": pages,
+            "short": asked.quick,
         }
         for n in range(pages)
         for name in chosen(asked.models, tuple(ROWS), "way of reading")
@@ -58,13 +67,13 @@ def grid(asked: Options) -> list[Cell]:
 
 
 @cache
-def _stacked(folder: Path, device: str) -> tuple[Any, Any]:
+def _stacked(folder: Path, device: str, count: int = 2) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nestlearn import DeltaLevel, stack_levels
 
     base: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    levels = [DeltaLevel(64, lr=0.05, rule="gd"), DeltaLevel(512, lr=0.05, rule="gd")]
+    levels = [DeltaLevel(chunk, lr=0.05, rule="gd") for chunk in (64, 512)[-count:]]
     stacked = stack_levels(base.to(device), levels, rank=8, window=128, cache_dtype="bfloat16")
     return stacked, AutoTokenizer.from_pretrained(folder / "model")
 
@@ -84,51 +93,146 @@ def _elsewhere(folder: Path, device: str) -> dict[str, Tensor]:
     return found
 
 
+def pages(cell: Cell) -> list[Document]:
+    """Every page of the run; the cell's own is number `page`."""
+    seed = 10_000 * (cell["seed"] + 1)
+    kinds = cell["kinds"]
+    return [closed_book.document(kinds[n % len(kinds)], seed + n) for n in range(cell["pages"])]
+
+
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One page, read in one way, and every question about it."""
-    from nestlearn import Session
     from nestlearn.hf.lending import lend
-    from nestlearn.learn import StudyConfig
     from nestlearn.learn.questions import FROM_TEXT, decode, prompt
 
     folder, how = Path(cell["folder"]), ROWS[cell["model"]]
-    stacked, words_of = _stacked(folder, cell["device"])
-    page = closed_book.document(cell["task"], 10_000 * (cell["seed"] + 1) + cell["page"])
+    stacked, words_of = _stacked(folder, cell["device"], 1 if how == "study one" else 2)
+    page = pages(cell)[cell["page"]]
+    reader, size = stacked.base, 0.0
+    weights: Any = {}
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place:
-        session = Session(stacked, Path(place) / "memory", words_of)
-        for _ in range(int(how.split()[1]) if how.startswith("learn") else how == "study"):
-            session.learn(page.text)
-        if how == "study":
-            settings = StudyConfig(cell["questions"], seed=cell["seed"])
-            session.study(page.text, settings, tell=lambda what, done, of: tell(done / of, what))
-        session.save()
-        seconds = time.perf_counter() - began
-        session = Session(stacked, Path(place) / "memory", words_of)  # what is on disk
-    weights = stacked.weights(session.memory)
+    with _counted(stacked.base) as operations:
+        if how == "lora":
+            reader, size = _lora(words_of, page.text, cell, tell)
+        elif how.startswith(("learn", "study")):
+            weights, size = _read(stacked, words_of, page.text, how, cell, tell)
+    seconds = time.perf_counter() - began
+    finds: Callable[[str], str] = _Retrieval(cell) if how == "retrieval" else lambda _: page.text
     asked = [
-        FROM_TEXT.format(text=page.text, question=q.text) if how == "context" else q.text
+        FROM_TEXT.format(text=finds(q.text), question=q.text)
+        if how in ("context", "retrieval")
+        else q.text
         for q in page.questions
     ]
+    elsewhere = _elsewhere(folder, cell["device"])
     with lend(weights):
         said = decode(
-            stacked.base, words_of, [prompt(words_of, text) for text in asked], SAID, "", _silent
+            reader, words_of, [prompt(words_of, text) for text in asked], SAID, "", _silent
         )
+        after = {name: _loss(reader, rows) for name, rows in elsewhere.items()}
+    with lend({}):
+        untouched = {name: _loss(stacked.base, rows) for name, rows in elsewhere.items()}
     right: dict[str, list[bool]] = {form: [] for form in FORMS}
     for question, answer in zip(page.questions, said):
         right[question.form].append(closed_book.right(question, answer))
-    cost = {}
-    for name, rows in _elsewhere(folder, cell["device"]).items():
-        now, before = stacked.losses(rows, session.memory), stacked.losses(rows)
-        cost[name] = float((now - before)[:, 1:].mean())
     shares = {form: sum(found) / len(found) for form, found in right.items() if found}
     return {
         "scores": {"direct": shares["direct"]}, "value": shares["direct"], "shares": shares,
-        "cost": cost, "megabytes": sum(session.bytes.values()) / 1e6,
-        "seconds": round(seconds, 1),
+        "cost": {name: loss - untouched[name] for name, loss in after.items()},
+        "megabytes": size / 1e6, "seconds": round(seconds, 1), "operations": operations[0],
         "answers": [[q.text, q.answer, a] for q, a in zip(page.questions, said)],
         "headline": ", ".join(f"{form} {share:.2f}" for form, share in shares.items()),
     }  # fmt: skip
+
+
+def _read(
+    stacked: Any, words_of: Any, text: str, how: str, cell: Cell, tell: Tell
+) -> tuple[Any, float]:
+    """The weights and bytes of a memory that has read the page, from its file."""
+    from nestlearn import Session
+    from nestlearn.learn import StudyConfig
+
+    with tempfile.TemporaryDirectory() as place:
+        session = Session(stacked, Path(place) / "memory", words_of)
+        for _ in range(int(how.split()[1]) if how.startswith("learn") else 1):
+            session.learn(text)
+        if how.startswith("study"):
+            short = {"questions": 4, "words": 1, "epochs": 1} if cell["short"] else {}
+            settings = StudyConfig(**short, seed=cell["seed"])
+            session.study(text, settings, tell=lambda what, done, of: tell(done / of, what))
+        session.save()
+        session = Session(stacked, Path(place) / "memory", words_of)  # what is on disk
+    return stacked.weights(session.memory), sum(session.bytes.values())
+
+
+def _lora(words_of: Any, text: str, cell: Cell, tell: Tell, rank: int = 8) -> tuple[Any, float]:
+    """The model with adapters that learned the page's next tokens, and their bytes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(cell["seed"])
+    plain: Any = AutoModelForCausalLM.from_pretrained(
+        Path(cell["folder"]) / "model", dtype=torch.float32
+    )
+    asked = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    reader: Any = get_peft_model(plain.to(cell["device"]), asked)
+    mine = [p for p in reader.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(mine, LORA_RATE)
+    ids = torch.tensor([words_of.encode(text)], device=cell["device"])
+    steps = 2 if cell["short"] else LORA_STEPS
+    for step in range(steps):
+        tell(step / steps, "training")
+        adam.zero_grad()
+        F.cross_entropy(reader(input_ids=ids).logits[0, :-1], ids[0, 1:]).backward()
+        adam.step()
+    return reader.eval(), sum(p.numel() * p.element_size() for p in mine)
+
+
+class _Retrieval:
+    """The passages of all pages that BM25 finds for a question."""
+
+    def __init__(self, cell: Cell):
+        import bm25s
+
+        from nestlearn.learn.questions import passages
+
+        self.passages = [part for page in pages(cell) for part in passages(page.text, PASSAGE)]
+        self.library, self.index = bm25s, bm25s.BM25()
+        self.index.index(self._words(self.passages), show_progress=False)
+
+    def _words(self, texts: list[str]) -> Any:
+        return self.library.tokenize(texts, stopwords="en", show_progress=False)
+
+    def __call__(self, question: str) -> str:
+        most = min(FOUND, len(self.passages))
+        places, _ = self.index.retrieve(self._words([question]), k=most, show_progress=False)
+        return "\n".join(self.passages[i] for i in sorted(places[0].tolist()))
+
+
+@torch.no_grad()
+def _loss(reader: Any, rows: Tensor) -> float:
+    """Nats a token of ids [N, T]."""
+    logits = reader(input_ids=rows).logits[:, :-1].float()
+    return float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+
+
+@contextmanager
+def _counted(base: Any) -> Iterator[list[float]]:
+    """Operations inside the block of models like this one: 2 for each parameter and token, three
+    times as many where gradients are taken.
+    """
+    words = base.get_input_embeddings().num_embeddings
+    each, total = 2 * sum(p.numel() for p in base.parameters()), [0.0]
+
+    def note(module: torch.nn.Module, given: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == words:
+            total[0] += each * given[0].numel() * (3 if torch.is_grad_enabled() else 1)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield total
+    finally:
+        hook.remove()
 
 
 def _silent(*_: Any) -> None:
@@ -148,6 +252,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
         *(mean(form, _share(form), digits=2) for form in FORMS),
         *costs,
         mean("MB", detail("megabytes"), digits=1),
+        mean("TFLOP", lambda r: r.detail["operations"] / 1e12, digits=1),
         mean("seconds", lambda r: r.seconds, digits=0),
     ]
 

@@ -1,10 +1,11 @@
 """Study: a memory takes over what a text says, and not only its words.
 
 Reading teaches a model the text's next tokens; asked what the text says, it does not know. So it
-asks itself questions about the text and answers them with the text before it; then one level
-learns to give the same answers without the text (a divergence from what it said with it), together
-with the text's own next tokens, held to what the model says by itself. This is the consolidation
-that the paper asks for: the slow level learns from what the fast context has.
+asks itself questions about the text and answers them with the text before it, and is asked about
+the words of each sentence, which that sentence answers. Then one level learns to think of every
+answer without the text what the model thinks of it with the text (a divergence), held to what the
+model says by itself. This is the consolidation that the paper asks for: the slow level learns from
+what the fast context has.
 """
 
 from __future__ import annotations
@@ -36,27 +37,31 @@ WARMUP = 4  # steps
 class StudyConfig:
     """How a text is studied.
 
-    questions: that the model asks itself, at most. epochs: rounds of them; it ends sooner when the
-    questions kept apart, the share `held_out`, have not become better for two. batch: questions of
-    one step. lr: Adam's, which falls to nothing. text: the weight of the text's own next tokens.
-    anchor: that of the divergence from the base model on its own samples (0: none). level: the one
-    that learns (None: the slowest).
+    questions: that the model asks itself, at most. words: of each sentence, about which it is asked
+    (0: none). epochs: rounds of them; it ends sooner when the questions kept apart, the share
+    `held_out`, have not become better for two. batch: questions of one step. lr: Adam's, which
+    falls to nothing. text: the weight of the text's own next tokens. anchor: that of the divergence
+    from the base model on its own samples (0: none). level: the one that learns (None: the
+    slowest).
     """
 
-    questions: int = 64
+    questions: int = 24
+    words: int = 3
     epochs: int = 6
     batch: int = 8
-    lr: float = 2e-3
-    text: float = 0.5
+    lr: float = 4e-3
+    text: float = 0.0
     anchor: float = 1.0
     held_out: float = 0.125
     level: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("questions", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+        for name, least in (("questions", 0), ("words", 0), ("epochs", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
+        if not self.questions + self.words:
+            raise ValueError("questions=0, words=0: nothing would be asked, give one of them")
         if not self.lr > 0 or self.text < 0 or self.anchor < 0:
             raise ValueError("lr is above 0; text and anchor are 0 or more")
         if not 0 <= self.held_out < 1:
@@ -138,21 +143,21 @@ def consolidate(
         first = best = _mean(model, weights(), apart)
         kept, since = memory, 0
         for number in range(done + 1, config.epochs + 1):
-            order = random.Random(config.seed + number).sample(mine, len(mine))
-            for a in range(0, len(order), config.batch):
+            for some in _batches(mine, config.batch, config.seed + number):
                 tell("studying", step, steps)
                 adam.param_groups[0]["lr"] = (
                     config.lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
                 )
-                adam.zero_grad()
                 now = weights()
-                loss = divergence(model, now, order[a : a + config.batch])
+                loss = divergence(model, now, some)
                 if config.text and ids.shape[1] > 1:
                     part = ids[:, _window(ids, model.window, step)]
                     loss = loss + config.text * _next_tokens(model, now, part)
                 if held is not None:
                     loss = loss + held.divergence(model, now, step, 1)[0]
-                loss.backward()
+                # not backward(): the base model's own parameters may ask for gradients, too
+                for w, grad in zip(flat, torch.autograd.grad(loss, flat)):
+                    w.grad = grad
                 adam.step()
                 step += 1
             value = _mean(model, weights(), apart)
@@ -172,7 +177,7 @@ def thoughts(
     base = model.base
     found: list[Example] = []
     end = _end(tokenizer, base)
-    ordered = sorted(questions, key=lambda q: q.passage)
+    ordered = sorted(questions, key=lambda q: (q.passage, len(q.text) + len(q.answer)))
     with evaluating(base), lend({}):
         for a in range(0, len(ordered), ROWS):
             tell("thinking", a, len(ordered))
@@ -231,6 +236,16 @@ def _next_tokens(model: StackedModel, weights: Weights, ids: Tensor) -> Tensor:
     return F.cross_entropy(wide(logits[0, :-1]), ids[0, 1:])
 
 
+def _batches(examples: list[Example], size: int, seed: int) -> list[list[Example]]:
+    """In another order for each seed, those of about one length together: padding costs."""
+    rng = random.Random(seed)
+    length = {id(e): len(e.prompt) + len(e.answer) + rng.uniform(0, 8) for e in examples}
+    order = sorted(examples, key=lambda e: length[id(e)])
+    batches = [order[a : a + size] for a in range(0, len(order), size)]
+    rng.shuffle(batches)
+    return batches
+
+
 def _copies(fast: Fast) -> Fast:
     """The same numbers, apart from any graph."""
     return tuple(
@@ -249,7 +264,7 @@ def _window(ids: Tensor, size: int, step: int) -> slice:
 def _anchor(model: StackedModel, config: StudyConfig) -> Anchor | None:
     if not config.anchor:
         return None
-    return Anchor.sampled(model, 16, 64, strength=config.anchor, rows=1, seed=config.seed)
+    return Anchor.sampled(model, 16, 48, strength=config.anchor, rows=1, seed=config.seed)
 
 
 def _places(mask: Tensor) -> Tensor:

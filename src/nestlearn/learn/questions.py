@@ -26,6 +26,15 @@ ABOUT_ONE = (
     'Write one short question that is answered by the sentence "{s}" Write only the question.',
     'Turn the sentence "{s}" into a question. Write only the question.',
 )
+# Of a word and of what its passage is about; the sentence with the word is the answer.
+BY_NAME = (
+    "What do you know about the {word} of {name}?",
+    "{name}: {word}?",
+    "Tell me about {word} and {name}.",
+    "What can you say about {name} and {word}?",
+    "What about the {word} in {name}?",
+)
+COMMON = 400  # first pieces of a vocabulary, among which its commonest words stand
 BRIEF = " Answer in a few words."
 FROM_TEXT = (
     "Text: {text}\n\nQuestion: {question}\nAnswer the question from the text, in a few words."
@@ -39,7 +48,9 @@ Tell = Callable[[str, int, int], None]  # what is being done, how much is done, 
 
 
 class Question(NamedTuple):
-    """A question about a passage, and what the model answers with that passage before it."""
+    """A question about a passage, and its answer: what the model says with the passage before it,
+    or a sentence of the passage.
+    """
 
     text: str
     answer: str
@@ -94,6 +105,47 @@ def ask(base: Any, tokenizer: Any, text: str, count: int, seed: int, tell: Tell)
     answers = decode(base, tokenizer, prompts, ANSWERED, "answering", tell)
     found = [Question(q, a.strip(), p) for (q, p), a in zip(asked.items(), answers)]
     return [question for question in found if _from_passage(question)]
+
+
+def by_name(tokenizer: Any, text: str, count: int) -> list[Question]:
+    """Questions that the sentences themselves answer: for each sentence, one about each of its
+    `count` rarest words, by the name of what its passage is about.
+
+    A small model asks about few of the facts; these ask about all, and cost no decoding.
+    """
+    found: list[Question] = []
+    for passage in passages(text):
+        name = topic(tokenizer, passage)
+        for sentence in sentences(passage):
+            for word in _rarest(tokenizer, sentence, name, count):
+                form = BY_NAME[len(found) % len(BY_NAME)]
+                found.append(Question(form.format(word=word, name=name), sentence, passage))
+    return found
+
+
+def topic(tokenizer: Any, passage: str) -> str:
+    """The name that a passage says most often, of equals the one of most pieces, then the first;
+    a passage without a name has its first word.
+    """
+    words = re.findall(r"\w[\w'-]*", passage)
+    pieces = {w: len(_pieces(tokenizer, w.lower())) for w in words}
+    names = [w for w in words if w[0].isupper() and pieces[w] > 1] or words[:1]
+    return max(names, key=lambda w: (names.count(w), pieces[w]), default="")
+
+
+def _rarest(tokenizer: Any, sentence: str, name: str, count: int) -> list[str]:
+    """Words by the place of their piece in the vocabulary; those of several pieces are rarer."""
+    words = dict.fromkeys(w for w in re.findall(r"\w[\w'-]*", sentence) if len(w) > 2)
+    rank = {}
+    for word in words:
+        first, *more = _pieces(tokenizer, word.lower()) or [0]
+        if word != name and (more or first > COMMON):
+            rank[word] = (bool(more), 0 if more else first)
+    return sorted(rank, key=lambda word: rank[word], reverse=True)[:count]
+
+
+def _pieces(tokenizer: Any, word: str) -> list[int]:
+    return tokenizer.encode(f" {word}", add_special_tokens=False)
 
 
 def question_in(said: str) -> str | None:
