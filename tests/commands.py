@@ -42,6 +42,7 @@ def reproduced(name: str, *more: str) -> str:
     return " ".join(["nestlearn reproduce", name, TINY, *more, f"--out short/{name}"])
 
 
+RIVALS = "--models titans --models deltanet --models transformer"
 FORMS: dict[str, Form] = {
     "pip install -e . && nestlearn quickstart": Form("nestlearn quickstart --quick"),
     'pip install -e ".[test]" && pytest': Form("cd {root} && pytest -n0 tests/memory"),
@@ -87,11 +88,15 @@ FORMS: dict[str, Form] = {
         )
     },
     **{
-        f"nestlearn reproduce {name} --models hope --seeds 1": Form(
-            reproduced(name, f"--models hope --seeds 1 --only {only}")
+        f"nestlearn reproduce {name} --models hope --models hope-attention {rivals}": Form(
+            reproduced(name, f"--models hope --models transformer --only {only}")
         )
-        for name, only in (("table4", "compression"), ("table5", "parity"), ("mqar", "K=4"))
+        for name, only, rivals in (
+            ("table4", "compression", RIVALS),
+            ("table5", "parity", f"{RIVALS} --models lstm"),
+        )
     },
+    "nestlearn reproduce language --seeds 3": Form(reproduced("language", "--seeds 1")),
     "nestlearn reproduce frontier --data ../shared/data --only novel": Form(
         reproduced("frontier", "--data {data} --only novel"), needs="{data}/models/stories260K.bin"
     ),

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,39 @@ def test_a_level_takes_over_what_was_thought_with_the_text(rank):
     )
     again = model.learn(torch.tensor([words.encode("the mat")]), after)[1]  # it goes on
     assert again.position == memory.position + 8
+
+
+def test_what_was_studied_before_is_rehearsed():
+    model, words, rounds = stacked(), session().tokenizer, Rounds()
+    ids = torch.tensor([words.encode(TEXT)])
+    first, second = ASKED[:2], ASKED[2:]
+    consolidation.consolidate(model, words, model.init_memory(1), first, ids, QUICK, silent, rounds)
+    memory = rounds[-1].memory
+    known = [q._replace(passage="") for q in first]
+    before = consolidation.thoughts(model, words, known, silent, model.weights(memory))
+    assert consolidation._mean(model, model.weights(memory), before) < 1e-4  # as it answers now
+    apart = []
+    for rehearse in (0, 2):
+        rounds = Rounds()
+        consolidation.consolidate(
+            model, words, memory, second, ids, replace(QUICK, rehearse=rehearse), silent, rounds,
+            earlier=known,
+        )  # fmt: skip
+        after = model.weights(rounds[-1].memory)
+        apart.append(consolidation._mean(model, after, before))
+    assert apart[1] < 0.7 * apart[0]
+
+
+def test_the_history_says_what_can_be_rehearsed(tmp_path, scripted):
+    one = session(memory=tmp_path / "mine")
+    one.study(TEXT, QUICK)
+    history = session(one.model, memory=tmp_path / "mine").history
+    kept = study.earlier(history, [])
+    assert {(q.text, q.answer, q.passage) for q in kept} == {(q.text, q.answer, "") for q in ASKED}
+    assert study.earlier(history, ASKED) == []  # asked anew
+    assert study.earlier([*history, {"what": "reset"}], []) == []
+    forged = [{"what": "study", "asked": asked} for asked in (3, [3], [["a", 1]], [["a"]], None)]
+    assert study.earlier(forged, []) == []
 
 
 def test_it_ends_when_the_questions_kept_apart_get_no_better(monkeypatch):

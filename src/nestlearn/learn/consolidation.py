@@ -3,9 +3,9 @@
 Reading teaches a model the text's next tokens; asked what the text says, it does not know. So it
 asks itself questions about the text and answers them with the text before it, and is asked about
 the words of each sentence, which that sentence answers. Then one level learns to think of every
-answer without the text what the model thinks of it with the text (a divergence), held to what the
-model says by itself. This is the consolidation that the paper asks for: the slow level learns from
-what the fast context has.
+answer without the text what the model thinks of it with the text (a divergence). It is held to
+what the model says by itself, and to what it answered to questions of earlier studies. This is the
+consolidation that the paper asks for: the slow level learns from what the fast context has.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from nestlearn.layers.streaming import wide
 from .questions import BRIEF, FROM_TEXT, ROWS, Question, Tell, beside, prompt
 
 WARMUP = 4  # steps
+EARLIER = 64  # questions of earlier studies, at most
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class StudyConfig:
     (0: none). epochs: rounds of them; it ends sooner when the questions kept apart, the share
     `held_out`, have not become better for two. batch: questions of one step. lr: Adam's, which
     falls to nothing. text: the weight of the text's own next tokens. anchor: that of the divergence
-    from the base model on its own samples (0: none). level: the one that learns (None: the
-    slowest).
+    from the base model on its own samples (0: none). rehearse: questions of earlier studies in each
+    step beside the batch. level: the one that learns (None: the slowest).
     """
 
     questions: int = 24
@@ -52,6 +53,7 @@ class StudyConfig:
     lr: float = 4e-3
     text: float = 0.0
     anchor: float = 1.0
+    rehearse: int = 4
     held_out: float = 0.125
     level: int | None = None
     seed: int = 0
@@ -62,8 +64,8 @@ class StudyConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
         if not self.questions + self.words:
             raise ValueError("questions=0, words=0: nothing would be asked, give one of them")
-        if not self.lr > 0 or self.text < 0 or self.anchor < 0:
-            raise ValueError("lr is above 0; text and anchor are 0 or more")
+        if not self.lr > 0 or min(self.text, self.anchor, self.rehearse) < 0:
+            raise ValueError("lr is above 0; text, anchor and rehearse are 0 or more")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: give a share in [0, 1)")
 
@@ -105,11 +107,14 @@ def consolidate(
     model: StackedModel, tokenizer: object, memory: StackMemory, questions: list[Question],
     ids: Tensor, config: StudyConfig, tell: Tell, each: Callable[[Epoch], bool], *,
     done: int = 0, drift: float | None = None, anchor: Anchor | None = None,
+    earlier: list[Question] | None = None,
 ) -> None:  # fmt: skip
     """Let a level of one stream's memory learn the answers, and the text's tokens ids [1, T].
 
     each: called after every round, with the memory as it is then; whether to go on. done: rounds
-    made before. Raises ValueError for a memory of several streams, and without questions.
+    made before. earlier: questions of earlier studies, to be answered as they are now.
+
+    Raises ValueError for a memory of several streams, and without questions.
     """
     if len(memory.context) != 1:
         raise ValueError(f"a memory of {len(memory.context)} streams: select() one to study with")
@@ -125,9 +130,12 @@ def consolidate(
     apart = apart or mine
     held = anchor or _anchor(model, config)
     fasts = model.fasts(memory)
+    drawn = random.Random(config.seed).sample(earlier or [], min(len(earlier or []), EARLIER))
+    known = thoughts(model, tokenizer, drawn * (config.rehearse > 0), tell, model.effective(fasts))
     leaves = _copies(fasts.get(i) or model.start(i, 1))
     flat = [w.requires_grad_() for factors in leaves for w in factors if w is not None]
     adam = torch.optim.Adam(flat, config.lr)
+    least = min(config.rehearse, len(known))
     per_round = -(-len(mine) // config.batch)
     steps, step = per_round * config.epochs, per_round * done
     bound = model.pace(i, drift).bound
@@ -149,7 +157,8 @@ def consolidate(
                     config.lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
                 )
                 now = weights()
-                loss = divergence(model, now, some)
+                old = [known[(step * config.rehearse + i) % len(known)] for i in range(least)]
+                loss = divergence(model, now, some + old)
                 if config.text and ids.shape[1] > 1:
                     part = ids[:, _window(ids, model.window, step)]
                     loss = loss + config.text * _next_tokens(model, now, part)
@@ -171,35 +180,43 @@ def consolidate(
 
 @torch.no_grad()
 def thoughts(
-    model: StackedModel, tokenizer: object, questions: list[Question], tell: Tell
-) -> list[Example]:
-    """What the base model thinks of each answer's tokens with the passage before the question."""
+    model: StackedModel, tokenizer: object, questions: list[Question], tell: Tell,
+    weights: Weights | None = None,
+) -> list[Example]:  # fmt: skip
+    """What the model thinks of each answer's tokens with the passage, if any, before the question;
+    weights: those of a memory (None: of the base model).
+    """
     base = model.base
-    found: list[Example] = []
+    found: dict[int, Example] = {}
     end = _end(tokenizer, base)
-    ordered = sorted(questions, key=lambda q: (q.passage, len(q.text) + len(q.answer)))
-    with evaluating(base), lend({}):
-        for a in range(0, len(ordered), ROWS):
-            tell("thinking", a, len(ordered))
-            some = ordered[a : a + ROWS]
-            answers = [_encode(tokenizer, q.answer) + end for q in some]
+    lengths = [(q.passage, len(q.text) + len(q.answer)) for q in questions]
+    order = sorted(range(len(questions)), key=lengths.__getitem__)  # one passage, one length
+    with evaluating(base), lend(weights or {}):
+        for a in range(0, len(order), ROWS):
+            tell("thinking", a, len(order))
+            some = order[a : a + ROWS]
+            answers = [_encode(tokenizer, questions[i].answer) + end for i in some]
             longest = max(map(len, answers))
-            asked = [
-                prompt(tokenizer, FROM_TEXT.format(text=q.passage, question=q.text)) for q in some
-            ]
+            asked = [prompt(tokenizer, _told(questions[i])) for i in some]
             ids, mask, cache = beside(asked, base, answers)
             read = cache.get_seq_length()
             out = base(
                 input_ids=ids[:, read:], attention_mask=mask, position_ids=_places(mask)[:, read:],
                 **{CACHE: cache}, use_cache=True, logits_to_keep=longest + 1,
             )  # fmt: skip
-            for row, (question, answer) in enumerate(zip(some, answers)):
+            for row, (i, answer) in enumerate(zip(some, answers)):
                 logits = wide(out.logits[row, -len(answer) - 1 : -1])
                 # asked now with, now without being told to be brief
-                words = question.text + BRIEF * (len(found) % 2)
+                brief = BRIEF * (i % 2 and bool(questions[i].passage))
                 thought = logits.log_softmax(-1).half()
-                found.append(Example(prompt(tokenizer, words), answer, thought))
-    return found
+                found[i] = Example(prompt(tokenizer, questions[i].text + brief), answer, thought)
+    return [found[i] for i in range(len(questions))]
+
+
+def _told(question: Question) -> str:
+    if not question.passage:
+        return question.text
+    return FROM_TEXT.format(text=question.passage, question=question.text)
 
 
 def divergence(model: StackedModel, weights: Weights, examples: list[Example]) -> Tensor:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 FORMAT = "nestlearn-study"
+KEPT = 16  # questions of a study that the history keeps, for later ones to rehearse
 
 
 class Studied(NamedTuple):
@@ -72,7 +73,7 @@ def study(
                 notes.keep(found, 0)
         consolidate(
             model, session.tokenizer, before, found, ids, config, tell, each, done=done,
-            drift=session.drift, anchor=session.anchor,
+            drift=session.drift, anchor=session.anchor, earlier=earlier(session.history, found),
         )  # fmt: skip
     except KeyboardInterrupt:
         stopped = True
@@ -80,12 +81,30 @@ def study(
     made = done if last is None else last.number
     studied = Studied(len(found), made, apart, held_out, reason, stopped)
     facts = studied._asdict() | {"apart": [None if math.isnan(x) else x for x in apart]}
-    session.note("study", source=source, begin=before.position, **facts)
+    step = max(1, len(found) // KEPT)
+    asked = [[q.text, q.answer] for q in found[::step][:KEPT]] if reason is None else []
+    session.note("study", source=source, begin=before.position, asked=asked, **facts)
     if notes is not None:
         session.save()
         if not stopped:
             notes.end()
     return studied
+
+
+def earlier(history: list[dict[str, Any]], now: list[Question]) -> list[Question]:
+    """What was asked in earlier studies, is not asked now, and was not reset since."""
+    found: dict[str, str] = {}
+    for entry in history:
+        if entry["what"] == "reset":
+            found = {}
+        pairs = entry.get("asked") if entry["what"] == "study" else None
+        found |= {
+            pair[0]: pair[1]
+            for pair in (pairs if isinstance(pairs, list) else ())
+            if isinstance(pair, list) and [type(x) for x in pair] == [str, str]
+        }
+    asked = {question.text for question in now}
+    return [Question(text, answer, "") for text, answer in found.items() if text not in asked]
 
 
 class Notes:
