@@ -5,12 +5,40 @@ from pathlib import Path
 
 import pytest
 
-from nestlearn.experiments import closed_book, runner
+from nestlearn.experiments import closed_book, in_a_row, runner
 from nestlearn.learn import study
 from nestlearn.learn.questions import Question
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from commands import pretrained
+
+
+def test_pages_in_a_row_are_studied_by_one_memory_and_gone_on_with(tmp_path, monkeypatch):
+    pretrained(tmp_path / "model")
+    monkeypatch.setattr(study, "ask", lambda *_: [])
+    monkeypatch.setattr(closed_book, "SAID", 3)
+    options = {"data": str(tmp_path), "quick": True, "workers": 0, "progress": False,
+               "device": "cpu", "models": ["studied, earlier ones rehearsed"]}  # fmt: skip
+    told = []
+
+    def stop(*given):
+        told.append(given)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+        return [0.5, 0.25]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(in_a_row, "_right", stop)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run("in-a-row", tmp_path / "out", **options)
+    (notes,) = (tmp_path / "out").glob("*/right.json")
+    assert notes.read_text() == "[[0.5, 0.25]]"
+    text = runner.run("in-a-row", tmp_path / "out", **options)
+    assert "| studied, earlier ones rehearsed | 2 | " in text
+    after = runner.read_records(tmp_path / "out" / "results.json")[0].detail["after"]
+    assert after[0] == [0.5, 0.25]
+    assert len(after) == 2
+    assert (tmp_path / "out" / "in-a-row.png").is_file()
 
 
 def test_every_way_of_reading_is_asked_and_measured(tmp_path, monkeypatch):

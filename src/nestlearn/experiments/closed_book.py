@@ -46,19 +46,24 @@ FOUND, PASSAGE = 2, 200  # passages before a question, of about so many letters
 LORA_RATE, LORA_STEPS = 1e-3, 200  # of 2, 10, 50e-4 on the kinds developed on; a study's compute
 
 
-def grid(asked: Options) -> list[Cell]:
-    """A cell for each page and way of reading."""
-    folder = Path(asked.data or "")
-    files = sorted((folder / "model").glob("*.safetensors"))
+def fingerprint_of(asked: Options) -> str:
+    """The pretrained model's weights; ValueError where there are none."""
+    files = sorted((Path(asked.data or "") / "model").glob("*.safetensors"))
     if asked.data is None or not files:
         raise ValueError(f"--data {asked.data}: give a folder with a pretrained model in model/")
+    return fingerprint(files)
+
+
+def grid(asked: Options) -> list[Cell]:
+    """A cell for each page and way of reading."""
+    weights = fingerprint_of(asked)
     kinds = chosen(asked.only, tuple(KINDS), "kind")
     pages = asked.pick(QUICK_PAGES, PAGES)
     return [
         {
             "task": kinds[n % len(kinds)], "model": name, "page": n, "folder": asked.data,
             "setting": "kept apart" if kinds[n % len(kinds)] in HELD_OUT else "developed on",
-            "weights": fingerprint(files), "kinds": kinds, "pages": pages,
+            "weights": weights, "kinds": kinds, "pages": pages,
             "short": asked.quick,
         }
         for n in range(pages)
@@ -67,7 +72,7 @@ def grid(asked: Options) -> list[Cell]:
 
 
 @cache
-def _stacked(folder: Path, device: str, count: int = 2) -> tuple[Any, Any]:
+def loaded(folder: Path, device: str, count: int = 2) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nestlearn import DeltaLevel, stack_levels
@@ -83,7 +88,7 @@ def _elsewhere(folder: Path, device: str) -> dict[str, Tensor]:
     """Texts on which forgetting is measured: ids [N, T]."""
     from nestlearn.hf.anchor import Anchor
 
-    stacked, tokenizer = _stacked(folder, device)
+    stacked, tokenizer = loaded(folder, device)
     length = min(128, stacked.window - 1)
     found = {"own": Anchor.sampled(stacked, 16, length, seed=9).samples}
     if (file := folder / "wikitext2" / "test.txt").is_file():
@@ -103,10 +108,10 @@ def pages(cell: Cell) -> list[Document]:
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One page, read in one way, and every question about it."""
     from nestlearn.hf.lending import lend
-    from nestlearn.learn.questions import FROM_TEXT, decode, prompt
+    from nestlearn.learn.questions import FROM_TEXT
 
     folder, how = Path(cell["folder"]), ROWS[cell["model"]]
-    stacked, words_of = _stacked(folder, cell["device"], 1 if how == "study one" else 2)
+    stacked, words_of = loaded(folder, cell["device"], 1 if how == "study one" else 2)
     page = pages(cell)[cell["page"]]
     reader, size = stacked.base, 0.0
     weights: Any = {}
@@ -124,25 +129,33 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         else q.text
         for q in page.questions
     ]
+    answers = said(reader, words_of, asked, weights)
     elsewhere = _elsewhere(folder, cell["device"])
     with lend(weights):
-        said = decode(
-            reader, words_of, [prompt(words_of, text) for text in asked], SAID, "", _silent
-        )
         after = {name: _loss(reader, rows) for name, rows in elsewhere.items()}
     with lend({}):
         untouched = {name: _loss(stacked.base, rows) for name, rows in elsewhere.items()}
     right: dict[str, list[bool]] = {form: [] for form in FORMS}
-    for question, answer in zip(page.questions, said):
+    for question, answer in zip(page.questions, answers):
         right[question.form].append(closed_book.right(question, answer))
     shares = {form: sum(found) / len(found) for form, found in right.items() if found}
     return {
         "scores": {"direct": shares["direct"]}, "value": shares["direct"], "shares": shares,
         "cost": {name: loss - untouched[name] for name, loss in after.items()},
         "megabytes": size / 1e6, "seconds": round(seconds, 1), "operations": operations[0],
-        "answers": [[q.text, q.answer, a] for q, a in zip(page.questions, said)],
+        "answers": [[q.text, q.answer, a] for q, a in zip(page.questions, answers)],
         "headline": ", ".join(f"{form} {share:.2f}" for form, share in shares.items()),
     }  # fmt: skip
+
+
+def said(reader: Any, words_of: Any, asked: list[str], weights: Any) -> list[str]:
+    """The likeliest answers of a model that computes with these weights."""
+    from nestlearn.hf.lending import lend
+    from nestlearn.learn.questions import decode, prompt
+
+    with lend(weights):
+        prompts = [prompt(words_of, text) for text in asked]
+        return decode(reader, words_of, prompts, SAID, "", lambda *_: None)
 
 
 def _read(
@@ -233,10 +246,6 @@ def _counted(base: Any) -> Iterator[list[float]]:
         yield total
     finally:
         hook.remove()
-
-
-def _silent(*_: Any) -> None:
-    """Nobody is told."""
 
 
 def columns(records: Sequence[Record]) -> list[Column]:

@@ -1,0 +1,133 @@
+"""Pages studied one after the other by one memory: what of the first is left after the last?
+
+    nestlearn reproduce in-a-row --data FOLDER
+
+FOLDER as in `closed-book`. Every page is read, studied and asked about at once; after the last one
+all questions are asked again. A training that was killed goes on after its last page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nestlearn.disk import atomic_write
+from nestlearn.evals import Record, closed_book
+from nestlearn.evals.closed_book import DIRECT, HELD_OUT, PARAPHRASE
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.closed_book import fingerprint_of, loaded, pages, said
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.tables import Column, detail, mean, model
+
+ROWS = {"studied, earlier ones rehearsed": 4, "studied": 0}
+PAGES, QUICK_PAGES = 100, 2
+FORMS = (DIRECT, PARAPHRASE)
+
+
+def grid(asked: Options) -> list[Cell]:
+    """A cell for each way of studying."""
+    weights = fingerprint_of(asked)
+    return [
+        {
+            "task": "pages in a row", "model": name, "folder": asked.data, "weights": weights,
+            "kinds": HELD_OUT, "pages": asked.pick(QUICK_PAGES, PAGES),
+            "short": asked.quick, "out": str(asked.out.resolve()),
+        }
+        for name in chosen(asked.models, tuple(ROWS), "way of studying")
+    ]  # fmt: skip
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """All pages, by one memory."""
+    from nestlearn import Session
+    from nestlearn.learn import StudyConfig
+
+    base, words_of = loaded(Path(cell["folder"]), cell["device"])
+    rehearse = ROWS[cell["model"]]
+    place = Path(cell["out"]) / f"rehearse-{rehearse}-seed{cell['seed']}"
+    notes, every = place / "right.json", pages(cell)
+    after: list[list[float]] = json.loads(notes.read_text()) if notes.is_file() else []
+    short = {"questions": 1, "words": 1, "epochs": 1} if cell["short"] else {}
+    config = StudyConfig(**short, rehearse=rehearse, seed=cell["seed"])
+    session = Session(base, place / "memory", words_of)
+    for n, page in enumerate(every[len(after) :], len(after)):
+        tell(n / len(every), f"page {n + 1}")
+        session.learn(page.text)
+        session.study(page.text, replace(config, seed=n))
+        session.save()
+        after.append(_right(base, words_of, session, page))
+        atomic_write(notes, partial(Path.write_text, data=json.dumps(after), encoding="utf-8"))
+    last = [_right(base, words_of, session, page) for page in every]
+    learned, left = (sum(map(sum, found[: len(every) // 10 or 1])) for found in (after, last))
+    return {
+        "value": left / max(learned, 1e-9), "scores": {"left": left / max(learned, 1e-9)},
+        "after": after, "last": last, "pages": len(every),
+        "megabytes": sum(session.bytes.values()) / 1e6,
+        "headline": f"of the first pages {left:.2f} of {learned:.2f} left",
+    }  # fmt: skip
+
+
+def _right(base: Any, words_of: Any, session: Any, page: closed_book.Document) -> list[float]:
+    """The shares of right answers, direct and paraphrased, with the page away."""
+    asked = [q for q in page.questions if q.form in FORMS]
+    answers = said(base.base, words_of, [q.text for q in asked], base.weights(session.memory))
+    right = [(q.form, closed_book.right(q, a)) for q, a in zip(asked, answers)]
+    return [
+        sum(ok for form, ok in right if form == one) / sum(form == one for form, _ in right)
+        for one in FORMS
+    ]
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Right at once and at the end, of all pages and of the first tenth."""
+
+    def share(which: str, form: int, first: bool) -> Any:
+        def value(record: Record) -> float:
+            found = record.detail[which]
+            some = found[: max(1, len(found) // 10)] if first else found
+            return sum(page[form] for page in some) / len(some)
+
+        return value
+
+    return [
+        model("memory"), mean("pages", detail("pages"), digits=0),
+        *(
+            mean(f"{name}, {form}{', first tenth' if first else ''}",
+                 share(which, i, first), digits=2)
+            for first in (False, True)
+            for which, name in (("after", "at once"), ("last", "at the end"))
+            for i, form in enumerate(FORMS)
+        ),
+        mean("MB", detail("megabytes"), digits=1),
+    ]  # fmt: skip
+
+
+def figure(records: Sequence[Record], path: Path) -> None:
+    """The share of direct questions answered, by page, at once and at the end."""
+    panels = [
+        Panel(name, "page", "direct questions answered", {
+            r.model: (range(1, r.detail["pages"] + 1), [[page[0] for page in r.detail[which]]])
+            for r in records
+        })
+        for which, name in (("after", "at once"), ("last", "after the last page"))
+    ]  # fmt: skip
+    curves(panels, path, ylim=(0, 1))
+
+
+EXPERIMENT = Experiment(
+    name="in-a-row",
+    shows="a hundred pages studied by one memory: what is left of the first",
+    price=("~10 hours", "~50 minutes"),
+    takes=("models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    seeds=1,
+    columns=columns,
+    figure=figure,
+    sources=("hf", "learn", "evals/closed_book.py", "experiments/closed_book.py"),
+)
