@@ -174,9 +174,9 @@ def prompt(tokenizer: Any, words: str) -> list[int]:
 @torch.no_grad()
 def decode(
     base: Any, tokenizer: Any, prompts: Sequence[list[int]], tokens: int, what: str, tell: Tell,
-    *, seed: int | None = None,
+    *, seed: int | None = None, rows: int = ROWS,
 ) -> list[str]:  # fmt: skip
-    """What follows each prompt: the likeliest tokens, or with a seed samples.
+    """What follows each prompt, `rows` at once: the likeliest tokens, or with a seed samples.
 
     Prompts that begin alike, as with one passage, have that beginning read once.
     """
@@ -185,17 +185,17 @@ def decode(
     device = base.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed or 0)
-        for a in range(0, len(order), ROWS):
+        for a in range(0, len(order), rows):
             tell(what, a, len(order))
-            rows = order[a : a + ROWS]
-            ids, mask, cache = beside([prompts[i] for i in rows], base)
+            some = order[a : a + rows]
+            ids, mask, cache = beside([prompts[i] for i in some], base)
             begin = ids.shape[1]
             made = base.generate(
                 ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=tokens,
                 do_sample=seed is not None, pad_token_id=_pad(base),
                 **(SAMPLED if seed is not None else {}),
             )  # fmt: skip
-            for i, row in zip(rows, made[:, begin:].tolist()):
+            for i, row in zip(some, made[:, begin:].tolist()):
                 said[i] = tokenizer.decode(row, skip_special_tokens=True)
     return said
 
