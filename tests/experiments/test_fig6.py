@@ -1,0 +1,92 @@
+"""Classes that arrive in groups: the sets, and every row through the runner."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestlearn.evals import classes
+from nestlearn.experiments import fig6, runner
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from commands import DATA, pretrained
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of random weights, and two dozen classes as CLINC150 ships them."""
+    pretrained(tmp_path / "model")
+    (tmp_path / "clinc150").mkdir()
+    pairs = [
+        [f"text {n} of {c}", f"class_{c}"] for c in "abcdefghijklmnopqrstuvwx" for n in range(6)
+    ]
+    with gzip.open(tmp_path / "clinc150" / "data_full.json.gz", "wt", encoding="utf-8") as file:
+        json.dump({"train": pairs, "test": pairs}, file)
+    return tmp_path
+
+
+def test_classes_are_dealt_in_an_order_and_texts_are_not_shared(folder):
+    small = {"train": 4, "validation": 1, "test": 2}
+    every = classes.groups(folder, "CLINC150", 0, **small)
+    labels = [label for group in every for label in group.labels]
+    assert len(every) == 15
+    assert sorted(labels) == sorted(f"class {c}" for c in "abcdefghijklmnopqrstuvwx")
+    assert labels != [x for g in classes.groups(folder, "CLINC150", 1, **small) for x in g.labels]
+    assert every == classes.groups(folder, "CLINC150", 0, **small)
+    for group in every:
+        assert len(group.train) == 4 * len(group.labels)
+        assert not set(group.train) & set(group.validation)
+        assert {t.label for t in group.test} == set(group.labels)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        classes.groups(folder, "CLINC150", 0)
+
+
+@pytest.mark.skipif(not (DATA / "clinc150").is_dir(), reason="needs ../shared/data")
+@pytest.mark.parametrize(("name", "count"), [("CLINC150", 150), ("Banking77", 77), ("DBpedia", 14)])
+def test_the_published_sets_are_read(name, count):
+    every = classes.groups(DATA, name, 0, train=20)
+    assert sum(len(group.labels) for group in every) == count
+    assert all("_" not in label and label == label.lower() for g in every for label in g.labels)
+
+
+def test_every_row_learns_and_is_measured_after_every_group(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(fig6, "LABEL", 3)
+    text = runner.run(
+        "fig6", tmp_path / "out", data=str(folder), quick=True, workers=0, progress=False,
+        device="cpu", only=["CLINC150"],
+    )  # fmt: skip
+    for row in fig6.ROWS:
+        assert f"| CLINC150 | {row} | " in text
+    records = runner.read_records(tmp_path / "out" / "results.json")
+    assert all([len(row) for row in r.detail["matrix"]] == [1, 2] for r in records)
+    assert (tmp_path / "out" / "fig6.png").is_file()
+
+
+@pytest.mark.parametrize("how", ["adam", "ewc", "replay", "study", "levels", "depth", "joint"])
+def test_what_learns_says_the_class_of_what_it_learned(folder, how):
+    """Random weights and a large rate: the class of the last texts comes to stand first."""
+    torch.manual_seed(0)
+    learner = fig6.Learner(folder, "cpu", how, 0.5 if how in ("levels", "depth") else 3e-2, 0)
+    every = classes.groups(folder, "CLINC150", 0, train=4, validation=1, test=2, most=2)
+    group = every[0]
+    with torch.no_grad():
+        before = float(learner._loss({}, group.train))
+    for _ in range(6):
+        learner.learn(group)
+    with torch.no_grad():
+        after = float(learner._loss(learner.stacked.weights(learner.memory), group.train))
+    assert after < 0.9 * before
+    assert learner.bytes > 0
+
+
+@pytest.mark.parametrize(("kind", "dial"), [(fig6.Cosine, 1.0), (fig6.Probe, 0.1)])
+def test_frozen_classifiers_tell_classes_apart_that_differ(folder, kind, dial, monkeypatch):
+    monkeypatch.setattr(fig6, "EPOCHS", 30)
+    group = classes.groups(folder, "CLINC150", 0, train=4, validation=1, test=2, most=2)[1]
+    learner = kind(folder, "cpu", "", dial, 0)
+    learner.learn(group)
+    said = learner.said([text.text for text in group.train])
+    assert [text.label for text in group.train] == said
