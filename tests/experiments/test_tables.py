@@ -135,9 +135,14 @@ def test_an_earlier_form_of_results_is_put_aside(tmp_path):
 
 @pytest.mark.parametrize("name", ["table4", "table5", "mqar"])
 def test_records_of_before_are_read(name):
-    records = read_records(provenance.PACKAGE.parents[1] / "results" / name / "results.json")
+    results = provenance.PACKAGE.parents[1] / "results"
+    records = read_records(results / "earlier" / name / "results.json")
     assert len(records) > 50
     assert all(r.rule == "" and r.detail == {} for r in records)
+    now = read_records(results / name / "results.json")  # of one clean commit, three seeds a cell
+    assert {r.seed for r in now} == {0, 1, 2}
+    assert len({r.commit for r in now}) == 1
+    assert all("best" in r.rule and "dirty" not in r.commit for r in now)
 
 
 @pytest.mark.parametrize(
