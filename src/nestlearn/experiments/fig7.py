@@ -1,0 +1,188 @@
+"""Figure 7: questions about long texts: what do levels add to a window, how many, how slow?
+
+    nestlearn reproduce fig7 --data FOLDER
+
+FOLDER/model is a pretrained model with its tokenizer; beside it stand ruler_words/ and books/ (for
+MK-NIAH, RULER's multi-key needles, hidden in novels), qasper_subset/ (papers and questions) and
+lm_eval/pubmed_qa_labeled.jsonl.gz (questions about one of four abstracts, answered by yes, no or
+maybe). A text of up to LENGTH tokens is read by a stack in its window of WINDOW, and the question
+is asked with what is in the window still there. The step size is chosen on validation questions.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nestlearn.evals import Record, needles
+from nestlearn.evals.tasks import VALIDATION, stream
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.closed_book import fingerprint_of
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.tables import Column, at, mean, model
+
+LENGTH, WINDOW, SAID = 4096, 1024, 24
+RATES = (0.02, 0.1, 0.3)
+ROWS: dict[str, tuple[int, tuple[int, ...]]] = {  # window, chunks of the levels
+    "the text in context": (LENGTH + 512, ()),
+    "its last 1,024 tokens": (WINDOW, ()),
+    **{
+        f"{len(chunks)} level{'s' * (len(chunks) > 1)}: {', '.join(map(str, chunks))}": (
+            WINDOW, chunks,
+        )
+        for chunks in (
+            (512,), (64, 128), (64, 256), (64, 512), (64, 2048), (64, 256, 1024),
+            (32, 128, 512, 2048),
+        )
+    },
+}  # fmt: skip
+ASKED, QUICK_ASKED, VALIDATED = 100, 2, 20
+
+
+class Asked(NamedTuple):
+    """A text, a question about it, and what a right answer contains."""
+
+    text: str
+    question: str
+    answer: str
+
+
+@cache
+def _read(file: Path) -> str:
+    with gzip.open(file, "rt", encoding="utf-8") as opened:
+        return opened.read()
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _read(file).splitlines()]
+
+
+def _needles(folder: Path, count: Callable[[str], int], length: int, seed: int) -> list[Asked]:
+    words = needles.Words.read(folder / "ruler_words")
+    books = sorted((folder / "books").glob("*.txt.gz"))
+    told = _read(books[seed % len(books)]).split()[2000 : 2000 + length]  # a word, a token or more
+    found = needles.sample("MK-NIAH-1", length, words, count, seed, " ".join(told))
+    return [Asked(f"{found.before}\n{found.context}", found.question, found.answers[0])]
+
+
+def _papers(folder: Path, count: Callable[[str], int], length: int, seed: int) -> list[Asked]:
+    rows = _rows(folder / "qasper_subset" / "qasper_79papers.jsonl.gz")
+    row = rows[seed % len(rows)]
+    return [
+        Asked(row["text"], f"Question: {qa['question']}\nAnswer:", qa["answer"])
+        for qa in row["qas"]
+        if 0 < len(qa["answer"]) < 60
+    ]
+
+
+def _abstracts(folder: Path, count: Callable[[str], int], length: int, seed: int) -> list[Asked]:
+    rows = _rows(folder / "lm_eval" / "pubmed_qa_labeled.jsonl.gz")
+    some = [rows[(4 * seed + i) % len(rows)] for i in range(4)]
+    texts, questions = zip(*(row["context"].split("\nQuestion: ") for row in some))
+    which = seed % 4
+    question = f"Question: {questions[which]}"
+    return [Asked("\n\n".join(texts), question, some[which]["continuation"])]
+
+
+SETS = {"MK-NIAH": _needles, "QASPER": _papers, "PubMedQA": _abstracts}
+
+
+def questions(
+    folder: Path, name: str, count: Callable[[str], int], length: int, seed: int, most: int
+) -> list[Asked]:
+    """So many questions of a set, drawn by the seed."""
+    rng = stream(seed, "fig7", name)
+    found: list[Asked] = []
+    for number in rng.permutation(10_000).tolist():
+        found += SETS[name](folder, count, length, int(number))
+        if len(found) >= most:
+            break
+    return found[:most]
+
+
+def grid(asked: Options) -> list[Cell]:
+    """A cell for each set and row."""
+    weights = fingerprint_of(asked)
+    return [
+        {
+            "task": name, "model": row, "folder": asked.data, "weights": weights,
+            "count": asked.pick(QUICK_ASKED, ASKED), "length": asked.pick(400, LENGTH),
+        }
+        for name in chosen(asked.only, tuple(SETS), "set")
+        for row in chosen(asked.models, tuple(ROWS), "row")
+    ]  # fmt: skip
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Every question of a set, asked in one way."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nestlearn import DeltaLevel, stack_levels
+
+    folder, (window, chunks) = Path(cell["folder"]), ROWS[cell["model"]]
+    base: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    window = min(window, base.config.max_position_embeddings - SAID, cell["length"])
+    stacked = stack_levels(
+        base.to(cell["device"]),
+        [DeltaLevel(chunk, lr=cell["lr"], rule="gd") for chunk in chunks or (512,)],
+        rank=8, window=min(window, WINDOW), cache_dtype="bfloat16",
+    )  # fmt: skip
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def right(seed: int, most: int, name: str) -> list[float]:
+        asked = questions(
+            folder, cell["task"], lambda t: len(encode(t)), cell["length"], seed, most
+        )
+        found = []
+        for n, one in enumerate(asked):
+            tell(n / len(asked), name)
+            ids = encode(one.text)[: cell["length"]]
+            memory = stacked.init_memory(1)
+            if chunks:
+                read = torch.tensor([ids], device=stacked.lr[0].device)
+                memory = stacked.learn(read, memory)[1]
+            question = encode(f"\n{one.question}")
+            prompt = torch.tensor([(ids + question)[-window:]], device=stacked.lr[0].device)
+            made = stacked.generate(
+                prompt, memory, max_new_tokens=SAID, do_sample=False,
+                attention_mask=torch.ones_like(prompt), pad_token_id=0,
+            )  # fmt: skip
+            new = made[0, prompt.shape[1] :].tolist()
+            said = str(tokenizer.decode(new, skip_special_tokens=True))
+            found.append(float(one.answer.lower() in said.lower()))
+        return found
+
+    validated = min(VALIDATED, cell["count"])
+    return {
+        "value": 100 * statistics.fmean(right(cell["seed"] + VALIDATION, validated, "validation")),
+        "scores": {"accuracy": 100 * statistics.fmean(right(cell["seed"], cell["count"], "test"))},
+        "headline": cell["model"],
+    }  # fmt: skip
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Percent of questions answered, by set."""
+    return [model("memory"), *(mean(name, at(name), digits=1) for name in SETS)]
+
+
+EXPERIMENT = Experiment(
+    name="fig7",
+    shows="questions about long texts, by number and period of levels",
+    price=("~5 days", "~3 hours"),
+    takes=("seeds", "only", "models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=RATES,
+    columns=columns,
+    sources=("hf", "evals/needles.py"),
+)
