@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nestlearn import HopeConfig, HopeLM, Level, state
-from nestlearn.models.wavefront import PART, wavefront
+from nestlearn.models.wavefront import PART, _plain, fits, wavefront
 from nestlearn.options import Continuum, Titans
 
 SMALL = HopeConfig(
@@ -44,6 +44,15 @@ def test_parts_in_turn_equal_the_whole(part):
     found = _read(lambda x: wavefront(lm.blocks, x, begin.blocks, part), x, lm)
     for mine, expected in zip(found, _read(whole, x, lm), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_what_hooks_on_to_a_block_is_seen():
+    lm = HopeLM(SMALL)
+    assert all(map(_plain, lm.blocks))
+    lm.blocks[0].register_forward_pre_hook(lambda *_: None)
+    lm.blocks[1].forward = lm.blocks[1].forward  # as offloading does
+    assert list(map(_plain, lm.blocks)) == [False, False, True]
+    assert not fits(lm.blocks, torch.zeros(1, 3 * PART, 8), 2)  # not on a card
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")

@@ -1,7 +1,8 @@
 """Blocks side by side on a card: block l reads a part of the sequence while l + 1 reads the one
 before it. A step of one long sample is otherwise a chain of kernels too small for the card.
 
-It pays only where kernels need no Python to be launched, so only a CUDA graph is made this way.
+It pays where kernels need no Python to be launched, as in a CUDA graph; what warms up before one is
+done the same way.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ FULL = 64  # samples × heads of which a block's kernels fill a card by themselv
 
 
 def fits(blocks: Iterable[nn.Module], x: Tensor, heads: int) -> bool:
-    """Whether a graph is being captured of a few long samples, by memories of fixed size alone."""
+    """Whether a few long samples are read on a card, by memories of fixed size alone, and nothing
+    hooks on to a block (sharding and offloading count on one call of it, in their stream).
+    """
     return (
         x.is_cuda
         and x.shape[1] >= 2 * PART
         and x.shape[0] * heads < FULL
         and not torch.compiler.is_compiling()
-        and all(isinstance(block.mixer, Stepping) for block in blocks)
+        and all(isinstance(block.mixer, Stepping) and _plain(block) for block in blocks)
     )
+
+
+def _plain(block: nn.Module) -> bool:
+    hooked = block._forward_pre_hooks or block._forward_hooks or block._backward_hooks
+    return not hooked and "forward" not in vars(block)
 
 
 def wavefront(
