@@ -105,9 +105,12 @@ FORMS: dict[str, Form] = {
     "nestlearn reproduce closed-book --data FOLDER --only game --only ship --workers 2": Form(
         why="needs a pretrained model that follows instructions"
     ),
-    "nestlearn learn stacked/ --data diary.txt --memory mine --study": Form(
-        why="needs a pretrained model that follows instructions"
-    ),
+    **{
+        f"nestlearn learn stacked/ --data {file} --memory mine --study": Form(
+            why="needs a pretrained model that follows instructions"
+        )
+        for file in ("diary.txt", "docs/velmora.txt")
+    },
     **{
         f"nestlearn reproduce {name}": Form(reproduced(name))
         for name in (
