@@ -288,12 +288,13 @@ def test_a_text_is_read_and_then_studied(call, folder, monkeypatch):
         Question("what is under the mat", "the key", "the key is under the mat."),
     ]
     monkeypatch.setattr(study, "ask", lambda *_: asked)
+    monkeypatch.setattr(study, "by_name", lambda *_: [])
     out = folder / "stacked"
     assert call("stack", folder / "model", "--out", out, "--chunk", 8)[0] == 0
     learn = ("learn", out, "--data", folder / "text.txt", "--memory", "mine", "--study")
     code, _, said = call(*learn, "--questions", 2)
     assert code == 0, said
-    shown = re.search(r"Studied in \d+ seconds: 2 questions of its own, \d times\. (.+)", said)
+    shown = re.search(r"Studied in \d+ seconds: 2 questions, \d times\. (.+)", said)
     assert shown, said
     now, before = map(float, re.search(r"answers (\S+) nats [^,]+, (\S+) before", said).groups())
     assert now <= before

@@ -104,8 +104,8 @@ def study_text(
         say("Stopped before the first round was made.")
         return studied
     say(
-        f"Studied in {time.perf_counter() - begin:,.0f} seconds: {studied.questions:,} questions "
-        f"of its own, {studied.epochs:,} times. Without the text it answers {now:.3f} nats a token "
+        f"Studied in {time.perf_counter() - begin:,.0f} seconds: {studied.questions:,} questions"
+        f", {studied.epochs:,} times. Without the text it answers {now:.3f} nats a token "
         f"from what it said with it, {first:.3f} before."
     )
     if studied.rolled_back:
