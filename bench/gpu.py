@@ -82,6 +82,13 @@ def model(dim: int, heads: int, **changes: Any) -> HopeLM:
     return HopeLM(config)
 
 
+def side_by_side(dim: int, heads: int) -> HopeLM:
+    """A plain Hope whose blocks read parts of a long sample side by side."""
+    lm = model(dim, heads)
+    lm.side_by_side = True
+    return lm
+
+
 class Row(NamedTuple):
     """graph: replayed as one. compiled: after compile(). longest: left out beyond that length.
 
@@ -118,6 +125,8 @@ MODELS = {
     "Hope, static MLP, recomputed": Row(partial(STATIC, remat=True), longest=16384),
     "Hope, static MLP, segments": Row(STATIC, segment=2048),
     "Hope, static MLP, segments, compiled": Row(STATIC, compiled=True, segment=2048),
+    "Hope, segments of 16,384, compiled": Row(model, compiled=True, segment=16384),
+    "Hope, the same, side by side, segments": Row(side_by_side, compiled=True, segment=16384),
     "Hope": Row(model),
     "Hope, compiled": Row(model, compiled=True),
     "Hope, recomputed": Row(partial(model, remat=True)),

@@ -111,7 +111,10 @@ class HopeLM(nn.Module):
 
     embeds [B, T, dim]: what `embed` would say, in place of ids (None). output: "logits"; "hidden",
     the [B, T, dim] that the head reads; or "layers", the stream before each block and then that.
+    side_by_side: on a card blocks read parts of a few long samples side by side (`wavefront`).
     """
+
+    side_by_side = False
 
     def __init__(self, config: HopeConfig):
         super().__init__()
@@ -161,7 +164,8 @@ class HopeLM(nn.Module):
             return self._at_free_length(x, state, output)
         befores = [None] * len(self.blocks) if state is None else state.blocks
         layers: list[Tensor] = []
-        if output != "layers" and fits(self.blocks, x, self.config.heads):
+        asked = self.side_by_side and output != "layers"
+        if asked and fits(self.blocks, x, self.config.heads):
             x, states = wavefront(self.blocks, x, befores)
         else:
             states = []

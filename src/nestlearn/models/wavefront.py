@@ -1,8 +1,8 @@
 """Blocks side by side on a card: block l reads a part of the sequence while l + 1 reads the one
 before it. A step of one long sample is otherwise a chain of kernels too small for the card.
 
-It pays where kernels need no Python to be launched, as in a CUDA graph; what warms up before one is
-done the same way.
+Asked for by `HopeLM.side_by_side`. It is meant for CUDA graphs, whose kernels need no Python to be
+launched; its speed has not been measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FULL = 64  # samples × heads of which a block's kernels fill a card by themselv
 
 
 def fits(blocks: Iterable[nn.Module], x: Tensor, heads: int) -> bool:
-    """Whether a few long samples are read on a card, by memories of fixed size alone, and nothing
+    """Whether these are few long samples on a card, for memories of fixed size alone, and nothing
     hooks on to a block (sharding and offloading count on one call of it, in their stream).
     """
     return (
