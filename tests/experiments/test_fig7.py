@@ -57,6 +57,21 @@ def test_questions_of_the_published_sets(name):
     asked = fig7.questions(DATA, name, count, 1000, 0, 12)
     assert len(asked) == 12
     assert asked == fig7.questions(DATA, name, count, 1000, 0, 12)
+    validation = fig7.questions(DATA, name, count, 1000, 0, 12, validation=True)
+    assert len({one.question for one in asked}) == 12
+    assert not {one.text for one in asked} & {one.text for one in validation}
     assert all(one.text and one.question and one.answer for one in asked)
     if name == "MK-NIAH":
         assert all(one.answer in one.text for one in asked)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "so"),
+    [
+        ("no", " No, it does not.", True), ("no", " I do not know.", False), ("yes", "eyes", False),
+        ("maybe", "Yes, maybe.", False), ("1470 sentences", "It has 1470 sentences.", True),
+        ("1470 sentences", "11470 sentences", False), ("147", "1470", False),
+    ],
+)  # fmt: skip
+def test_an_answer_counts_as_whole_words(answer, said, so):
+    assert fig7.right(answer, said) == so

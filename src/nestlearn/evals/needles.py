@@ -2,7 +2,7 @@
 
 A needle says "One of the special magic numbers for KEY is: VALUE." Haystacks are a passage repeated
 ("noise"), a text of the caller's ("text", in place of RULER's essays, which are not open), or
-other needles. The construction is RULER's; TASK in `TASKS` says which.
+other needles. The construction is RULER's; `TASKS` says what each of its tasks hides where.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ FOLDER/model is a pretrained model with its tokenizer, as transformers saves it;
 clinc150/, banking77/ and dbpedia14/ (see `nestlearn.evals.classes`). A text is followed by "Class:"
 and the model names the class, among all that were seen; classifiers choose by its hidden states.
 Every row has one dial, of three values, chosen on validation texts of seed 0. A row's bytes are
-what it carries from group to group. All that trains reads every text of a group twice.
+what it carries from group to group. What trains by Adam reads every text of a group twice, levels
+read it once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     learner = kind(Path(cell["folder"]), cell["device"], how, cell["lr"], cell["seed"])
     if how == "joint":
         learner.learn(_together(every))
-    matrix, validation = [], 0.0
+    matrix = []
     for n, group in enumerate(every):
         tell(n / len(every), f"group {n + 1}")
         if how != "joint":
@@ -104,6 +105,8 @@ def _right(learner: Any, asked: Sequence[Text]) -> list[bool]:
 
 class Context(Reader):
     """Nothing is learned: examples of the classes, drawn evenly, stand before the question."""
+
+    rows = 32  # each has keys and values of all examples
 
     def __init__(self, *given: Any):
         super().__init__(*given)

@@ -20,11 +20,11 @@ WIDE = 256  # texts that are read side by side
 class Reader:
     """A pretrained model that reads texts and answers, and what a row makes of it.
 
-    ask: what stands before an answer. longest: tokens of one. bytes: what is carried from group to
-    group.
+    ask: what stands before an answer. longest: tokens of one. rows: that are answered side by side.
+    bytes: what is carried from group to group.
     """
 
-    ask, longest = "{text}\nClass:", 10
+    ask, longest, rows = "{text}\nClass:", 10, WIDE
     bytes = 0.0
 
     def __init__(self, folder: Path, device: str, how: str, dial: float, seed: int):
@@ -53,7 +53,9 @@ class Reader:
         """The first line that follows each prompt."""
         from nestlearn.learn.questions import decode
 
-        said = decode(self.base, self.words, prompts, self.longest, "", lambda *_: None, rows=WIDE)
+        said = decode(
+            self.base, self.words, prompts, self.longest, "", lambda *_: None, rows=self.rows
+        )
         return [text.split("\n")[0].strip() for text in said]
 
     @torch.no_grad()
@@ -162,13 +164,14 @@ class Learner(Reader):
                 adam.param_groups[0]["lr"] = self.dial * (1 - n / len(batches))
                 weights = self.stacked.effective({**fasts, level: leaves})
                 loss = self._loss(weights, some)
-                grads = torch.autograd.grad(loss, flat, retain_graph=True)
+                if self.how == "ewc":
+                    plain = torch.autograd.grad(loss, flat, retain_graph=True)
+                    for square, grad in zip(squares, plain):
+                        square += grad.square() / len(batches)
                 if before is not None:
                     loss = loss + self._apart(weights, held, before, n)
                 for (importance, place), w in zip(self.importance, flat):
                     loss = loss + EWC * (importance * (w - place).square()).sum()
-                for square, plain in zip(squares, grads):
-                    square += plain.square() / len(batches)
                 for w, grad in zip(flat, torch.autograd.grad(loss, flat)):
                     w.grad = grad
                 adam.step()
