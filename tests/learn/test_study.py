@@ -223,6 +223,14 @@ def test_the_history_says_what_can_be_rehearsed(tmp_path, scripted):
     assert {(q.text, q.answer, q.passage) for q in kept} == {(q.text, q.answer, "") for q in ASKED}
     assert study.earlier(history, ASKED) == []  # asked anew
     assert study.earlier([*history, {"what": "reset"}], []) == []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    two = session(memory=tmp_path / "other")
+    two.study(TEXT, QUICK, tell=stop)  # before a round was made: nothing was learned
+    assert two.history[-1]["stopped"]
+    assert study.earlier(two.history, []) == []
     forged = [{"what": "study", "asked": asked} for asked in (3, [3], [["a", 1]], [["a"]], None)]
     assert study.earlier(forged, []) == []
 

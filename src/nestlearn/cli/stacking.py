@@ -229,7 +229,7 @@ def learn(
     ] = False,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, help="With --study: how many it asks itself, at most (default: 64)."),
+        typer.Option(min=1, help="With --study: how many it asks itself, at most (default: 24)."),
     ] = None,
     device: Device = "auto",
 ) -> None:

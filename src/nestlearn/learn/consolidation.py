@@ -11,7 +11,7 @@ consolidation that the paper asks for: the slow level learns from what the fast 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ def consolidate(
     model: StackedModel, tokenizer: object, memory: StackMemory, questions: list[Question],
     ids: Tensor, config: StudyConfig, tell: Tell, each: Callable[[Epoch], bool], *,
     done: int = 0, drift: float | None = None, anchor: Anchor | None = None,
-    earlier: list[Question] | None = None,
+    earlier: Sequence[Question] = (),
 ) -> None:  # fmt: skip
     """Let a level of one stream's memory learn the answers, and the text's tokens ids [1, T].
 
@@ -130,8 +130,9 @@ def consolidate(
     apart = apart or mine
     held = anchor or _anchor(model, config)
     fasts = model.fasts(memory)
-    drawn = random.Random(config.seed).sample(earlier or [], min(len(earlier or []), EARLIER))
-    known = thoughts(model, tokenizer, drawn * (config.rehearse > 0), tell, model.effective(fasts))
+    drawn = random.Random(config.seed).sample(earlier, min(len(earlier), EARLIER))
+    drawn = drawn if config.rehearse else []
+    known = thoughts(model, tokenizer, drawn, tell, model.effective(fasts))
     leaves = _copies(fasts.get(i) or model.start(i, 1))
     flat = [w.requires_grad_() for factors in leaves for w in factors if w is not None]
     adam = torch.optim.Adam(flat, config.lr)
@@ -158,12 +159,7 @@ def consolidate(
                 )
                 now = weights()
                 old = [known[(step * config.rehearse + i) % len(known)] for i in range(least)]
-                loss = divergence(model, now, some + old)
-                if config.text and ids.shape[1] > 1:
-                    part = ids[:, _window(ids, model.window, step)]
-                    loss = loss + config.text * _next_tokens(model, now, part)
-                if held is not None and step % 2 == 0:  # as good as half of it in each step
-                    loss = loss + 2 * held.divergence(model, now, step // 2, 1)[0]
+                loss = _loss(model, now, some + old, ids, held, config.text, step)
                 # not backward(): the base model's own parameters may ask for gradients, too
                 for w, grad in zip(flat, torch.autograd.grad(loss, flat)):
                     w.grad = grad
@@ -176,6 +172,20 @@ def consolidate(
             ended = number == config.epochs or since == 2
             if not each(Epoch(number, kept, (first, best), ended)) or ended:
                 break
+
+
+def _loss(
+    model: StackedModel, weights: Weights, examples: list[Example], ids: Tensor,
+    held: Anchor | None, text: float, step: int,
+) -> Tensor:  # fmt: skip
+    """The divergence of a step's answers, the text's own tokens, and what the model is held to."""
+    loss = divergence(model, weights, examples)
+    if text and ids.shape[1] > 1:
+        part = ids[:, _window(ids, model.window, step)]
+        loss = loss + text * _next_tokens(model, weights, part)
+    if held is not None and step % 2 == 0:  # as good as half of it in each step
+        loss = loss + 2 * held.divergence(model, weights, step // 2, 1)[0]
+    return loss
 
 
 @torch.no_grad()

@@ -82,7 +82,8 @@ def study(
     studied = Studied(len(found), made, apart, held_out, reason, stopped)
     facts = studied._asdict() | {"apart": [None if math.isnan(x) else x for x in apart]}
     step = max(1, len(found) // KEPT)
-    asked = [[q.text, q.answer] for q in found[::step][:KEPT]] if reason is None else []
+    learned = reason is None and made > 0
+    asked = [[q.text, q.answer] for q in found[::step][:KEPT] if learned]
     session.note("study", source=source, begin=before.position, asked=asked, **facts)
     if notes is not None:
         session.save()
