@@ -19,7 +19,7 @@ from nestlearn.disk import atomic_write
 from nestlearn.evals import Record, closed_book
 from nestlearn.evals.closed_book import DIRECT, HELD_OUT, PARAPHRASE
 from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.closed_book import fingerprint_of, loaded, pages, said
+from nestlearn.experiments.closed_book import fingerprint_of, loaded, said
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.figures import Panel, curves
 from nestlearn.experiments.tables import Column, detail, mean, model
@@ -35,7 +35,7 @@ def grid(asked: Options) -> list[Cell]:
     return [
         {
             "task": "pages in a row", "model": name, "folder": asked.data, "weights": weights,
-            "kinds": HELD_OUT, "pages": asked.pick(QUICK_PAGES, PAGES),
+            "pages": asked.pick(QUICK_PAGES, PAGES),
             "short": asked.quick, "out": str(asked.out.resolve()),
         }
         for name in chosen(asked.models, tuple(ROWS), "way of studying")
@@ -50,7 +50,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     base, words_of = loaded(Path(cell["folder"]), cell["device"])
     rehearse = ROWS[cell["model"]]
     place = Path(cell["out"]) / f"rehearse-{rehearse}-seed{cell['seed']}"
-    notes, every = place / "right.json", pages(cell)
+    notes = place / "right.json"
+    every = closed_book.documents(HELD_OUT, cell["pages"], cell["seed"] + 1)  # no two of one name
     after: list[list[float]] = json.loads(notes.read_text()) if notes.is_file() else []
     short = {"questions": 1, "words": 1, "epochs": 1} if cell["short"] else {}
     config = StudyConfig(**short, rehearse=rehearse, seed=cell["seed"])
