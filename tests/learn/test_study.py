@@ -134,7 +134,8 @@ def test_every_sentence_is_asked_about_by_its_rarest_words_and_by_name():
     assert [q.answer for q in asked] == [s for s in questions.sentences(text) for _ in range(2)]
     assert all("Toririth" in q.text and q.passage == text for q in asked)
     for question, word in zip(asked, ("lake", "town", "cheese", "grow", "small", "town")):
-        assert word in question.text
+        ways = {question.text, *question.ways}
+        assert ways == {form.format(word=word, name="Toririth") for form in questions.BY_NAME}
     assert questions.by_name(Words(), text, 0) == []
     assert questions.topic(Words(), "nothing is named") == "nothing"
     assert questions.by_name(Words(), "…", 3) == []
@@ -149,7 +150,7 @@ def test_thoughts_and_divergence_are_those_of_single_readings():
     apart = []
     for question, example in zip(ASKED, examples, strict=True):
         shown = questions.FROM_TEXT.format(text=question.passage, question=question.text)
-        rows = [questions.prompt(words, shown), example.prompt]
+        rows = [questions.prompt(words, shown), example.asked[0]]
         n = len(example.answer)
         with torch.no_grad():
             thought, now = (
@@ -386,6 +387,25 @@ def test_a_text_of_one_token_has_no_next_ones(scripted):
     assert done.apart[1] < done.apart[0]
 
 
+def test_a_question_is_asked_in_another_way_each_round(monkeypatch):
+    """The answer and what is thought of it stay; a round's questions are all asked in one way."""
+    way = ("where do I find the key?", "which thing is under the mat?")
+    (example,) = consolidation.thoughts(
+        stacked(), session().tokenizer, [ASKED[0]._replace(ways=way)], silent
+    )
+    words = session().tokenizer
+    brief = questions.BRIEF
+    assert example.asked == [
+        questions.prompt(words, text) for text in (ASKED[0].text, way[0] + brief, way[1])
+    ]
+    read = []
+    monkeypatch.setattr(consolidation, "beside", lambda asked, *rest: read.append(asked) or 1 / 0)
+    for turn in range(4):
+        with pytest.raises(ZeroDivisionError):
+            consolidation.divergence(stacked(), {}, [example], turn)
+    assert read == [[example.asked[turn % 3]] for turn in range(4)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_divergence_in_every_family(family):
     """Rows of different lengths, padded in front, are read as each alone."""
@@ -394,7 +414,7 @@ def test_divergence_in_every_family(family):
     for n in (2, 6, 9):
         ids = tokens(1, n + 3, seed=n)[0].tolist()
         thought = torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).log_softmax(-1)
-        examples.append(consolidation.Example(ids[:n], ids[n:], thought.half()))
+        examples.append(consolidation.Example([ids[:n]], ids[n:], thought.half()))
     with torch.no_grad():
         alone = [float(consolidation.divergence(model, {}, [e])) for e in examples]
         together = float(consolidation.divergence(model, {}, examples))

@@ -71,11 +71,11 @@ class StudyConfig:
 
 
 class Example(NamedTuple):
-    """A question without the text as ids, the answer's ids, and what the model thought of each of
-    them with the text before it: log-probabilities [N, V], in half precision.
+    """The ways to ask a question without the text as ids, the answer's ids, and what the model
+    thought of each of these with the text before it: log-probabilities [N, V], in half precision.
     """
 
-    prompt: list[int]
+    asked: list[list[int]]
     answer: list[int]
     thought: Tensor
 
@@ -159,7 +159,7 @@ def consolidate(
                 )
                 now = weights()
                 old = [known[(step * config.rehearse + i) % len(known)] for i in range(least)]
-                loss = _loss(model, now, some + old, ids, held, config.text, step)
+                loss = _loss(model, now, some + old, ids, held, config, step, number)
                 # not backward(): the base model's own parameters may ask for gradients, too
                 for w, grad in zip(flat, torch.autograd.grad(loss, flat)):
                     w.grad = grad
@@ -176,13 +176,13 @@ def consolidate(
 
 def _loss(
     model: StackedModel, weights: Weights, examples: list[Example], ids: Tensor,
-    held: Anchor | None, text: float, step: int,
+    held: Anchor | None, config: StudyConfig, step: int, number: int,
 ) -> Tensor:  # fmt: skip
     """The divergence of a step's answers, the text's own tokens, and what the model is held to."""
-    loss = divergence(model, weights, examples)
-    if text and ids.shape[1] > 1:
+    loss = divergence(model, weights, examples, config.seed + number)
+    if config.text and ids.shape[1] > 1:
         part = ids[:, _window(ids, model.window, step)]
-        loss = loss + text * _next_tokens(model, weights, part)
+        loss = loss + config.text * _next_tokens(model, weights, part)
     if held is not None and step % 2 == 0:  # as good as half of it in each step
         loss = loss + 2 * held.divergence(model, weights, step // 2, 1)[0]
     return loss
@@ -216,10 +216,10 @@ def thoughts(
             )  # fmt: skip
             for row, (i, answer) in enumerate(zip(some, answers)):
                 logits = wide(out.logits[row, -len(answer) - 1 : -1])
-                # asked now with, now without being told to be brief
-                brief = BRIEF * (i % 2 and bool(questions[i].passage))
-                thought = logits.log_softmax(-1).half()
-                found[i] = Example(prompt(tokenizer, questions[i].text + brief), answer, thought)
+                found[i] = Example(
+                    [prompt(tokenizer, words) for words in _untold(questions[i], i)],
+                    answer, logits.log_softmax(-1).half(),
+                )  # fmt: skip
     return [found[i] for i in range(len(questions))]
 
 
@@ -229,12 +229,22 @@ def _told(question: Question) -> str:
     return FROM_TEXT.format(text=question.passage, question=question.text)
 
 
-def divergence(model: StackedModel, weights: Weights, examples: list[Example]) -> Tensor:
-    """KL(with the text ‖ without it) in nats a token, the mean over the answers."""
+def _untold(question: Question, i: int) -> list[str]:
+    """The ways to ask it, now with, now without being told to be brief."""
+    brief = BRIEF * bool(question.passage)
+    return [w + brief * ((i + n) % 2) for n, w in enumerate((question.text, *question.ways))]
+
+
+def divergence(
+    model: StackedModel, weights: Weights, examples: list[Example], turn: int = 0
+) -> Tensor:
+    """KL(with the text ‖ without it) in nats a token, the mean over the answers; asked in another
+    way each turn.
+    """
     longest = max(len(e.answer) for e in examples)
     with lend(weights):
         ids, mask, cache = beside(
-            [e.prompt for e in examples], model.base, [e.answer for e in examples]
+            [_asked(e, turn) for e in examples], model.base, [e.answer for e in examples]
         )
         read = cache.get_seq_length()
         out = model.base(
@@ -266,11 +276,15 @@ def _next_tokens(model: StackedModel, weights: Weights, ids: Tensor) -> Tensor:
 def _batches(examples: list[Example], size: int, seed: int) -> list[list[Example]]:
     """In another order for each seed, those of about one length together: padding costs."""
     rng = random.Random(seed)
-    length = {id(e): len(e.prompt) + len(e.answer) + rng.uniform(0, 8) for e in examples}
+    length = {id(e): len(_asked(e, seed)) + len(e.answer) + rng.uniform(0, 8) for e in examples}
     order = sorted(examples, key=lambda e: length[id(e)])
     batches = [order[a : a + size] for a in range(0, len(order), size)]
     rng.shuffle(batches)
     return batches
+
+
+def _asked(example: Example, turn: int) -> list[int]:
+    return example.asked[turn % len(example.asked)]
 
 
 def _copies(fast: Fast) -> Fast:

@@ -49,12 +49,13 @@ Tell = Callable[[str, int, int], None]  # what is being done, how much is done, 
 
 class Question(NamedTuple):
     """A question about a passage, and its answer: what the model says with the passage before it,
-    or a sentence of the passage.
+    or a sentence of the passage. ways: to ask the same in other words.
     """
 
     text: str
     answer: str
     passage: str
+    ways: tuple[str, ...] = ()
 
 
 def passages(text: str, size: int = PASSAGE) -> list[str]:
@@ -118,8 +119,10 @@ def by_name(tokenizer: Any, text: str, count: int) -> list[Question]:
         name = topic(tokenizer, passage)
         for sentence in sentences(passage):
             for word in _rarest(tokenizer, sentence, name, count):
-                form = BY_NAME[len(found) % len(BY_NAME)]
-                found.append(Question(form.format(word=word, name=name), sentence, passage))
+                ways = [form.format(word=word, name=name) for form in BY_NAME]
+                first = len(found) % len(ways)
+                asked, *others = ways[first:] + ways[:first]
+                found.append(Question(asked, sentence, passage, tuple(others)))
     return found
 
 

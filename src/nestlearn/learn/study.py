@@ -124,10 +124,11 @@ class Notes:
             body = json.loads(file.read_text(encoding="utf-8"))
             same = {name: body[name] for name in key} == json.loads(json.dumps(key))
             rows, done = body["questions"], body["done"]
-            whole = all(len(row) == 3 and all(isinstance(x, str) for x in row) for row in rows)
+            found = [Question(a, b, c, tuple(ways)) for a, b, c, ways in rows]
+            whole = all(isinstance(x, str) for q in found for x in (*q[:3], *q.ways))
             if same and whole and type(done) is int and 0 <= done < config.epochs:
-                return cls(file, key, [Question(*row) for row in rows], done)
-        except (OSError, ValueError, KeyError, TypeError):  # none, of another study, or damaged
+                return cls(file, key, found, done)
+        except (OSError, LookupError, TypeError, ValueError):  # none, of another study, or damaged
             pass
         return cls(file, key, [], 0)
 
