@@ -28,6 +28,7 @@ from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.provenance import fingerprint
+from nestlearn.experiments.retrieval import BM25
 from nestlearn.experiments.tables import Column, detail, mean, model, words
 
 ROWS = {
@@ -124,7 +125,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         elif how.startswith(("learn", "study")):
             weights, size = _read(stacked, words_of, page.text, how, cell, tell)
     seconds = time.perf_counter() - began
-    finds: Callable[[str], str] = _Retrieval(cell) if how == "retrieval" else lambda _: page.text
+    finds: Callable[[str], str] = _retrieval(cell) if how == "retrieval" else lambda _: page.text
     asked = [
         FROM_TEXT.format(text=finds(q.text), question=q.text)
         if how in ("context", "retrieval")
@@ -203,25 +204,13 @@ def _lora(words_of: Any, text: str, cell: Cell, tell: Tell, rank: int = 8) -> tu
     return reader.eval(), sum(p.numel() * p.element_size() for p in mine)
 
 
-class _Retrieval:
-    """The passages of all pages that BM25 finds for a question."""
+def _retrieval(cell: Cell) -> Callable[[str], str]:
+    """What finds the passages of all pages that are most like a question."""
+    from nestlearn.learn.questions import passages
 
-    def __init__(self, cell: Cell):
-        import bm25s
-
-        from nestlearn.learn.questions import passages
-
-        self.passages = [part for page in pages(cell) for part in passages(page.text, PASSAGE)]
-        self.library, self.index = bm25s, bm25s.BM25()
-        self.index.index(self._words(self.passages), show_progress=False)
-
-    def _words(self, texts: list[str]) -> Any:
-        return self.library.tokenize(texts, stopwords="en", show_progress=False)
-
-    def __call__(self, question: str) -> str:
-        most = min(FOUND, len(self.passages))
-        places, _ = self.index.retrieve(self._words([question]), k=most, show_progress=False)
-        return "\n".join(self.passages[i] for i in sorted(places[0].tolist()))
+    parts = [part for page in pages(cell) for part in passages(page.text, PASSAGE)]
+    index = BM25(parts, "en")
+    return lambda question: "\n".join(parts[i] for i in sorted(index.like(question, FOUND)))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.closed_book import fingerprint_of
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.learners import Learner, Reader
+from nestlearn.experiments.retrieval import BM25
 from nestlearn.experiments.tables import Column, detail, mean, metric, model, words
 
 LANGUAGES = {"Teop": "teop", "Kalamang": "kalamang"}
@@ -81,24 +82,16 @@ class InContext(Reader):
         self.bytes += float(sum(len(f"{t.text}{t.label}".encode()) for t in told.group.train))
 
     def said(self, texts: Sequence[str]) -> list[str]:
-        import bm25s
-
         meant = {a.lower(): b for told in self.of for a, b in told.listed}
         pairs = [t for told in self.of for t in told.group.train if " " in t.text]
-        index = bm25s.BM25()
-        index.index(
-            bm25s.tokenize([t.text for t in pairs], stopwords=None, show_progress=False),
-            show_progress=False,
-        )
+        index = BM25([t.text for t in pairs])
         prompts = []
         for text in texts:
-            asked = bm25s.tokenize([text], stopwords=None, show_progress=False)
-            most = min(int(self.dial), len(pairs))
-            places, _ = index.retrieve(asked, k=most, show_progress=False)
             known = [(w, meant[w.lower()]) for w in text.strip(".!?").split() if w.lower() in meant]
             before = "".join(f"{a}: {b}\n" for a, b in known)
             before += "".join(
-                f"{self.ask.format(text=pairs[i].text)} {pairs[i].label}\n\n" for i in places[0]
+                f"{self.ask.format(text=pairs[i].text)} {pairs[i].label}\n\n"
+                for i in index.like(text, int(self.dial))
             )
             prompts.append(self.encode(before + self.ask.format(text=text)))
         return self.decoded(prompts)

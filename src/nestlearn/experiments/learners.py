@@ -94,7 +94,7 @@ class Learner(Reader):
 
         super().__init__(*given)
         rate = self.dial if self.how in ("levels", "depth") else 0.1
-        levels = [DeltaLevel(chunk, lr=rate, rule="gd") for chunk in (64, 512)]
+        levels = [DeltaLevel(chunk, lr=rate, rule="gd") for chunk in (256, 1024)]
         spread = "depth" if self.how == "depth" else "block"
         self.stacked = stack_levels(
             self.base, levels, rank=RANK, window=256, spread=spread, cache_dtype="bfloat16"
