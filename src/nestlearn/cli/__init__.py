@@ -10,20 +10,33 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from nestlearn.cli import commands, memory_commands, stacking
 from nestlearn.cli.commands import say as _say
+from nestlearn.cli.options import (
+    AnyDevice,
+    Batch,
+    ChannelName,
+    DtypeName,
+    Length,
+    MixerName,
+    Rate,
+    Resume,
+    RunFolder,
+    Seed,
+    Size,
+    Steps,
+    TokenizerFile,
+    TrainingText,
+    Windows,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from nestlearn.train import Corpus
-
-Mixer = Literal["hope", "attention", "titans", "deltanet", "linear"]
-Channel = Literal["cms", "mlp"]
-Dtype = Literal["float32", "bfloat16"]
 
 app = typer.Typer(
     name="nestlearn",
@@ -121,75 +134,21 @@ def quickstart(
 
 @app.command()
 def train(
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help="A text file or a folder of them (.gz too); repeat the option for more.",
-            rich_help_panel="Data and place",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="The run's folder: log, loss.png, checkpoints/ and the finished model/.",
-            rich_help_panel="Data and place",
-        ),
-    ],
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on from the newest whole checkpoint in --out: the same command again.",
-            rich_help_panel="Data and place",
-        ),
-    ] = False,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="A tokenizer.json; without it every byte is a token.",
-            rich_help_panel="Data and place",
-        ),
-    ] = None,
-    size: Annotated[
-        str, typer.Option(help="tiny, small, ...: width and depth.", rich_help_panel="Model")
-    ] = "tiny",
-    mixer: Annotated[
-        Mixer, typer.Option(help="What mixes tokens along time.", rich_help_panel="Model")
-    ] = "hope",
-    channel: Annotated[
-        Channel,
-        typer.Option(
-            help="What follows it: a continuum memory (cms) or a plain MLP.",
-            rich_help_panel="Model",
-        ),
-    ] = "cms",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel="Training")] = 500,
-    batch: Annotated[int, typer.Option(help="Windows per step.", rich_help_panel="Training")] = 8,
-    length: Annotated[
-        int, typer.Option(help="Tokens per window.", rich_help_panel="Training")
-    ] = 256,
-    stream: Annotated[
-        int,
-        typer.Option(
-            help=(
-                "Windows that one stream of text goes on for, with its memory carried from step "
-                "to step; 1: every window starts anew. For texts much longer than a window."
-            ),
-            rich_help_panel="Training",
-        ),
-    ] = 1,
-    lr: Annotated[
-        float, typer.Option(help="The peak learning rate.", rich_help_panel="Training")
-    ] = 3e-3,
-    seed: Annotated[
-        int, typer.Option(help="Of weights, batches and split.", rich_help_panel="Training")
-    ] = 0,
-    dtype: Annotated[
-        Dtype, typer.Option(help="bfloat16 is autocast.", rich_help_panel="Training")
-    ] = "float32",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps", rich_help_panel="Training")
-    ] = "auto",
+    data: TrainingText,
+    out: RunFolder,
+    resume: Resume = False,
+    tokenizer: TokenizerFile = None,
+    size: Size = "tiny",
+    mixer: MixerName = "hope",
+    channel: ChannelName = "cms",
+    steps: Steps = 500,
+    batch: Batch = 8,
+    length: Length = 256,
+    stream: Windows = 1,
+    lr: Rate = 3e-3,
+    seed: Seed = 0,
+    dtype: DtypeName = "float32",
+    device: AnyDevice = "auto",
 ) -> None:
     """Train a model on text.
 

@@ -12,6 +12,26 @@ import typer
 from typer.core import TyperGroup
 
 from nestlearn.cli.commands import say
+from nestlearn.cli.options import (
+    AnchorStrength,
+    Chunks,
+    Drift,
+    Keep,
+    Layers,
+    OldTokenizer,
+    Pretrained,
+    Questions,
+    Rank,
+    Rates,
+    RuleName,
+    Spread,
+    StackFolder,
+    Study,
+    Tokens,
+    Tolerance,
+    VariantName,
+    Window,
+)  # fmt: skip
 from nestlearn.cli.stacked import encode, open_session, place, pretrained, words_of
 
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="A stacked model's folder.")]
@@ -42,63 +62,17 @@ stack = typer.Typer(
 
 @stack.command("new")
 def stack_new(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A Hugging Face model, by its name or folder; a .gguf file (it needs the package "
-            "gguf); or a llama2.c checkpoint (.bin).",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="The new folder for the stacked model.")],
-    chunk: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Tokens between two updates of a level; once for each level."),
-    ] = None,
-    lr: Annotated[
-        list[float] | None,
-        typer.Option(
-            min=0.0,
-            help="Step size: one for all levels, or one for each (default: 0.05).",
-        ),
-    ] = None,
-    rule: Annotated[
-        Literal["gd", "momentum", "dgd"], typer.Option(help="How the levels step.")
-    ] = "gd",
-    variant: Annotated[
-        Literal["sequential", "nested", "independent"],
-        typer.Option(
-            help="What a slower level's end brings: it takes over what the faster one learned; "
-            "the faster one starts again; nothing."
-        ),
-    ] = "sequential",
-    spread: Annotated[
-        Literal["block", "depth"],
-        typer.Option(help="All levels in every block, or the blocks shared out among them."),
-    ] = "block",
-    layer: Annotated[
-        list[int] | None, typer.Option(help="Only this block; repeat for more (default: all).")
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Rank of what is learned; 0: full. Default: full below 50 million parameters, "
-            "then 4. A full memory is up to three times as large as the MLPs; one of rank 4, "
-            "with its context, takes at most 20 MB for 135 million parameters.",
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens read at once. Default: at most 1,024; from 50 million parameters on 448, "
-            "and their keys and values are kept in bfloat16.",
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.bin of a llama2.c checkpoint.")
-    ] = None,
+    model: Pretrained,
+    out: StackFolder,
+    chunk: Chunks = None,
+    lr: Rates = None,
+    rule: RuleName = "gd",
+    variant: VariantName = "sequential",
+    spread: Spread = "block",
+    layer: Layers = None,
+    rank: Rank = None,
+    window: Window = None,
+    tokenizer: OldTokenizer = None,
 ) -> None:
     """Make a stacked model of a pretrained one (the default command: `new` may be left out).
 
@@ -196,41 +170,13 @@ def learn(
     folder: Dir,
     data: Data,
     memory: MemoryName,
-    tokens: Annotated[
-        int | None, typer.Option(min=2, help="Read so many tokens of the text only.")
-    ] = None,
-    keep: Annotated[
-        list[Path] | None,
-        typer.Option(help="Texts to measure forgetting on (default: the model's own samples)."),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Take back what makes --keep worse by more than this share."),
-    ] = None,
-    drift: Annotated[
-        float | None,
-        typer.Option(help="Largest size of a level, as a share of the pretrained weights."),
-    ] = None,
-    anchor: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="Hold the model to its own samples, so strongly (try 4): "
-            "it forgets far less, and reads about three times slower.",
-        ),
-    ] = 0.0,
-    study: Annotated[
-        bool,
-        typer.Option(
-            "--study",
-            help="Then let it ask itself what the text says, answer, and learn the answers: for "
-            "models that follow instructions; minutes for a page on two cores.",
-        ),
-    ] = False,
-    questions: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --study: how many it asks itself, at most (default: 24)."),
-    ] = None,
+    tokens: Tokens = None,
+    keep: Keep = None,
+    tolerance: Tolerance = None,
+    drift: Drift = None,
+    anchor: AnchorStrength = 0.0,
+    study: Study = False,
+    questions: Questions = None,
     device: Device = "auto",
 ) -> None:
     """Read a text, learn from it, and remember it under a name.

@@ -55,7 +55,8 @@ class Anchor:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             drawn = model.generate(
-                asked, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=first,
+                asked, attention_mask=torch.ones_like(asked),  # none of it is padding
+                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=first,
                 max_new_tokens=length - 1, min_new_tokens=length - 1,
             )  # fmt: skip
         return cls(drawn, strength, rows)

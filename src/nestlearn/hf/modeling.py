@@ -131,24 +131,15 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         return {name: inputs[name] for name in taken if name in inputs}
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cache: HopeCache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        past_key_values: HopeCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        cache_position: Tensor | None = None,
-        **more: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        cache: HopeCache | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None, num_items_in_batch: Tensor | int | None = None,
+        past_key_values: HopeCache | None = None, inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None, token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        cache_position: Tensor | None = None, **more: Any,
+    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
         """Read input_ids [B, T] after what the cache has read: logits [B, T, vocab_size].
 
         attention_mask [B, ≥ T]: 0 where a token is padding, on any side; its last T columns are of

@@ -123,55 +123,73 @@ def consolidate(
             "the model found no question that the text answers: give a longer text, more "
             "questions, or a model that follows instructions"
         )
-    i = level_of(model, config.level)
-    examples = thoughts(model, tokenizer, questions, tell)
-    apart = examples[:: round(1 / config.held_out)] if config.held_out else []
-    mine = [e for e in examples if not any(e is other for other in apart)] or examples
-    apart = apart or mine
+    mine, apart = _parted(thoughts(model, tokenizer, questions, tell), config.held_out)
     held = anchor or _anchor(model, config)
-    fasts = model.fasts(memory)
     drawn = random.Random(config.seed).sample(earlier, min(len(earlier), EARLIER))
-    drawn = drawn if config.rehearse else []
-    known = thoughts(model, tokenizer, drawn, tell, model.effective(fasts))
-    leaves = _copies(fasts.get(i) or model.start(i, 1))
-    flat = [w.requires_grad_() for factors in leaves for w in factors if w is not None]
-    adam = torch.optim.Adam(flat, config.lr)
+    pupil = _Pupil(model, memory, config, drift)
+    known = thoughts(model, tokenizer, drawn if config.rehearse else [], tell, pupil.weights())
     least = min(config.rehearse, len(known))
     per_round = -(-len(mine) // config.batch)
     steps, step = per_round * config.epochs, per_round * done
-    bound = model.pace(i, drift).bound
-
-    def written() -> StackMemory:
-        fast = tuple(limit(factors, high) for factors, high in zip(_copies(leaves), bound))
-        level = memory.levels[i]
-        level = level._replace(fast=fast, velocity=(), writes=level.writes + 1)
-        return memory._replace(levels=(*memory.levels[:i], level, *memory.levels[i + 1 :]))
-
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model.base):
-        weights = lambda: model.effective({**fasts, i: leaves})  # noqa: E731
-        first = best = _mean(model, weights(), apart)
+        first = best = _mean(model, pupil.weights(), apart)
         kept, since = memory, 0
         for number in range(done + 1, config.epochs + 1):
             for some in _batches(mine, config.batch, config.seed + number):
                 tell("studying", step, steps)
-                adam.param_groups[0]["lr"] = (
-                    config.lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
-                )
-                now = weights()
-                old = [known[(step * config.rehearse + i) % len(known)] for i in range(least)]
-                loss = _loss(model, now, some + old, ids, held, config, step, number)
-                # not backward(): the base model's own parameters may ask for gradients, too
-                for w, grad in zip(flat, torch.autograd.grad(loss, flat)):
-                    w.grad = grad
-                adam.step()
+                old = [known[(step * least + n) % len(known)] for n in range(least)]
+                loss = _loss(model, pupil.weights(), some + old, ids, held, config, step, number)
+                pupil.move(loss, min(1, (step + 1) / WARMUP) * (1 - step / steps))
                 step += 1
-            value = _mean(model, weights(), apart)
+            value = _mean(model, pupil.weights(), apart)
             since = 0 if value < best else since + 1
             if value < best:
-                best, kept = value, written()
+                best, kept = value, pupil.memory()
             ended = number == config.epochs or since == 2
             if not each(Epoch(number, kept, (first, best), ended)) or ended:
                 break
+
+
+class _Pupil:
+    """The level of a memory that learns: its factors, moved by Adam."""
+
+    def __init__(
+        self, model: StackedModel, before: StackMemory, config: StudyConfig, drift: float | None
+    ):
+        self.model, self.before = model, before
+        self.level, self.lr = level_of(model, config.level), config.lr
+        self.others = model.fasts(before)
+        self.fast = _copies(self.others.get(self.level) or model.start(self.level, 1))
+        self.flat = [w.requires_grad_() for pair in self.fast for w in pair if w is not None]
+        self.adam = torch.optim.Adam(self.flat, config.lr)
+        self.bound = model.pace(self.level, drift).bound
+
+    def weights(self) -> Weights:
+        """Of all levels, as they are now."""
+        return self.model.effective({**self.others, self.level: self.fast})
+
+    def move(self, loss: Tensor, share: float) -> None:
+        """A step of so much of the rate."""
+        self.adam.param_groups[0]["lr"] = self.lr * share
+        # not backward(): the base model's own parameters may ask for gradients, too
+        for w, grad in zip(self.flat, torch.autograd.grad(loss, self.flat)):
+            w.grad = grad
+        self.adam.step()
+
+    def memory(self) -> StackMemory:
+        """A copy of the memory as it is now, within its bounds."""
+        fast = tuple(limit(pair, high) for pair, high in zip(_copies(self.fast), self.bound))
+        i, levels = self.level, self.before.levels
+        level = levels[i]._replace(fast=fast, velocity=(), writes=levels[i].writes + 1)
+        return self.before._replace(levels=(*levels[:i], level, *levels[i + 1 :]))
+
+
+def _parted(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Those to learn from, and a share apart to measure by; the same where too few are there."""
+    every = round(1 / share) if share else 0
+    mine = [e for n, e in enumerate(examples) if not every or n % every]
+    apart = examples[::every] if every else mine
+    return mine or examples, apart
 
 
 def _loss(

@@ -31,16 +31,10 @@ from nestlearn.train.terminal import Display, Interrupt
 
 
 def train(
-    model: nn.Module,
-    corpus: Corpus,
-    config: TrainConfig,
-    out: Path | str | None,
-    *,
-    resume: bool = False,
-    progress: bool = True,
-    on_step: Callable[[Record], None] | None = None,
+    model: nn.Module, corpus: Corpus, config: TrainConfig, out: Path | str | None, *,
+    resume: bool = False, progress: bool = True, on_step: Callable[[Record], None] | None = None,
     optimizer: Callable[[nn.Module, TrainConfig], torch.optim.Optimizer] | None = None,
-) -> list[Record]:
+) -> list[Record]:  # fmt: skip
     """Train the model in place and return the log, one record per step.
 
     model: `logits, state = model(ids, state=None)` with ids int64 [B, T] and logits [B, T, V],
