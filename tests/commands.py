@@ -102,9 +102,8 @@ FORMS: dict[str, Form] = {
     ),
     "nestlearn reproduce fig12": Form("nestlearn reproduce fig12 --quick --out short/fig12"),
     "nestlearn reproduce fig12 --device cuda": Form(why="needs a GPU"),
-    "nestlearn reproduce closed-book --data FOLDER --only game --only ship --device cuda --workers 15": Form(
-        why="needs a pretrained model that follows instructions"
-    ),
+    "nestlearn reproduce closed-book --data FOLDER --only game --only ship --device cuda "
+    "--workers 15": Form(why="needs a pretrained model that follows instructions"),
     **{
         f"nestlearn learn stacked/ --data {file} --memory mine --study": Form(
             why="needs a pretrained model that follows instructions"
