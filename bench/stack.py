@@ -2,6 +2,8 @@
 
 A Llama with random weights reads a stream of tokens (forward passes with a cache, no gradients),
 learns it, and generates with and without a memory, in turns; medians over rounds and their ratios.
+With --model, a pretrained model in the default stack reads a text, learns it, and studies its
+beginning: tokens a second of each.
 """
 
 from __future__ import annotations
@@ -17,9 +19,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)  # fmt: skip
 
-from nestlearn import DeltaLevel, stack_levels
+from nestlearn import DeltaLevel, Session, stack_levels
 from nestlearn.disk import atomic_write
 from nestlearn.hf.cache import CACHE
 
@@ -59,9 +67,15 @@ def main(
     layers: Annotated[int, typer.Option(help="Blocks.")] = 8,
     tokens: Annotated[int, typer.Option(help="Read and learned in a round.")] = 4096,
     rounds: Annotated[int, typer.Option(min=2, help="Of each measurement.")] = 5,
+    model_folder: Annotated[
+        Path | None, typer.Option("--model", help="A pretrained model's folder, in place of Llama.")
+    ] = None,
+    text: Annotated[Path, typer.Option(help="Its text.")] = Path("docs/velmora.txt"),
 ) -> None:
     """Time of learning over reading, and of generating with a memory over without."""
     console, rows = Console(width=110), []
+    if model_folder is not None:
+        return pretrained(model_folder, text, tokens, rounds, out, console)
     ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(1))
     for name, levels in LEVELS.items():
         spread = "depth" if "depth" in name else "block"
@@ -88,9 +102,40 @@ def main(
             f"generate ÷ base {row['generate with a memory ÷ without']:.2f}", highlight=False
         )  # fmt: skip
         rows.append(row)
+    return written(rows, out / "stack.json")
+
+
+def pretrained(
+    folder: Path, file: Path, tokens: int, rounds: int, out: Path, console: Console
+) -> None:
+    """Tokens a second that a pretrained model reads, learns and studies."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    words, said = AutoTokenizer.from_pretrained(folder), file.read_text(encoding="utf-8")
+    model = stack_levels(base, [DeltaLevel(chunk, lr=0.05, rule="gd") for chunk in (64, 512)])
+    page = torch.tensor([words.encode(said)])
+    ids = page.repeat(1, -(-tokens // page.shape[1]))[:, :tokens]
+    reading, learning = in_turns(
+        (partial(read, base, ids, model.window, 256), partial(model.learn, ids)), rounds
+    )
+    began = time.perf_counter()
+    Session(model, tokenizer=words).study(said)
+    studying = time.perf_counter() - began
+    rows = [
+        {"what": "reading", "tokens/s": tokens / statistics.median(reading)},
+        {"what": "learning", "tokens/s": tokens / statistics.median(learning)},
+        {"what": "studying", "tokens/s": page.shape[1] / studying},
+    ]
+    for row in rows:
+        share = row["tokens/s"] / rows[0]["tokens/s"]
+        console.print(f"{row['what']:10}{row['tokens/s']:10.1f} tokens/s   {share:.3f} of reading")
+    written(rows, out / "stack-pretrained.json")
+
+
+def written(rows: list[dict[str, Any]], file: Path) -> None:
+    """As JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "stack.json", partial(Path.write_text, data=text))
+    atomic_write(file, partial(Path.write_text, data=text))
 
 
 def in_turns(runs: tuple[Callable[[], Any], ...], rounds: int) -> list[list[float]]:

@@ -1,5 +1,6 @@
 """Closed-book questions through the runner, on a model of random weights."""
 
+import gzip
 import sys
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def test_every_way_of_reading_is_asked_and_measured(tmp_path, monkeypatch):
     pretrained(tmp_path / "model")
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "test.txt").write_text("a line of text that is kept. " * 40)
+    (tmp_path / "lm_eval").mkdir()
+    with gzip.open(tmp_path / "lm_eval" / "lambada_openai.jsonl.gz", "wt") as file:
+        file.write('{"context": "A letter for the", "continuation": "mayor"}\n' * 3)
     asked = [Question("Who is the mayor?", "Bram", "The mayor is Bram."),
              Question("What is the mayor called?", "Bram", "The mayor is Bram.")]  # fmt: skip
     monkeypatch.setattr(study, "ask", lambda *_: asked)
@@ -58,5 +62,6 @@ def test_every_way_of_reading_is_asked_and_measured(tmp_path, monkeypatch):
     for name in closed_book.ROWS:
         assert f"| {name} | developed on | " in text
     assert "wikitext, nats" in text
+    assert "lambada, points" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| nothing read"))
     assert row.count("| 0.000 ") >= 2  # what was not learned cost nothing

@@ -3,10 +3,11 @@
     nestlearn reproduce closed-book --data FOLDER
 
 FOLDER/model is a pretrained model that follows instructions, with its tokenizer, as transformers
-saves it; FOLDER/wikitext2/test.txt, if there, a text on which forgetting is measured beside the
-model's own samples. Pages are of invented facts (`nestlearn.evals.closed_book`); two kinds of them
-were used for nothing else. A memory starts anew for every page and goes through its file. Two rows
-need a library each: bm25s finds passages, peft trains LoRA.
+saves it; on FOLDER/wikitext2/test.txt and FOLDER/lm_eval/lambada_openai.jsonl.gz, if there,
+forgetting is measured beside the model's own samples. Pages are of invented facts
+(`nestlearn.evals.closed_book`); two kinds of them were used for nothing else. A memory starts anew
+for every page and goes through its file. Two rows need a library each: bm25s finds passages, peft
+trains LoRA.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from nestlearn.evals import Record, closed_book
 from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document
+from nestlearn.evals.last_words import lambada, last_words
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.provenance import fingerprint
@@ -44,6 +46,8 @@ ROWS = {
 PAGES, QUICK_PAGES = 10, 1
 SAID = 24  # tokens of an answer
 FOUND, PASSAGE = 2, 200  # passages before a question, of about so many letters
+LAST_WORDS = 200  # passages of LAMBADA
+COSTS = (("own", "nats", 3), ("wikitext", "nats", 3), ("lambada", "points", 1))
 LORA_RATE, LORA_STEPS = 1e-3, 170  # about a study's operations
 
 
@@ -84,21 +88,39 @@ def loaded(folder: Path, device: str, count: int = 2) -> tuple[Any, Any]:
     return stacked, AutoTokenizer.from_pretrained(folder / "model")
 
 
+class _Elsewhere(NamedTuple):
+    """What forgetting is measured on: ids [N, T] of texts, whose loss counts; passages, whose last
+    word counts; and both of the base model.
+    """
+
+    texts: dict[str, Tensor]
+    passages: list[tuple[list[int], list[int]]]
+    before: dict[str, float]
+
+    def measured(self, reader: Any) -> dict[str, float]:
+        """Nats a token of each text, and the percentage of last words."""
+        found = {name: _loss(reader, rows) for name, rows in self.texts.items()}
+        if self.passages:
+            found["lambada"] = 100 * last_words(reader, self.passages)
+        return found
+
+
 @cache
-def _elsewhere(folder: Path, device: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Texts on which forgetting is measured, ids [N, T], and their losses before anything."""
+def _elsewhere(folder: Path, device: str) -> _Elsewhere:
     from nestlearn.hf.anchor import Anchor
     from nestlearn.hf.lending import lend
 
     stacked, tokenizer = loaded(folder, device)
     length = min(128, stacked.window - 1)
-    found = {"own": Anchor.sampled(stacked, 16, length, seed=9).samples}
+    texts = {"own": Anchor.sampled(stacked, 16, length, seed=9).samples}
     if (file := folder / "wikitext2" / "test.txt").is_file():
         ids = tokenizer.encode(file.read_text(encoding="utf-8")[:10_000])
         rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-        found["wikitext"] = rows.to(stacked.lr[0].device)
+        texts["wikitext"] = rows.to(stacked.lr[0].device)
+    file = folder / "lm_eval" / "lambada_openai.jsonl.gz"
+    found = _Elsewhere(texts, lambada(file, tokenizer, LAST_WORDS) if file.is_file() else [], {})
     with lend({}):
-        return found, {name: _loss(stacked.base, rows) for name, rows in found.items()}
+        return found._replace(before=found.measured(stacked.base))
 
 
 def pages(cell: Cell) -> list[Document]:
@@ -133,11 +155,12 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         for q in page.questions
     ]
     answers = said(reader, words_of, asked, weights)
-    elsewhere, before = _elsewhere(folder, cell["device"])
-    cost = dict.fromkeys(elsewhere, 0.0)
+    elsewhere = _elsewhere(folder, cell["device"])
+    cost = dict.fromkeys(elsewhere.before, 0.0)
     if weights or reader is not stacked.base:
         with lend(weights):
-            cost = {name: _loss(reader, rows) - before[name] for name, rows in elsewhere.items()}
+            now = elsewhere.measured(reader)
+        cost = {name: value - elsewhere.before[name] for name, value in now.items()}
     right: dict[str, list[bool]] = {form: [] for form in FORMS}
     for question, answer in zip(page.questions, answers):
         right[question.form].append(closed_book.right(question, answer))
@@ -242,8 +265,8 @@ def _counted(base: Any) -> Iterator[list[float]]:
 def columns(records: Sequence[Record]) -> list[Column]:
     """Shares of right answers by form, what it cost elsewhere, bytes and seconds."""
     costs = [
-        mean(f"{name}, nats", detail("cost", name))
-        for name in ("own", "wikitext")
+        mean(f"{name}, {unit}", detail("cost", name), digits=digits)
+        for name, unit, digits in COSTS
         if any(name in r.detail["cost"] for r in records)
     ]
     return [
