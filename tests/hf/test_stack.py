@@ -26,9 +26,13 @@ CONFIGURATIONS = {
     "rank": {"rank": 3},
     "rank-nested-dgd": {"rank": 3, "variant": "nested", "levels": [DeltaLevel(4), DeltaLevel(8)]},
     "local": {"objective": "local"},
+    "skip": {"objective": "skip", "learns": "out"},
+    "rank-skip-dgd": {
+        "objective": "skip", "learns": "out", "rank": 3, "levels": [DeltaLevel(4), DeltaLevel(8)],
+    },
     "one-layer": {"layers": [1]},
     "long-chunk": {"levels": [DeltaLevel(100, lr=0.5), DeltaLevel(200, lr=0.1)]},
-}
+}  # fmt: skip
 
 
 def stacked(model=None, levels=LEVELS, window=16, **options):
@@ -285,6 +289,30 @@ def test_teaching_the_true_gradient_is_the_outer_objective():
     assert_close(memory.levels, expected.levels)
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_the_last_block_alone_skip_is_outer(family, rank):
+    """Nothing stands above it, so nothing is left out; of the block below something is."""
+    ids, levels = tokens(2, 16), [DeltaLevel(8, lr=0.5, rule="gd", bound=None)]
+    model, found = tiny(family), {}
+    for layers in ([1], [0, 1]):
+        for objective in ("outer", "skip"):
+            one = stacked(
+                model, levels, layers=layers, objective=objective, learns="out", rank=rank
+            )
+            assert all(len(block.layers) == 1 for block in one.blocks)
+            losses, memory = one.learn(ids)
+            assert memory.levels[0].fast[0].left.any()
+            found[len(layers), objective] = (
+                losses[:, 1:],
+                [pair.dense() for pair in memory.levels[0].fast],
+            )
+            model = unstack(one)
+    assert_close(found[1, "skip"], found[1, "outer"])
+    outer, skip = found[2, "outer"][1], found[2, "skip"][1]
+    assert (outer[0] - skip[0]).norm() > 0.1 * outer[0].norm()
+
+
 # -------------------------------------------------------------------------------- the laws
 
 
@@ -495,6 +523,9 @@ def test_refusals_name_the_value_and_the_remedy():
         (LEVELS, {"spread": "wide"}, r"spread='wide': use one of"),
         (LEVELS, {"variant": "x"}, "variant='x'"),
         (LEVELS, {"objective": "x"}, "objective='x'"),
+        (LEVELS, {"learns": "x"}, "learns='x'"),
+        (LEVELS, {"objective": "skip"}, 'give learns="out"'),
+        (LEVELS, {"objective": "local", "learns": "out"}, 'whole MLPs: give learns="all"'),
         (LEVELS, {"layers": [2]}, r"layers=\[2\]: the model has the blocks 0 to 1"),
         (LEVELS, {"layers": [0, 0]}, "name each block once"),
         (LEVELS, {"rank": 0}, "rank=0"),

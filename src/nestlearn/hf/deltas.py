@@ -31,6 +31,8 @@ class Deltas(nn.Module):
         super().__init__()
         found = find_blocks(base)
         blocks = [found[i] for i in chosen(config.layers, len(found))]
+        if config.learns == "out":
+            blocks = [b._replace(layers=b.layers[-1:], paths=b.paths[-1:]) for b in blocks]
         layers = [layer for block in blocks for layer in block.layers]
         if config.rank is not None and config.rank > min(min(kernel(x).shape) for x in layers):
             raise ValueError(f"rank={config.rank} is more than the MLPs' smallest side")

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestlearn import state as trees
+from nestlearn.layers.streaming import wide
 from nestlearn.memory import objective as inner_objective
 
 from .anchor import Anchor
 from .deltas import Deltas
 from .door import evaluating
 from .gradients import Sought, constant
-from .lending import Weights, lend
+from .lending import Factors, Weights, lend
 from .plan import StackMemory
 from .reading import Piece, check, in_the_bases_type, make_room, read
-from .writes import Fast, LevelState, add, consolidate, decay, restart, write
+from .writes import Fast, LevelState, add, approximate, consolidate, decay, restart, write
 
 Pull = Callable[[Weights], Tensor]  # a divergence [B] in nats a token, under those weights
 
@@ -45,6 +46,8 @@ def _unroll(
     memory = in_the_bases_type(model, memory)
     if teach is None and model.config.objective == "teach":
         raise ValueError('objective="teach" learns from teach=...: pass the signals')
+    if graph is not None and model.config.objective == "skip":
+        raise ValueError('objective="skip" trains no step sizes: stack with "outer"')
     if anchor is not None and model.config.objective != "outer":
         raise ValueError(f'objective="{model.config.objective}" takes no anchor: use "outer"')
     if waiting := memory.pending[0].shape[1]:
@@ -108,6 +111,8 @@ def _read_and_gather(
         piece = (tokens, weight, *piece[2:])
         if model.config.objective == "outer":
             loss, cache, found, inputs = _outer(model, piece, memory, fasts, active, graph, pull)
+        elif model.config.objective == "skip":
+            loss, cache, found, inputs = _skip(model, piece, memory, fasts, active)
         else:
             loss, cache, found, inputs = _inside(model, piece, memory, fasts, active, graph)
         levels = tuple(
@@ -134,6 +139,32 @@ def _outer(model, piece, memory, fasts, active, graph, pull):
             total = total + (pull(sought.weights) * weight.sum(1)).sum()
         found = sought.gradients(total)
     return loss, cache, found, constant(inputs, graph)
+
+
+def _skip(model, piece, memory, fasts, active):
+    """The gradients of the summed cross-entropy in the last block's output, taken for those in
+    every block's: as if a block's output reached the end by the residual stream alone. Nothing goes
+    back through the blocks.
+    """
+    tokens, weight = piece[0], piece[1]
+    inputs: dict[nn.Module, Tensor] = {}
+    weights, last = model.effective(fasts), model.blocks[-1].layers[-1]
+    weights[last] = weights[last]._replace(taps=[])
+    with torch.enable_grad():
+        loss, cache = read(model, tokens, memory, weights, inputs)
+        if not inputs:
+            return loss, cache, {}, inputs
+        ends = [y for _, y in weights[last].taps or ()]
+        (error,) = torch.autograd.grad((loss.nan_to_num() * weight).sum(), ends)
+    inputs = constant(inputs, None)
+    rank = model.config.rank
+    pairs = {layer: (wide(error), wide(x)) for layer, x in inputs.items()}
+    found = {
+        layer: Factors(e.mT @ x) if rank is None else approximate([(e, x)], rank)
+        for layer, (e, x) in pairs.items()
+    }
+    owned = {i: tuple(found[model.layers[j]] for j in model.owned[i]) for i in active}
+    return loss, cache, owned, inputs
 
 
 def _inside(model, piece, memory, fasts, active, graph):

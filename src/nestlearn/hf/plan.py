@@ -16,7 +16,8 @@ from .writes import LevelState
 
 SPREADS = ("block", "depth")
 VARIANTS = ("sequential", "nested", "independent")
-OBJECTIVES = ("outer", "local", "teach")
+OBJECTIVES = ("outer", "skip", "local", "teach")
+LEARNS = ("all", "out")
 CACHE_DTYPES = (None, "bfloat16", "float16")
 WINDOW = 1024  # tokens read at once, at most, unless the caller says otherwise
 AUTO: Literal["auto"] = "auto"
@@ -96,6 +97,7 @@ class StackConfig:
     rank: int | None = None
     window: int | None = None
     cache_dtype: str | None = None
+    learns: str = "all"
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -106,9 +108,14 @@ class StackConfig:
             ("spread", self.spread, SPREADS),
             ("variant", self.variant, VARIANTS),
             ("objective", self.objective, OBJECTIVES),
+            ("learns", self.learns, LEARNS),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}: use one of {known}")
+        if self.objective == "skip" and self.learns != "out":
+            raise ValueError('objective="skip" reaches the MLPs\' outputs only: give learns="out"')
+        if self.objective in ("local", "teach") and self.learns != "all":
+            raise ValueError(f'objective="{self.objective}" is of whole MLPs: give learns="all"')
         if self.objective == "local" and len({level.objective for level in self.levels}) > 1:
             raise ValueError("levels with different objectives: the local one is shared by all")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):

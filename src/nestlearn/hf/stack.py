@@ -33,6 +33,7 @@ def stack_levels(
     rank: int | Literal["auto"] | None = AUTO,
     window: int | Literal["auto"] | None = AUTO,
     cache_dtype: str | None = AUTO,
+    learns: str = "all",
 ) -> StackedModel:
     """Let the MLPs of a pretrained causal LM learn from what the model reads (section 7.3).
 
@@ -50,8 +51,11 @@ def stack_levels(
     the faster one starts again and its start value has moved by meta_lr towards what it had
     learned; "independent" (74), each level learns and keeps its own. Over the depth sequential and
     independent are the same. objective: "outer", next-token cross-entropy by backpropagation;
-    "local", each MLP learns to tell the next token's input from its own, y(x_t−1) → x_t, by the
-    levels' `objective` (inside a piece); "teach", the caller passes the gradients. rank: of
+    "skip", the same, with what the blocks above do to a block's output left out: every block's
+    gradient is then that of the last one, and learning costs little more than reading; "local",
+    each MLP learns to tell the next token's input from its own, y(x_t−1) → x_t, by the levels'
+    `objective` (inside a piece); "teach", the caller passes the gradients. learns: "all", every
+    matrix of an MLP; "out", its last one alone, which "skip" needs. rank: of
     low-rank deltas [out, r] [r, in], after each write the best approximation of what the full
     delta would be; None for full ones. window: tokens that the model reads at once; None: its
     positions, at most 1,024. When it is full, its last quarter is read again as the start of the
@@ -72,6 +76,7 @@ def stack_levels(
         small["rank"] if rank == AUTO else rank,
         small["window"] if window == AUTO else window,
         small["cache_dtype"] if cache_dtype == AUTO else cache_dtype,
+        learns,
     )  # fmt: skip
     return StackedModel(model, config)
 
