@@ -27,13 +27,17 @@ from transformers import (
     LlamaForCausalLM,
 )  # fmt: skip
 
-from nestlearn import DeltaLevel, Session, stack_levels
+from nestlearn import DeltaLevel, Session, stack_levels, unstack
 from nestlearn.disk import atomic_write
 from nestlearn.hf.cache import CACHE
 
 THREE = [DeltaLevel(chunk=chunk, lr=0.01, rule="gd") for chunk in (64, 256, 1024)]
+ONE = [DeltaLevel(chunk=256, lr=0.01, rule="gd")]
+SKIP: dict[str, Any] = {"objective": "skip", "learns": "out"}
 LEVELS = {
-    "one level of 256": [DeltaLevel(chunk=256, lr=0.01, rule="gd")],
+    "one level of 256": ONE,
+    "the same, outputs alone": ONE,
+    "the same, by the last block's gradient": ONE,
     "one level of 256, DGD": [DeltaLevel(chunk=256, lr=0.01)],
     "levels of 256 and 1,024": THREE[1:],
     "levels of 64, 256 and 1,024": THREE,
@@ -78,8 +82,9 @@ def main(
         return pretrained(model_folder, text, tokens, rounds, out, console)
     ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(1))
     for name, levels in LEVELS.items():
-        spread = "depth" if "depth" in name else "block"
-        model = stack_levels(llama(dim, layers), levels, spread=spread)
+        options: dict[str, Any] = {"spread": "depth"} if "depth" in name else {}
+        options |= SKIP if "gradient" in name else {"learns": "out"} if "alone" in name else {}
+        model = stack_levels(llama(dim, layers), levels, **options)
         base = llama(dim, layers)
         _, memory = model.learn(ids[:, :1024])
         options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
@@ -111,23 +116,34 @@ def pretrained(
     """Tokens a second that a pretrained model reads, learns and studies."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     words, said = AutoTokenizer.from_pretrained(folder), file.read_text(encoding="utf-8")
+    ids = torch.tensor([words.encode(said)])
+    ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    rows: list[dict[str, Any]] = []
+    for name, chunks, lr, options in (
+        ("reading", (256,), 0.0, {}),
+        ("learning", (64, 512), 0.05, {}),
+        ("learning, every 256", (256,), 0.05, {}),
+        ("outputs alone", (256,), 0.1, {"learns": "out"}),
+        ("the last block's gradient", (256,), 0.1, SKIP),
+    ):
+        levels = [DeltaLevel(chunk, lr=lr, rule="gd") for chunk in chunks]
+        model = stack_levels(base, levels, **options)
+        (seconds,) = in_turns((partial(model.learn, ids),), rounds)
+        later = float(model.learn(ids)[0][:, tokens // 2 :].mean())
+        rows.append({"what": name, "tokens/s": tokens / statistics.median(seconds), "later": later})
+        base = unstack(model)
     model = stack_levels(base, [DeltaLevel(chunk, lr=0.05, rule="gd") for chunk in (64, 512)])
-    page = torch.tensor([words.encode(said)])
-    ids = page.repeat(1, -(-tokens // page.shape[1]))[:, :tokens]
-    reading, learning = in_turns(
-        (partial(read, base, ids, model.window, 256), partial(model.learn, ids)), rounds
-    )
+    page = str(words.decode(ids[0, :150].tolist()))
     began = time.perf_counter()
-    Session(model, tokenizer=words).study(said)
-    studying = time.perf_counter() - began
-    rows = [
-        {"what": "reading", "tokens/s": tokens / statistics.median(reading)},
-        {"what": "learning", "tokens/s": tokens / statistics.median(learning)},
-        {"what": "studying", "tokens/s": page.shape[1] / studying},
-    ]
+    Session(model, tokenizer=words).study(page)
+    studying = len(words.encode(page)) / (time.perf_counter() - began)
+    rows.append({"what": "studying", "tokens/s": studying})
     for row in rows:
         share = row["tokens/s"] / rows[0]["tokens/s"]
-        console.print(f"{row['what']:10}{row['tokens/s']:10.1f} tokens/s   {share:.3f} of reading")
+        loss = f"{row['later']:10.4f} nats, the later half" if "later" in row else ""
+        console.print(
+            f"{row['what']:28}{row['tokens/s']:8.1f} tokens/s {share:8.3f} of reading{loss}"
+        )
     written(rows, out / "stack-pretrained.json")
 
 
