@@ -100,6 +100,8 @@ FORMS: dict[str, Form] = {
     "nestlearn reproduce frontier --data ../shared/data --only novel": Form(
         reproduced("frontier", "--data {data} --only novel"), needs="{data}/models/stories260K.bin"
     ),
+    "nestlearn reproduce frontier --data ../shared/data --only novel --models sgd --models out "
+    "--models skip": Form(why="takes ten minutes"),
     "nestlearn reproduce fig12": Form("nestlearn reproduce fig12 --quick --out short/fig12"),
     "nestlearn reproduce fig12 --device cuda": Form(why="needs a GPU"),
     "nestlearn reproduce closed-book --data FOLDER --only game --only ship --device cuda "
