@@ -102,6 +102,9 @@ FORMS: dict[str, Form] = {
     ),
     "nestlearn reproduce frontier --data ../shared/data --only novel --models sgd --models out "
     "--models skip": Form(why="takes ten minutes"),
+    "python -m bench.stack --model FOLDER --text FILE --tokens 768 --rounds 2": Form(
+        why="needs a pretrained model that follows instructions"
+    ),
     "nestlearn reproduce fig12": Form("nestlearn reproduce fig12 --quick --out short/fig12"),
     "nestlearn reproduce fig12 --device cuda": Form(why="needs a GPU"),
     "nestlearn reproduce closed-book --data FOLDER --only game --only ship --device cuda "
