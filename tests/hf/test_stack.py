@@ -11,6 +11,7 @@ from torch import nn
 
 from nestlearn import DeltaLevel, Level, state
 from nestlearn.hf.cache import CACHE
+from nestlearn.hf.learning import unroll
 from nestlearn.hf.lending import kernel
 from nestlearn.hf.stack import stack_levels, unstack
 
@@ -311,6 +312,16 @@ def test_of_the_last_block_alone_skip_is_outer(family, rank):
     assert_close(found[1, "skip"], found[1, "outer"])
     outer, skip = found[2, "outer"][1], found[2, "skip"][1]
     assert (outer[0] - skip[0]).norm() > 0.1 * outer[0].norm()
+
+
+def test_skip_reaches_blocks_below_one_that_rests():
+    levels = [DeltaLevel(8, lr=0.5, rule="gd"), DeltaLevel()]
+    model = stacked(levels=levels, spread="depth", objective="skip", learns="out")
+    _, memory = model.learn(tokens(2, 16))
+    assert memory.levels[0].fast[0].left.any()
+    assert memory.levels[1].fast == ()
+    with pytest.raises(ValueError, match="trains no step sizes"):
+        unroll(model, tokens(2, 16), graph="full")
 
 
 # -------------------------------------------------------------------------------- the laws

@@ -17,7 +17,7 @@ from .anchor import Anchor
 from .deltas import Deltas
 from .door import evaluating
 from .gradients import Sought, constant
-from .lending import Factors, Weights, lend
+from .lending import Effective, Factors, Weights, lend
 from .plan import StackMemory
 from .reading import Piece, check, in_the_bases_type, make_room, read
 from .writes import Fast, LevelState, add, approximate, consolidate, decay, restart, write
@@ -149,7 +149,7 @@ def _skip(model, piece, memory, fasts, active):
     tokens, weight = piece[0], piece[1]
     inputs: dict[nn.Module, Tensor] = {}
     weights, last = model.effective(fasts), model.blocks[-1].layers[-1]
-    weights[last] = weights[last]._replace(taps=[])
+    weights[last] = weights.get(last, Effective(None, ()))._replace(taps=[])  # its level may rest
     with torch.enable_grad():
         loss, cache = read(model, tokens, memory, weights, inputs)
         if not inputs:
