@@ -11,7 +11,8 @@ import torch
 from people import base, session, stacked
 
 from nestlearn import DeltaLevel, stack_levels, state
-from nestlearn.learn import StudyConfig, consolidation, questions, study
+from nestlearn.hf.anchor import Anchor
+from nestlearn.learn import StudyConfig, answers, consolidation, pupil, questions, study
 from nestlearn.learn.questions import Question
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
@@ -136,6 +137,16 @@ def test_every_sentence_is_asked_about_by_its_rarest_words_and_by_name():
     for question, word in zip(asked, ("lake", "town", "cheese", "grow", "small", "town")):
         ways = {question.text, *question.ways}
         assert ways == {form.format(word=word, name="Toririth") for form in questions.BY_NAME}
+    near = {"lake": ["sea", "farmers"], "town": ["village", "city"]}
+    other = questions.by_name(Words(), text, 2, lambda word: near.get(word, []))
+    assert [(q.answer, q.passage) for q in other] == [(q.answer, q.passage) for q in asked]
+    for question, plain, word in zip(other, asked, ("lake", "town", "cheese")):
+        ways = [question.text, *question.ways]
+        known = [w for w in near.get(word, []) if w != "farmers"]  # which the passage says
+        assert len(ways) == 10 if known else ways == [plain.text, *plain.ways]
+        assert [any(f" {w} " in f" {x[:-1]} ".replace(":", " ") for w in known) for x in ways] == [
+            bool(known) and n % 2 == 1 for n in range(len(ways))
+        ]
     assert questions.by_name(Words(), text, 0) == []
     assert questions.topic(Words(), "nothing is named") == "nothing"
     assert questions.by_name(Words(), "…", 3) == []
@@ -143,9 +154,9 @@ def test_every_sentence_is_asked_about_by_its_rarest_words_and_by_name():
 
 def test_thoughts_and_divergence_are_those_of_single_readings():
     model, words = stacked(), session().tokenizer
-    examples = consolidation.thoughts(model, words, ASKED, silent)
+    examples = answers.thoughts(model, words, ASKED, silent)
     assert [len(e.answer) for e in examples] == [len(q.answer) for q in ASKED]
-    (alone,) = consolidation.thoughts(model, words, ASKED[:1], silent)
+    (alone,) = answers.thoughts(model, words, ASKED[:1], silent)
     torch.testing.assert_close(alone.thought, examples[0].thought, atol=5e-3, rtol=5e-3)
     apart = []
     for question, example in zip(ASKED, examples, strict=True):
@@ -162,7 +173,7 @@ def test_thoughts_and_divergence_are_those_of_single_readings():
         kl = (example.thought.float().exp() * (example.thought.float() - now)).sum(-1).mean()
         apart.append(float(kl))
     with torch.no_grad():
-        found = consolidation.divergence(model, {}, examples)
+        found = answers.divergence(model, {}, examples)
     assert float(found) == pytest.approx(sum(apart) / len(apart), rel=1e-4)
 
 
@@ -187,10 +198,8 @@ def test_a_level_takes_over_what_was_thought_with_the_text(rank):
     assert int(after.levels[slow].writes) == int(memory.levels[slow].writes) + 1
     assert after._replace(levels=()) == memory._replace(levels=())
     assert all(torch.equal(before[name], p) for name, p in model.base.state_dict().items())
-    examples = consolidation.thoughts(model, words, ASKED, silent)
-    assert consolidation._mean(model, model.weights(after), examples) == pytest.approx(
-        now, rel=1e-3
-    )
+    examples = answers.thoughts(model, words, ASKED, silent)
+    assert answers.mean(model, model.weights(after), examples) == pytest.approx(now, rel=1e-3)
     again = model.learn(torch.tensor([words.encode("the mat")]), after)[1]  # it goes on
     assert again.position == memory.position + 8
 
@@ -202,8 +211,8 @@ def test_what_was_studied_before_is_rehearsed():
     consolidation.consolidate(model, words, model.init_memory(1), first, ids, QUICK, silent, rounds)
     memory = rounds[-1].memory
     known = [q._replace(passage="") for q in first]
-    before = consolidation.thoughts(model, words, known, silent, model.weights(memory))
-    assert consolidation._mean(model, model.weights(memory), before) < 1e-4  # as it answers now
+    before = answers.thoughts(model, words, known, silent, model.weights(memory))
+    assert answers.mean(model, model.weights(memory), before) < 1e-4  # as it answers now
     apart = []
     for rehearse in (0, 2):
         rounds = Rounds()
@@ -212,7 +221,7 @@ def test_what_was_studied_before_is_rehearsed():
             earlier=known,
         )  # fmt: skip
         after = model.weights(rounds[-1].memory)
-        apart.append(consolidation._mean(model, after, before))
+        apart.append(answers.mean(model, after, before))
     assert apart[1] < 0.7 * apart[0]
 
 
@@ -239,7 +248,7 @@ def test_the_history_says_what_can_be_rehearsed(tmp_path, scripted):
 def test_it_ends_when_the_questions_kept_apart_get_no_better(monkeypatch):
     model, words, rounds = stacked(), session().tokenizer, Rounds()
     config = StudyConfig(4, words=0, epochs=9, batch=2, lr=1e-9, held_out=0.5, anchor=0.0)
-    monkeypatch.setattr(consolidation, "_mean", lambda *_: 1.0)
+    monkeypatch.setattr(consolidation, "mean", lambda *_: 1.0)
     consolidation.consolidate(
         model, words, model.init_memory(1), ASKED, torch.tensor([words.encode(TEXT)]), config,
         silent, rounds,
@@ -258,8 +267,7 @@ def test_the_anchor_and_long_texts_are_read():
     )
     assert math.isfinite(rounds[0].apart[1])
     windows = {
-        (s.start, s.stop)
-        for s in (consolidation._window(long, model.window, step) for step in range(40))
+        (s.start, s.stop) for s in (pupil.window(long, model.window, step) for step in range(40))
     }
     assert min(start for start, _ in windows) == 0
     assert max(stop for _, stop in windows) == long.shape[1]
@@ -390,7 +398,7 @@ def test_a_text_of_one_token_has_no_next_ones(scripted):
 def test_a_question_is_asked_in_another_way_each_round(monkeypatch):
     """The answer and what is thought of it stay; a round's questions are all asked in one way."""
     way = ("where do I find the key?", "which thing is under the mat?")
-    (example,) = consolidation.thoughts(
+    (example,) = answers.thoughts(
         stacked(), session().tokenizer, [ASKED[0]._replace(ways=way)], silent
     )
     words = session().tokenizer
@@ -399,11 +407,89 @@ def test_a_question_is_asked_in_another_way_each_round(monkeypatch):
         questions.prompt(words, text) for text in (ASKED[0].text, way[0] + brief, way[1])
     ]
     read = []
-    monkeypatch.setattr(consolidation, "beside", lambda asked, *rest: read.append(asked) or 1 / 0)
+    monkeypatch.setattr(answers, "beside", lambda asked, *rest: read.append(asked) or 1 / 0)
     for turn in range(4):
         with pytest.raises(ZeroDivisionError):
-            consolidation.divergence(stacked(), {}, [example], turn)
+            answers.divergence(stacked(), {}, [example], turn)
     assert read == [[example.asked[turn % 3]] for turn in range(4)]
+
+
+def test_a_words_neighbours_are_near_it_and_no_form_of_it():
+    class Embedded:
+        words = ("of", "lake", "lakes", "sea", "pond", "Sea", "car", "so")
+
+        def encode(self, text, add_special_tokens=True):
+            text = text.strip()
+            return [401 + self.words.index(text)] if text in self.words else [1, 2]
+
+        def convert_ids_to_tokens(self, i):
+            return "Ġ" + self.decode([i])
+
+        def decode(self, ids):
+            return self.words[ids[0] - 401] if ids[0] > 400 else "and"
+
+    table = torch.full((401 + 8, 3), 5.0)
+    table[401:] += torch.tensor(
+        [
+            [0, 0, 1],
+            [1, 0, 0],
+            [1, 0, 0],
+            [1, 0.1, 0],
+            [1, 0.5, 0],
+            [1, 0, 0],
+            [0, 1, 0],
+            [-1, 0, 0],
+        ]
+    )
+    model = type(
+        "Base", (), {"get_input_embeddings": lambda self: torch.nn.Embedding.from_pretrained(table)}
+    )
+    near = questions.neighbours(model(), Embedded(), 2)
+    assert near("lake") == ["sea", "pond"]
+    assert near("Sea") == near("ocean") == []
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "low-rank"])
+def test_steps_of_one_shape_are_the_steps_of_any(monkeypatch, rank):
+    """What a card captures as a graph, run as it is."""
+
+    class Run:
+        def __init__(self, model, run, *inputs):
+            self.run, self.shapes = run, [x.shape for x in inputs]
+
+        def __call__(self, *inputs):
+            assert [x.shape for x in inputs] == self.shapes
+            self.run(*inputs)
+
+    monkeypatch.setattr(pupil, "Captured", Run)
+    model, words = stacked(rank=rank), session().tokenizer
+    examples = answers.thoughts(model, words, ASKED, silent)
+    memory = model.learn(torch.tensor([words.encode(TEXT)]))[1]
+    ends = []
+    for frame in (None, answers.Frame.of(examples, 4)):
+        held = Anchor.sampled(model, 4, 6, rows=1)
+        one = pupil.Pupil(model, memory, 1, 1e-2, held=held)
+        one.frame = frame
+        for step, some in enumerate((examples[:3], examples[2:], examples)):
+            one.learn(some, step, step, 1.0)
+        assert set(one.graphs) == (set() if frame is None else {"answers", "pull"})
+        ends.append(one.memory().levels[1].fast)
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a.dense(), b.dense(), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_study_is_the_same_study():
+    words, ends = session().tokenizer, []
+    for cuda_graph in (False, True):
+        model, rounds = stacked().cuda(), Rounds()
+        config = replace(QUICK, text=0.0, anchor=1.0, cuda_graph=cuda_graph)
+        ids = torch.tensor([words.encode(TEXT)]).cuda()
+        consolidation.consolidate(
+            model, words, model.init_memory(1), ASKED, ids, config, silent, rounds
+        )
+        ends.append(rounds[-1].apart)
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -414,10 +500,10 @@ def test_divergence_in_every_family(family):
     for n in (2, 6, 9):
         ids = tokens(1, n + 3, seed=n)[0].tolist()
         thought = torch.randn(3, 48, generator=torch.Generator().manual_seed(n)).log_softmax(-1)
-        examples.append(consolidation.Example([ids[:n]], ids[n:], thought.half()))
+        examples.append(answers.Example([ids[:n]], ids[n:], thought.half()))
     with torch.no_grad():
-        alone = [float(consolidation.divergence(model, {}, [e])) for e in examples]
-        together = float(consolidation.divergence(model, {}, examples))
+        alone = [float(answers.divergence(model, {}, [e])) for e in examples]
+        together = float(answers.divergence(model, {}, examples))
     assert together == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 

@@ -196,7 +196,9 @@ def _read(
         for _ in range(int(how.split()[1]) if how.startswith("learn") else 1):
             session.learn(text)
         if how.startswith("study"):
-            short = {"questions": 4, "words": 1, "epochs": 1} if cell["short"] else {}
+            short: dict[str, Any] = (
+                {"questions": 4, "words": 1, "epochs": 1} if cell["short"] else {}
+            )
             settings = StudyConfig(**short, seed=cell["seed"])
             session.study(text, settings, tell=lambda what, done, of: tell(done / of, what))
         session.save()

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestlearn.captured import Captured
 from nestlearn.evals import IGNORED, Examples, Logits, Task, score
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.models import build
 from nestlearn.train.data import keyed_seed
-from nestlearn.train.optimize import Captured, adamw, schedule
+from nestlearn.train.optimize import adamw, schedule
 from nestlearn.train.run import resolve_device
 
 _SCHEDULES = ("constant", "cosine")

@@ -53,7 +53,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     notes = place / "right.json"
     every = closed_book.documents(HELD_OUT, cell["pages"], cell["seed"] + 1)  # no two of one name
     after: list[list[float]] = json.loads(notes.read_text()) if notes.is_file() else []
-    short = {"questions": 1, "words": 1, "epochs": 1} if cell["short"] else {}
+    short: dict[str, Any] = {"questions": 1, "words": 1, "epochs": 1} if cell["short"] else {}
     config = StudyConfig(**short, rehearse=rehearse, seed=cell["seed"])
     session = Session(base, place / "memory", words_of)
     for n, page in enumerate(every[len(after) :], len(after)):

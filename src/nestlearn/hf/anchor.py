@@ -63,9 +63,15 @@ class Anchor:
 
     def divergence(self, model: Deltas, weights: Weights, turn: int, batch: int) -> Tensor:
         """strength · KL [batch] in nats a token, under the weights of `batch` memories."""
-        samples = self.samples.to(model.lr[0].device)
-        chosen = (self.rows * turn + torch.arange(self.rows, device=samples.device)) % len(samples)
-        texts = samples[chosen]
+        return self.apart(model, weights, self.texts(turn).to(model.lr[0].device), batch)
+
+    def texts(self, turn: int) -> Tensor:
+        """Those whose turn it is [rows, L]."""
+        chosen = (self.rows * turn + torch.arange(self.rows)) % len(self.samples)
+        return self.samples[chosen.to(self.samples.device)]
+
+    def apart(self, model: Deltas, weights: Weights, texts: Tensor, batch: int) -> Tensor:
+        """The divergence on these texts [N, L]."""
         # a block of `using` around it is not the base model
         with torch.no_grad(), evaluating(model.base), lend({}):
             target = model.base(input_ids=texts).logits.log_softmax(-1)

@@ -62,7 +62,7 @@ class Sought:
             x = x if self.graph == "full" else x.detach()
             rows = [wide(t).reshape(batch, -1, t.shape[-1]) for t in (error, x)]
             pairs[j].append((rows[0], rows[1]))
-        return {j: approximate(pairs[j], rank) for j in self.numbers}
+        return dict(zip(pairs, approximate(list(pairs.values()), rank)))
 
     def _lent(self, j: int) -> Effective:
         return self.weights[self.model.layers[j]]

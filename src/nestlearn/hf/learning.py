@@ -158,11 +158,9 @@ def _skip(model, piece, memory, fasts, active):
         (error,) = torch.autograd.grad((loss.nan_to_num() * weight).sum(), ends)
     inputs = constant(inputs, None)
     rank = model.config.rank
-    pairs = {layer: (wide(error), wide(x)) for layer, x in inputs.items()}
-    found = {
-        layer: Factors(e.mT @ x) if rank is None else approximate([(e, x)], rank)
-        for layer, (e, x) in pairs.items()
-    }
+    pairs = [(wide(error), wide(x)) for x in inputs.values()]
+    full = (Factors(e.mT @ x) for e, x in pairs)
+    found = dict(zip(inputs, full if rank is None else approximate([[p] for p in pairs], rank)))
     owned = {i: tuple(found[model.layers[j]] for j in model.owned[i]) for i in active}
     return loss, cache, owned, inputs
 

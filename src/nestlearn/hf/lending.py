@@ -201,10 +201,6 @@ def _compute(layer: nn.Module, plain, x: Tensor, lent: Effective) -> Tensor:
     assert bias is None or isinstance(bias, Tensor)
     if lent.base is None:
         y = plain(x)
-    elif len(lent.base) == 1:
-        # In two dimensions, or torch spreads the weights over the rows for the backward pass.
-        rows = F.linear(x.reshape(-1, x.shape[-1]), lent.base[0].to(x.dtype), bias)
-        y = rows.view(*x.shape[:-1], rows.shape[-1])
     else:
         y = _by_row(x, lent.base.to(x.dtype))
         y = y if bias is None else y + bias
@@ -219,6 +215,9 @@ def _compute(layer: nn.Module, plain, x: Tensor, lent: Effective) -> Tensor:
 
 def _by_row(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, ..., in], weight [B, out, in], B a divisor of rows -> [rows, ..., out]."""
+    if len(weight) == 1:
+        # In two dimensions, or torch spreads the weights over the rows for the backward pass.
+        return F.linear(x.reshape(-1, x.shape[-1]), weight[0]).view(*x.shape[:-1], weight.shape[1])
     if x.shape[0] % len(weight):
         raise ValueError(
             f"{x.shape[0]} rows cannot be dealt to {len(weight)} memories: give one row, or "

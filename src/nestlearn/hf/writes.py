@@ -6,6 +6,7 @@ same write; so are the gradients that a level gathers, and its momentum.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 from .lending import Factors
 
 SPARE, SWEEPS = 8, 2  # directions more than the rank, and passes, with which its space is sought
+GROUP = 2**25  # numbers of layers' inputs and errors that are brought together, at most
 
+Pairs = Sequence[tuple[Tensor, Tensor]]
+Scale = float | Tensor | list[Tensor]  # of all layers, or of each
 Fast = tuple[Factors, ...]  # one entry for each linear layer of the level; () where there is none
 
 
@@ -50,7 +54,7 @@ def add(a: Fast, b: Fast) -> Fast:
     """The sum, layer by layer; () counts as zero."""
     if not a or not b:
         return a or b
-    return tuple(_sum([(1.0, x), (1.0, y)]) for x, y in zip(a, b))
+    return _sums([(1.0, a), (1.0, b)])
 
 
 def write(state: LevelState, fast: Fast, pace: Pace) -> LevelState:
@@ -64,21 +68,21 @@ def write(state: LevelState, fast: Fast, pace: Pace) -> LevelState:
     some = state.seen > 0
     mean = 1.0 / torch.where(some, state.seen, 1.0)
     every = bool(some.all())
-    steps, deltas = [], []
-    for i, (delta, total) in enumerate(zip(fast, state.total)):
-        scale = -pace.lr[i].clamp(min=0.0) * mean
-        if pace.theta is None:
-            moved = _sum([(pace.keep, delta), (pace.keep * scale, total)])
-        else:
-            past = state.velocity[i] if state.velocity else zero(delta)
-            step = _sum([(pace.theta, past), (scale, total)])
-            moved = _sum([(pace.keep, delta), (pace.keep, step)])
-            steps.append(step if every else _where(some, step, past))
-        moved = limit(moved, pace.bound[i])
-        deltas.append(moved if every else _where(some, moved, delta))
+    scales = [-lr.clamp(min=0.0) * mean for lr in pace.lr]
+    steps: Fast = ()
+    if pace.theta is None:
+        moved = _sums([(pace.keep, fast), ([pace.keep * scale for scale in scales], state.total)])
+    else:
+        past = state.velocity or tuple(map(zero, fast))
+        step = _sums([(pace.theta, past), (scales, state.total)])
+        moved = _sums([(pace.keep, fast), (pace.keep, step)])
+        steps = step if every else tuple(_where(some, *pair) for pair in zip(step, past))
+    deltas = tuple(map(limit, moved, pace.bound))
+    if not every:
+        deltas = tuple(_where(some, *pair) for pair in zip(deltas, fast))
     none = torch.zeros_like(state.seen)
     writes = state.writes + some
-    return LevelState(tuple(deltas), (), none, tuple(steps), state.start, writes)
+    return LevelState(deltas, (), none, steps, state.start, writes)
 
 
 def consolidate(
@@ -92,10 +96,9 @@ def consolidate(
     if not fast.fast:
         return slow, fast
     of_slow, of_fast = starts
-    taken = tuple(
-        _where_moved(f, z, limit(_sum([(1.0, s), (1.0, f), (-1.0, z)]), high), s)
-        for s, f, z, high in zip(slow.fast or of_slow, fast.fast, of_fast, bound)
-    )
+    before = slow.fast or of_slow
+    added = map(limit, _sums([(1.0, before), (1.0, fast.fast), (-1.0, of_fast)]), bound)
+    taken = tuple(map(_where_moved, fast.fast, of_fast, added, before))
     return slow._replace(fast=taken), fast._replace(fast=())
 
 
@@ -107,10 +110,9 @@ def restart(level: LevelState, first: Fast, share: Tensor) -> LevelState:
     if not level.fast:
         return level
     share = share.clamp(0.0, 1.0)
-    moved = tuple(
-        _where_moved(now, start, _sum([(1.0 - share, start), (share, now)]), start)
-        for start, now in zip(level.start or first, level.fast)
-    )
+    before = level.start or first
+    new = _sums([(1.0 - share, before), (share, level.fast)])
+    moved = tuple(map(_where_moved, level.fast, before, new, before))
     return level._replace(fast=moved, start=moved, velocity=())
 
 
@@ -156,24 +158,70 @@ def decay(fast: Fast, inputs: list[Tensor], weight: Tensor, lr: Tensor, forget: 
     return tuple(terms)
 
 
-def approximate(pairs: list[tuple[Tensor, Tensor]], rank: int) -> Factors:
-    """The best approximation, of a rank, of a gradient Σ e xᵀ, which is never formed.
+def approximate(pairs: Sequence[Pairs], rank: int) -> Fast:
+    """Of each layer's gradient Σ e xᵀ, which is never formed, the best approximation of a rank.
 
-    pairs: of e [B, N, out] and x [B, N, in]. The space of its right side is found by subspace
-    iteration from a fixed draw.
+    pairs: for each layer, those of e [B, N, out] and x [B, N, in]. The space of the right side is
+    found by subspace iteration from a fixed draw.
     """
-    errors = torch.cat([e for e, _ in pairs], 1)
-    inputs = torch.cat([x for _, x in pairs], 1)
-    batch, _, width = inputs.shape
-    with torch.no_grad():
-        drawn = torch.Generator().manual_seed(0)
-        beside = min(rank + SPARE, width)
-        side = torch.randn(width, beside, generator=drawn, dtype=torch.float32, device="cpu")
-        side = side.to(inputs).expand(batch, -1, -1)
-        for _ in range(SWEEPS):
-            out = torch.linalg.qr(errors.mT @ (inputs @ side)).Q
-            side = torch.linalg.qr(inputs.mT @ (errors @ out)).Q
-    return _sum([(1.0, _within(errors.mT, inputs, side))], rank)
+    joined = [tuple(torch.cat(side, 1) for side in zip(*of)) for of in pairs]
+    found: dict[int, Factors] = {}
+    for some in _alike(joined, most=GROUP):
+        errors, inputs = (torch.cat(side) for side in zip(*(joined[i] for i in some)))
+        side = _space(errors, inputs, rank)
+        total = _sum([(1.0, _within(errors.mT, inputs, side))], rank)
+        found |= zip(some, _parts(total, len(some)))
+    return tuple(found[i] for i in range(len(joined)))
+
+
+@torch.no_grad()
+def _space(errors: Tensor, inputs: Tensor, rank: int) -> Tensor:
+    """In which most of the right side of Σ e xᵀ lies [B, in, rank + SPARE]."""
+    width = inputs.shape[-1]
+    drawn = torch.Generator().manual_seed(0)
+    beside = min(rank + SPARE, width)
+    side = torch.randn(width, beside, generator=drawn, dtype=torch.float32, device="cpu")
+    side = side.to(inputs).expand(len(inputs), -1, -1)
+    for _ in range(SWEEPS):
+        out = torch.linalg.qr(errors.mT @ (inputs @ side)).Q
+        side = torch.linalg.qr(inputs.mT @ (errors @ out)).Q
+    return side
+
+
+def _sums(terms: list[tuple[Scale, Fast]]) -> Fast:
+    """The weighted sum, layer by layer; low-rank layers of one shape at once."""
+    first = terms[0][1]
+    if first[0].right is None:
+        scaled = [([c] * len(f) if not isinstance(c, list) else c, f) for c, f in terms]
+        return tuple(_sum([(c[i], f[i]) for c, f in scaled]) for i in range(len(first)))
+    found: dict[int, Factors] = {}
+    for some in _alike(first):
+        joined = []
+        for c, f in terms:
+            scale = torch.cat([c[i] for i in some]) if isinstance(c, list) else c
+            sides = [torch.cat(side) for side in zip(*(f[i] for i in some))]
+            joined.append((scale, Factors(*sides)))
+        found |= zip(some, _parts(_sum(joined), len(some)))
+    return tuple(found[i] for i in range(len(first)))
+
+
+def _alike(
+    layers: Sequence[Factors | tuple[Tensor, ...]], most: int | None = None
+) -> Iterator[list[int]]:
+    """Layers of one shape, not more at once than have `most` numbers."""
+    alike: dict[tuple[torch.Size, ...], list[int]] = {}
+    for i, sides in enumerate(layers):
+        alike.setdefault(tuple(x.shape for x in sides if x is not None), []).append(i)
+    for some in alike.values():
+        size = sum(x.numel() for x in layers[some[0]] if x is not None)
+        each = len(some) if most is None else max(1, most // max(1, size))
+        yield from (some[a : a + each] for a in range(0, len(some), each))
+
+
+def _parts(joined: Factors, count: int) -> list[Factors]:
+    """So many layers that were computed as one batch, each in a memory of its own."""
+    sides = [[x.clone() for x in side.chunk(count)] for side in joined if side is not None]
+    return [Factors(*pair) for pair in zip(*sides)]
 
 
 def zero(delta: Factors) -> Factors:

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from nestlearn.captured import Captured
 from nestlearn.disk import atomic_write
 from nestlearn.train.carried import Carried
 from nestlearn.train.checkpoint import Record, RunFolder
 from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import Corpus, keyed_seed, restarts
 from nestlearn.train.losses import evaluate, nats
-from nestlearn.train.optimize import Captured, adamw
+from nestlearn.train.optimize import adamw
 from nestlearn.train.plots import loss_curves
 from nestlearn.train.terminal import Display, Interrupt
 
