@@ -15,6 +15,7 @@ from torch import Tensor
 from .lending import Factors
 
 SPARE, SWEEPS = 8, 2  # directions more than the rank, and passes, with which its space is sought
+FLAT = 1e-7  # of a matrix: what single precision does not tell from nothing
 GROUP = 2**25  # numbers of layers' inputs and errors that are brought together, at most
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -183,8 +184,8 @@ def _space(errors: Tensor, inputs: Tensor, rank: int) -> Tensor:
     side = torch.randn(width, beside, generator=drawn, dtype=torch.float32, device="cpu")
     side = side.to(inputs).expand(len(inputs), -1, -1)
     for _ in range(SWEEPS):
-        out = torch.linalg.qr(errors.mT @ (inputs @ side)).Q
-        side = torch.linalg.qr(inputs.mT @ (errors @ out)).Q
+        out = _basis(errors.mT @ (inputs @ side))
+        side = _basis(inputs.mT @ (errors @ out))
     return side
 
 
@@ -261,11 +262,44 @@ def _sum(terms: list[tuple[float | Tensor, Factors]], rank: int | None = None) -
     left = torch.cat(lefts, -1)
     right = torch.cat([f.right for _, f in terms if f.right is not None], 1)
     with torch.no_grad():
-        q, inner = torch.linalg.qr(right.mT)
-        outer = torch.linalg.qr(left, mode="r").R
-        v = torch.linalg.svd(outer @ inner.mT, full_matrices=False).Vh
-        side = q @ v[:, : rank or own.shape[1]].mT
+        q = _basis(right.mT)
+        side = q @ _principal(left @ (right @ q), rank or own.shape[1])
     return _within(left, right, side)
+
+
+def _basis(x: Tensor) -> Tensor:
+    """Orthonormal columns [B, n, k] that span those of x, and others where these are dependent."""
+    if not _loops(x):
+        return torch.linalg.qr(x).Q
+    drawn = torch.Generator(x.device).manual_seed(0)
+    noise = torch.randn(x.shape[1:], generator=drawn, dtype=torch.float64, device=x.device)
+    size = torch.linalg.matrix_norm(x.double(), keepdim=True)
+    basis = x.double() + FLAT * torch.where(size > 0, size, 1.0) * noise
+    for _ in range(2):  # the first leaves what is small not quite orthogonal
+        values, vectors = _gram(basis)
+        basis = basis @ (vectors * values.clamp(min=1e-300).rsqrt()[:, None])
+    return basis.to(x.dtype)
+
+
+def _principal(x: Tensor, count: int) -> Tensor:
+    """The first right singular vectors [B, k, count] of x [B, n, k]."""
+    if not _loops(x):
+        r = torch.linalg.qr(x, mode="r").R
+        return torch.linalg.svd(r, full_matrices=False).Vh[:, :count].mT
+    return _gram(x)[1].flip(-1)[..., :count].to(x.dtype)
+
+
+def _loops(x: Tensor) -> bool:
+    """Whether QR and SVD of many matrices run one after the other: on a card. There eigenvectors of
+    xᵀx do instead; in double precision they keep all that single precision has.
+    """
+    return x.is_cuda and x.dtype != torch.float64
+
+
+def _gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.double()
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    return values, vectors
 
 
 def _within(a: Tensor, b: Tensor, side: Tensor) -> Factors:
