@@ -469,10 +469,11 @@ def test_steps_of_one_shape_are_the_steps_of_any(monkeypatch, rank):
     for frame in (None, answers.Frame.of(examples, 4)):
         held = Anchor.sampled(model, 4, 6, rows=1)
         one = pupil.Pupil(model, memory, 1, 1e-2, held=held)
-        one.frame = frame
+        if frame is not None:
+            one.fits("answers", frame)
         for step, some in enumerate((examples[:3], examples[2:], examples)):
             one.learn(some, step, step, 1.0)
-        assert set(one.graphs) == (set() if frame is None else {"answers", "pull"})
+        assert set(one.graphs) == (set() if frame is None else {"answers", "held"})
         ends.append(one.memory().levels[1].fast)
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a.dense(), b.dense(), atol=1e-6, rtol=1e-3)

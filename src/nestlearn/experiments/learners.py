@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn.evals.classes import Group, Text
@@ -63,7 +62,7 @@ class Reader:
         """The mean of the last hidden states of each text [N, D]."""
         found = []
         for a in range(0, len(texts), WIDE):
-            ids, mask, _ = padded([(self.encode(text), []) for text in texts[a : a + WIDE]])
+            ids, mask = padded([self.encode(text) for text in texts[a : a + WIDE]])
             ids, mask = ids.to(self.base.device), mask.to(self.base.device)
             out = self.base(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             h = out.hidden_states[-1] * mask[..., None]
@@ -71,14 +70,12 @@ class Reader:
         return torch.cat(found)
 
 
-def padded(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts with answers as ids, mask and targets [N, T]; padded behind, targets -100 there."""
-    longest = max(len(a) + len(b) for a, b in pairs)
-    gaps = [longest - len(a) - len(b) for a, b in pairs]
-    ids = torch.tensor([a + b + [0] * gap for (a, b), gap in zip(pairs, gaps)])
-    mask = torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps])
-    targets = torch.tensor([[-100] * len(a) + b + [-100] * gap for (a, b), gap in zip(pairs, gaps)])
-    return ids, mask, targets
+def padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows as ids and mask [N, T]; padded behind."""
+    gaps = [max(map(len, rows)) - len(row) for row in rows]
+    ids = [row + [0] * gap for row, gap in zip(rows, gaps)]
+    mask = [[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps)]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 class Learner(Reader):
@@ -101,6 +98,7 @@ class Learner(Reader):
         )
         self.memory = self.stacked.init_memory(1)
         self.kept: list[Text] = []
+        self.pupil: Any = None
         self.importance: list[tuple[Tensor, Tensor]] = []  # of each number, and where it stood
 
     def learn(self, group: Group) -> None:
@@ -139,84 +137,64 @@ class Learner(Reader):
         )[1]
 
     def _train(self, group: Group) -> None:
-        from nestlearn.learn.consolidation import level_of
+        from nestlearn.learn.answers import Frame, think
 
-        level = level_of(self.stacked, None)
-        fasts = self.stacked.fasts(self.memory)
-        start = fasts.get(level) or self.stacked.start(level, 1)
-        leaves = tuple(
-            type(f)(*(w.detach().clone().requires_grad_() for w in f if w is not None))
-            for f in start
-        )
-        flat = [w for f in leaves for w in f if w is not None]
-        held = self.kept if self.how == "study" else []
-        before = self._logits(self.stacked.effective(fasts), held) if held else None
-        train = list(group.train) + self.kept * (self.how == "replay")
-        adam = torch.optim.Adam(flat, self.dial)
-        squares = [torch.zeros_like(w) for w in flat]
+        held = [self._example(text) for text in self.kept * (self.how == "study")]
+        held = think(self.stacked, self.stacked.weights(self.memory), held)
+        texts = list(group.train) + self.kept * (self.how == "replay")
+        train = [self._example(text) for text in texts]
+        pupil = self._pupil()
+        if self.base.device.type == "cuda":
+            for name, examples, size in (("new", train, BATCH), ("held", held, BATCH // 2)):
+                if examples:
+                    pupil.fits(name, Frame.of(examples, min(size, len(examples))))
         batches = [
             order[a : a + BATCH]
             for order in (self.draw.sample(train, len(train)) for _ in range(EPOCHS))
             for a in range(0, len(order), BATCH)
         ]
+        squares = [torch.zeros_like(w) for w in pupil.flat]
         with torch.enable_grad():
             for n, some in enumerate(batches):
-                adam.param_groups[0]["lr"] = self.dial * (1 - n / len(batches))
-                weights = self.stacked.effective({**fasts, level: leaves})
-                loss = self._loss(weights, some)
+                parts = [pupil.gradients("new", some)]
                 if self.how == "ewc":
-                    plain = torch.autograd.grad(loss, flat, retain_graph=True)
-                    for square, grad in zip(squares, plain):
+                    for square, grad in zip(squares, parts[0]):
                         square += grad.square() / len(batches)
-                if before is not None:
-                    loss = loss + self._apart(weights, held, before, n)
-                for (importance, place), w in zip(self.importance, flat):
-                    loss = loss + EWC * (importance * (w - place).square()).sum()
-                for w, grad in zip(flat, torch.autograd.grad(loss, flat)):
-                    w.grad = grad
-                adam.step()
+                    past = zip(self.importance, pupil.flat)
+                    if self.importance:
+                        parts.append([2 * EWC * i * (w.detach() - at) for (i, at), w in past])
+                if held:
+                    size = min(BATCH // 2, len(held))
+                    first = n * BATCH // 2
+                    again = [held[(first + i) % len(held)] for i in range(size)]
+                    parts.append(pupil.gradients("held", again))
+                pupil.move(parts, 1 - n / len(batches))
         if self.how == "ewc":
             old = [i for i, _ in self.importance] or [torch.zeros_like(s) for s in squares]
-            self.importance = [(a + b, w.detach().clone()) for a, b, w in zip(old, squares, flat)]
-        fast = tuple(type(f)(*(w.detach() for w in f if w is not None)) for f in leaves)
-        state = self.memory.levels[level]._replace(fast=fast)
-        levels = self.memory.levels
-        self.memory = self.memory._replace(levels=(*levels[:level], state, *levels[level + 1 :]))
+            self.importance = [
+                (a + b, w.detach().clone()) for a, b, w in zip(old, squares, pupil.flat)
+            ]
+        self.memory = pupil.memory()
 
-    def _loss(self, weights: Any, some: Sequence[Text]) -> Tensor:
-        logits, targets = self._read_pairs(weights, some)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+    def _pupil(self) -> Any:
+        """What trains the slowest level; its rate starts anew, and its graphs stay where the other
+        levels do.
+        """
+        from nestlearn.learn.consolidation import level_of
+        from nestlearn.learn.pupil import Pupil
 
-    def _read_pairs(self, weights: Any, some: Sequence[Text]) -> tuple[Tensor, Tensor]:
-        from nestlearn.hf.lending import lend
+        if self.how == "study" or self.pupil is None:
+            level = level_of(self.stacked, None)
+            self.pupil = Pupil(self.stacked, self.memory, level, self.dial)
+        self.pupil.adam = torch.optim.Adam(self.pupil.flat, self.dial)
+        return self.pupil
 
-        ids, mask, targets = (x.to(self.base.device) for x in padded([self._pair(t) for t in some]))
-        with lend(weights):
-            return self.base(input_ids=ids, attention_mask=mask).logits, targets
+    def _example(self, text: Text) -> Any:
+        """That the class is the only right answer."""
+        from nestlearn.learn.answers import Example
 
-    @torch.no_grad()
-    def _logits(self, weights: Any, held: Sequence[Text]) -> list[Tensor]:
-        """What is thought of each token of the classes, by text."""
-        found: list[Tensor] = []
-        for a in range(0, len(held), BATCH):
-            logits, targets = self._read_pairs(weights, held[a : a + BATCH])
-            known = targets[:, 1:] != -100
-            found += [row[k].log_softmax(-1).half() for row, k in zip(logits[:, :-1], known)]
-        return found
-
-    def _apart(
-        self, weights: Any, held: Sequence[Text], before: Sequence[Tensor], step: int
-    ) -> Tensor:
-        some = [(step * BATCH // 2 + i) % len(held) for i in range(min(BATCH // 2, len(held)))]
-        logits, targets = self._read_pairs(weights, [held[i] for i in some])
-        known = targets[:, 1:] != -100
-        parts = [
-            F.kl_div(row[k].log_softmax(-1), before[i].to(row), log_target=True, reduction="none")
-            .sum(-1)
-            .mean()
-            for i, row, k in zip(some, logits[:, :-1], known)
-        ]
-        return torch.stack(parts).mean()
+        asked, label = self._pair(text)
+        return Example([asked], label, torch.tensor(label, device=self.base.device))
 
     def said(self, texts: Sequence[str]) -> list[str]:
         from nestlearn.hf.lending import lend

@@ -19,8 +19,9 @@ from .questions import BRIEF, FROM_TEXT, ROWS, Question, Tell, beside, prompt
 
 
 class Example(NamedTuple):
-    """The ways to ask a question without the text as ids, the answer's ids, and what the model
-    thought of each of these with the text before it: log-probabilities [N, V], in half precision.
+    """The ways to ask a question as ids, the answer's ids, and what is to be thought of each of
+    these: log-probabilities [N, V] in half precision, as the model thought with the text before it;
+    or tokens [N], int64, the only right ones.
     """
 
     asked: list[list[int]]
@@ -34,75 +35,15 @@ class Example(NamedTuple):
 
 class Rows(NamedTuple):
     """Questions with their answers, side by side. ids, mask [B, T]. Of the N tokens of all answers:
-    the place where each is predicted among the last logits [B · (longest + 1)], what was thought of
-    it [N, V], and what it counts [N]: 1 in all, each answer alike.
+    the place where each is predicted among the last logits [B · (longest + 1)], what it counts: 1
+    in all, each answer alike; and what is to be thought of it, [N, V] or [N].
     """
 
     ids: Tensor
     mask: Tensor
     where: Tensor
-    thought: Tensor
     counts: Tensor
-
-
-@torch.no_grad()
-def thoughts(
-    model: StackedModel, tokenizer: object, questions: list[Question], tell: Tell,
-    weights: Weights | None = None,
-) -> list[Example]:  # fmt: skip
-    """What the model thinks of each answer's tokens with the passage, if any, before the question;
-    weights: those of a memory (None: of the base model).
-    """
-    base = model.base
-    found: dict[int, Example] = {}
-    end = _end(base)
-    lengths = [(q.passage, len(q.text) + len(q.answer)) for q in questions]
-    order = sorted(range(len(questions)), key=lengths.__getitem__)  # one passage, one length
-    with evaluating(base), lend(weights or {}):
-        for a in range(0, len(order), ROWS):
-            tell("thinking", a, len(order))
-            some = order[a : a + ROWS]
-            answers = [_encode(tokenizer, questions[i].answer) + end for i in some]
-            asked = [prompt(tokenizer, _told(questions[i])) for i in some]
-            ids, mask, cache = beside(asked, base, answers)
-            logits = _logits(model, ids, mask, cache, max(map(len, answers)))
-            for row, (i, answer) in enumerate(zip(some, answers)):
-                thought = wide(logits[row, -len(answer) - 1 : -1]).log_softmax(-1)
-                ways = [prompt(tokenizer, words) for words in _untold(questions[i], i)]
-                found[i] = Example(ways, answer, thought.half())
-    return [found[i] for i in range(len(questions))]
-
-
-def divergence(
-    model: StackedModel, weights: Weights, examples: list[Example], turn: int = 0
-) -> Tensor:
-    """KL(with the text ‖ without it) in nats a token, the mean over the answers; asked in another
-    way each turn.
-    """
-    with lend(weights):
-        asked = [e.way(turn) for e in examples]
-        ids, mask, cache = beside(asked, model.base, [e.answer for e in examples])
-        longest = max(len(e.answer) for e in examples)
-        return apart(model, Rows(ids, mask, *_answers(examples, longest)), longest, cache)
-
-
-def apart(
-    model: StackedModel, rows: Rows, longest: int, cache: DynamicCache | None = None
-) -> Tensor:
-    """The divergence of rows that are laid out, under the weights that are lent."""
-    logits = _logits(model, rows.ids, rows.mask, cache, longest)
-    now = wide(logits.flatten(0, 1)[rows.where]).log_softmax(-1)
-    kl = F.kl_div(now, rows.thought.to(now), log_target=True, reduction="none").sum(-1)
-    return (kl * rows.counts).sum()
-
-
-@torch.no_grad()
-def mean(model: StackedModel, weights: Weights, examples: list[Example]) -> float:
-    """The divergence of any number of them, each asked in its first way."""
-    parts = [examples[a : a + ROWS] for a in range(0, len(examples), ROWS)]
-    return sum(float(divergence(model, weights, part)) * len(part) for part in parts) / len(
-        examples
-    )
+    thought: Tensor
 
 
 class Frame(NamedTuple):
@@ -126,38 +67,118 @@ class Frame(NamedTuple):
         gaps = [self.length - len(text) for text in texts]
         ids = [[0] * gap + text for gap, text in zip(gaps, texts)]
         mask = [[0] * gap + [1] * (self.length - gap) for gap in gaps]
-        given = _answers(examples, self.longest)
-        full = self.size * self.longest
-        new = [x.new_zeros(full, *x.shape[1:]) for x in given]
+        given = (*_places(examples, self.longest), torch.cat([e.thought for e in examples]))
+        new = [x.new_zeros(self.size * self.longest, *x.shape[1:]) for x in given]
         for mine, x in zip(new, given):
             mine[: len(x)] = x
         return Rows(*(torch.tensor(x, device=like.device) for x in (ids, mask)), *new)
 
 
-def _answers(examples: list[Example], longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """where, thought and counts of `Rows`; the answers end the rows."""
+@torch.no_grad()
+def thoughts(
+    model: StackedModel, tokenizer: object, questions: list[Question], tell: Tell,
+    weights: Weights | None = None,
+) -> list[Example]:  # fmt: skip
+    """What the model thinks of each answer's tokens with the passage, if any, before the question;
+    weights: those of a memory (None: of the base model).
+    """
+    end = _end(model.base)
+    lengths = [(q.passage, len(q.text) + len(q.answer)) for q in questions]
+    order = sorted(range(len(questions)), key=lengths.__getitem__)  # one passage, one length
+    shown = [
+        Example(
+            [prompt(tokenizer, _told(questions[i]))],
+            _encode(tokenizer, questions[i].answer) + end,
+            model.lr[0],
+        )
+        for i in order
+    ]
+    found = {}
+    for i, example in zip(order, think(model, weights or {}, shown, tell)):
+        ways = [prompt(tokenizer, words) for words in _untold(questions[i], i)]
+        found[i] = example._replace(asked=ways)
+    return [found[i] for i in range(len(questions))]
+
+
+@torch.no_grad()
+def think(
+    model: StackedModel, weights: Weights, examples: list[Example], tell: Tell = lambda *_: None
+) -> list[Example]:
+    """The examples with what the model thinks of the answers under these weights."""
+    found = []
+    with evaluating(model.base):
+        for a in range(0, len(examples), ROWS):
+            tell("thinking", a, len(examples))
+            some = examples[a : a + ROWS]
+            sizes = [len(e.answer) for e in some]
+            now = _predicted(model, weights, some, 0).half().split(sizes)
+            found += [e._replace(thought=thought.clone()) for e, thought in zip(some, now)]
+    return found
+
+
+def divergence(
+    model: StackedModel, weights: Weights, examples: list[Example], turn: int = 0
+) -> Tensor:
+    """KL(thought ‖ now) in nats a token, the mean over the answers; of tokens that are the only
+    right ones −log p. Asked in another way each turn.
+    """
+    now = _predicted(model, weights, examples, turn)
+    _, counts = _places(examples, 0)
+    return apart(now, counts, torch.cat([e.thought for e in examples]))
+
+
+def _predicted(model: StackedModel, weights: Weights, examples: list[Example], turn: int) -> Tensor:
+    """The log-probabilities of all tokens of the answers [N, V], what all begin with read once."""
+    with lend(weights):
+        asked = [e.way(turn) for e in examples]
+        ids, mask, cache = beside(asked, model.base, [e.answer for e in examples])
+        longest = max(len(e.answer) for e in examples)
+        return predicted(model, ids, mask, _places(examples, longest)[0], longest, cache)
+
+
+def predicted(
+    model: StackedModel, ids: Tensor, mask: Tensor, where: Tensor, longest: int,
+    cache: DynamicCache | None = None,
+) -> Tensor:  # fmt: skip
+    """Log-probabilities [N, V] at the places `where` of rows, under the weights that are lent."""
+    read = 0 if cache is None else cache.get_seq_length()
+    places = (mask.cumsum(1) - 1).clamp(min=0)[:, read:]
+    given = {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
+    logits = model.base(
+        input_ids=ids[:, read:], attention_mask=mask, position_ids=places,
+        logits_to_keep=longest + 1, **given,
+    ).logits  # fmt: skip
+    return wide(logits.flatten(0, 1)[where]).log_softmax(-1)
+
+
+def apart(now: Tensor, counts: Tensor, thought: Tensor) -> Tensor:
+    """How far what is thought now [N, V] is from what is to be thought, in nats."""
+    if thought.dtype == torch.long:
+        each = F.nll_loss(now, thought, reduction="none")
+    else:
+        each = F.kl_div(now, thought.to(now), log_target=True, reduction="none").sum(-1)
+    return (each * counts).sum()
+
+
+@torch.no_grad()
+def mean(model: StackedModel, weights: Weights, examples: list[Example]) -> float:
+    """The divergence of any number of them, each asked in its first way."""
+    parts = [examples[a : a + ROWS] for a in range(0, len(examples), ROWS)]
+    return sum(float(divergence(model, weights, part)) * len(part) for part in parts) / len(
+        examples
+    )
+
+
+def _places(examples: list[Example], longest: int) -> tuple[Tensor, Tensor]:
+    """where and counts of `Rows`; the answers end the rows."""
     where: list[int] = []
     counts: list[float] = []
     for row, e in enumerate(examples):
         first = (row + 1) * (longest + 1) - 1 - len(e.answer)
         where += range(first, first + len(e.answer))
         counts += [1 / len(e.answer) / len(examples)] * len(e.answer)
-    thought = torch.cat([e.thought for e in examples])
-    device = thought.device
-    return torch.tensor(where, device=device), thought, torch.tensor(counts, device=device)
-
-
-def _logits(
-    model: StackedModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None, longest: int
-) -> Tensor:
-    """The last ones [B, longest + 1, V]."""
-    read = 0 if cache is None else cache.get_seq_length()
-    places = (mask.cumsum(1) - 1).clamp(min=0)[:, read:]
-    given = {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
-    return model.base(
-        input_ids=ids[:, read:], attention_mask=mask, position_ids=places,
-        logits_to_keep=longest + 1, **given,
-    ).logits  # fmt: skip
+    device = examples[0].thought.device
+    return torch.tensor(where, device=device), torch.tensor(counts, device=device)
 
 
 def _told(question: Question) -> str:

@@ -122,7 +122,7 @@ def consolidate(
     known = thoughts(model, tokenizer, drawn if config.rehearse else [], tell, pupil.weights())
     least = min(config.rehearse, len(known))
     if ids.is_cuda and config.cuda_graph and not config.text:
-        pupil.frame = Frame.of(mine + known, min(config.batch, len(mine)) + least)
+        pupil.fits("answers", Frame.of(mine + known, min(config.batch, len(mine)) + least))
     per_round = -(-len(mine) // config.batch)
     steps, step = per_round * config.epochs, per_round * done
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model.base):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,15 +16,15 @@ from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import Fast, limit
 from nestlearn.layers.streaming import wide
 
-from .answers import Example, Frame, Rows, apart, divergence
+from .answers import Example, Frame, apart, divergence, predicted
 
 
 class Pupil:
     """One level's factors, moved by Adam, while the other levels stay as they are.
 
     held: what the model is held to, in every second step. text: the weight of the next tokens of
-    `ids`. frame: the shape of every step, which is then captured as a CUDA graph: a step of a small
-    model is thousands of kernels that take longer to launch than to run.
+    `ids`. frames: shapes; what has one is captured as a CUDA graph, for a step of a small model is
+    thousands of kernels that take longer to launch than to run.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class Pupil:
     ):  # fmt: skip
         self.model, self.before, self.level, self.lr = model, before, level, lr
         self.held, self.text, self.ids = held, text, ids
-        self.frame: Frame | None = None
+        self.frames: dict[str, Frame] = {}
         self.graphs: dict[str, Captured] = {}
         self.others = model.fasts(before)
         start = _copies(self.others.pop(level, ()) or model.start(level, 1))
@@ -66,53 +68,66 @@ class Pupil:
 
     def learn(self, examples: list[Example], step: int, turn: int, share: float) -> None:
         """A step of so much of the rate, from questions that are asked in the way of this turn."""
-        texts = self.held.texts(step // 2) if self.held is not None and step % 2 == 0 else None
-        if self.frame is not None:
-            self._graphed(self.frame.fill(examples, turn), texts)
-        else:
-            loss = divergence(self.model, self.weights(), examples, turn)
-            if self.text and self.ids is not None and self.ids.shape[1] > 1:
-                loss = loss + self.text * self._next_tokens(self.ids, step)
-            if texts is not None:
-                loss = loss + self._pull(texts)
-            self._note(loss)
+        parts = [self.gradients("answers", examples, turn)]
+        if self.text and self.ids is not None and self.ids.shape[1] > 1:
+            parts.append(self._gradients(self.text * self._next_tokens(self.ids, step)))
+        if self.held is not None and step % 2 == 0:
+            parts.append(self._pull(self.held, self.held.texts(step // 2).to(self.flat[0].device)))
+        self.move(parts, share)
+
+    def gradients(self, name: str, examples: list[Example], turn: int = 0) -> list[Tensor]:
+        """Of the divergence of these examples; in the frame of that name, if there is one."""
+        if name not in self.frames:
+            return self._gradients(divergence(self.model, self.weights(), examples, turn))
+        frame = self.frames[name]
+
+        def run(
+            ids: Tensor, mask: Tensor, where: Tensor, counts: Tensor, thought: Tensor
+        ) -> Tensor:
+            with lend(self.weights()):
+                now = predicted(self.model, ids, mask, where, frame.longest)
+            return apart(now, counts, thought)
+
+        return self._replay(name, run, *frame.fill(examples, turn))
+
+    def fits(self, name: str, frame: Frame) -> None:
+        """Capture what has that name, in a frame that this one and earlier ones fit into."""
+        old = self.frames.get(name, frame)
+        frame = Frame(*map(max, old, frame))
+        if self.frames.get(name) != frame:
+            self.frames[name] = frame
+            self.graphs.pop(name, None)
+
+    def move(self, parts: list[list[Tensor]], share: float) -> None:
+        """A step of Adam along the sum of gradients, at so much of the rate."""
+        for w, *some in zip(self.flat, *parts):
+            w.grad = sum(some[1:], some[0])
         self.adam.param_groups[0]["lr"] = self.lr * share
         self.adam.step()
 
-    def _note(self, loss: Tensor) -> Tensor:
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
         # not backward(): the base model's own parameters may ask for gradients, too
-        for w, grad in zip(self.flat, torch.autograd.grad(loss, list(self.flat))):
-            w.grad = grad
-        return loss.detach()
+        return list(torch.autograd.grad(loss, list(self.flat)))
 
-    def _graphed(self, rows: Rows, texts: Tensor | None) -> None:
-        """The gradients of both parts, each a graph of its own."""
-        longest = self.frame.longest if self.frame else 0
+    def _replay(self, name: str, loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+        def run(*given: Tensor) -> Tensor:
+            value = loss(*given)
+            for w, grad in zip(self.flat, self._gradients(value)):
+                w.grad = grad
+            return value.detach()
 
-        def answers(*given: Tensor) -> Tensor:
-            with lend(self.weights()):
-                return self._note(apart(self.model, Rows(*given), longest))
-
-        def pull(given: Tensor) -> Tensor:
-            return self._note(self._pull(given))
-
-        self._replay("answers", answers, *rows)
-        if texts is None:
-            return
-        grads = [w.grad for w in self.flat]
-        self._replay("pull", pull, texts)
-        for w, grad in zip(self.flat, torch._foreach_add([w.grad for w in self.flat], grads)):
-            w.grad = grad
-
-    def _replay(self, name: str, run, *inputs: Tensor) -> None:
         if name not in self.graphs:
             self.graphs[name] = Captured(self.flat, run, *inputs)
         self.graphs[name](*inputs)
+        return [w.grad for w in self.flat if w.grad is not None]
 
-    def _pull(self, texts: Tensor) -> Tensor:
-        """Twice the anchor's: it stands in every second step."""
-        assert self.held is not None
-        return 2 * self.held.apart(self.model, self.weights(), texts, 1)[0]
+    def _pull(self, held: Anchor, texts: Tensor) -> list[Tensor]:
+        """Of twice the anchor's divergence: it stands in every second step."""
+
+        def loss(given: Tensor) -> Tensor:
+            return 2 * held.apart(self.model, self.weights(), given, 1)[0]
+
+        return self._replay("held", loss, texts) if self.frames else self._gradients(loss(texts))
 
     def _next_tokens(self, ids: Tensor, step: int) -> Tensor:
         part = ids[:, window(ids, self.model.window, step)]
