@@ -137,16 +137,6 @@ def test_every_sentence_is_asked_about_by_its_rarest_words_and_by_name():
     for question, word in zip(asked, ("lake", "town", "cheese", "grow", "small", "town")):
         ways = {question.text, *question.ways}
         assert ways == {form.format(word=word, name="Toririth") for form in questions.BY_NAME}
-    near = {"lake": ["sea", "farmers"], "town": ["village", "city"]}
-    other = questions.by_name(Words(), text, 2, lambda word: near.get(word, []))
-    assert [(q.answer, q.passage) for q in other] == [(q.answer, q.passage) for q in asked]
-    for question, plain, word in zip(other, asked, ("lake", "town", "cheese")):
-        ways = [question.text, *question.ways]
-        known = [w for w in near.get(word, []) if w != "farmers"]  # which the passage says
-        assert len(ways) == 10 if known else ways == [plain.text, *plain.ways]
-        assert [any(f" {w} " in f" {x[:-1]} ".replace(":", " ") for w in known) for x in ways] == [
-            bool(known) and n % 2 == 1 for n in range(len(ways))
-        ]
     assert questions.by_name(Words(), text, 0) == []
     assert questions.topic(Words(), "nothing is named") == "nothing"
     assert questions.by_name(Words(), "…", 3) == []
@@ -412,41 +402,6 @@ def test_a_question_is_asked_in_another_way_each_round(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             answers.divergence(stacked(), {}, [example], turn)
     assert read == [[example.asked[turn % 3]] for turn in range(4)]
-
-
-def test_a_words_neighbours_are_near_it_and_no_form_of_it():
-    class Embedded:
-        words = ("of", "lake", "lakes", "sea", "pond", "Sea", "car", "so")
-
-        def encode(self, text, add_special_tokens=True):
-            text = text.strip()
-            return [401 + self.words.index(text)] if text in self.words else [1, 2]
-
-        def convert_ids_to_tokens(self, i):
-            return "Ġ" + self.decode([i])
-
-        def decode(self, ids):
-            return self.words[ids[0] - 401] if ids[0] > 400 else "and"
-
-    table = torch.full((401 + 8, 3), 5.0)
-    table[401:] += torch.tensor(
-        [
-            [0, 0, 1],
-            [1, 0, 0],
-            [1, 0, 0],
-            [1, 0.1, 0],
-            [1, 0.5, 0],
-            [1, 0, 0],
-            [0, 1, 0],
-            [-1, 0, 0],
-        ]
-    )
-    model = type(
-        "Base", (), {"get_input_embeddings": lambda self: torch.nn.Embedding.from_pretrained(table)}
-    )
-    near = questions.neighbours(model(), Embedded(), 2)
-    assert near("lake") == ["sea", "pond"]
-    assert near("Sea") == near("ocean") == []
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "low-rank"])

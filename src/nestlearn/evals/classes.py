@@ -68,10 +68,11 @@ def groups(
     folder: Path, name: str, order: int, *, train: int = 40, validation: int = 5, test: int = 8,
     most: int | None = None,
 ) -> list[Group]:  # fmt: skip
-    """The classes of a set in an order of that seed, dealt to its groups; so many texts of each.
+    """The classes of a set in an order of that seed, dealt to its groups; so many texts of each to
+    validate and to test with, and at most so many to learn from.
 
     most: groups, at most. Raises FileNotFoundError without the set, ValueError for a class with
-    fewer texts than asked for.
+    too few texts.
     """
     read, count = SETS[name]
     learned, asked = (_by_class(pairs) for pairs in read(folder))
@@ -85,9 +86,11 @@ def groups(
             drawn = [learned[label][i] for i in rng.permutation(len(learned[label]))]
             last = [asked[label][i] for i in rng.permutation(len(asked[label]))]
             for part, texts, size in zip(
-                parts, (drawn, drawn[::-1], last), (train, validation, test)
+                parts,
+                (drawn[validation:], drawn[:validation], last),
+                (min(train, len(drawn) - validation), validation, test),
             ):
-                if len(drawn) < train + validation or len(texts) < size:
+                if size < 1 or len(texts) < size:
                     raise ValueError(f"{name}: {label} has {len(texts)} texts: ask for fewer")
                 part += [Text(text, _words(label)) for text in texts[:size]]
         found.append(Group(tuple(map(_words, labels)), *map(tuple, parts)))

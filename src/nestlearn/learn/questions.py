@@ -34,7 +34,6 @@ BY_NAME = (
     "What can you say about {name} and {word}?",
     "What about the {word} in {name}?",
 )
-NEAR = 4  # words that stand for one of a sentence
 COMMON = 400  # first pieces of a vocabulary, among which its commonest words stand
 BRIEF = " Answer in a few words."
 FROM_TEXT = (
@@ -109,56 +108,22 @@ def ask(base: Any, tokenizer: Any, text: str, count: int, seed: int, tell: Tell)
     return [question for question in found if _from_passage(question)]
 
 
-def by_name(
-    tokenizer: Any, text: str, count: int, near: Callable[[str], list[str]] = lambda _: []
-) -> list[Question]:
+def by_name(tokenizer: Any, text: str, count: int) -> list[Question]:
     """Questions that the sentences themselves answer: for each sentence, one about each of its
-    `count` rarest words, by the name of what its passage is about. Every second way of asking has a
-    word that is `near` it instead, if there is one that the passage does not say.
+    `count` rarest words, by the name of what its passage is about.
 
     A small model asks about few of the facts; these ask about all, and cost no decoding.
     """
     found: list[Question] = []
     for passage in passages(text):
-        name, said = topic(tokenizer, passage), _words(passage)
+        name = topic(tokenizer, passage)
         for sentence in sentences(passage):
             for word in _rarest(tokenizer, sentence, name, count):
-                others = [other for other in near(word) if other not in said]
-                ways = []
-                for n in range(len(BY_NAME) * (2 if others else 1)):
-                    about = others[n // 2 % len(others)] if others and n % 2 else word
-                    form = BY_NAME[(len(found) + n) % len(BY_NAME)]
-                    ways.append(form.format(word=about, name=name))
-                found.append(Question(ways[0], sentence, passage, tuple(ways[1:])))
+                ways = [form.format(word=word, name=name) for form in BY_NAME]
+                first = len(found) % len(ways)
+                asked, *others = ways[first:] + ways[:first]
+                found.append(Question(asked, sentence, passage, tuple(others)))
     return found
-
-
-def neighbours(base: Any, tokenizer: Any, count: int = NEAR) -> Callable[[str], list[str]]:
-    """What gives the words whose embeddings are nearest to a word's, by angle around their mean:
-    with such a small model as its only source they stand for words of like meaning. None for a
-    word of several pieces and for one that begins with a capital.
-    """
-    table = base.get_input_embeddings().weight.detach()
-    centre = table.mean(0)
-    squared = table.square().sum(1) - 2 * (table @ centre) + centre.square().sum()
-    sizes = squared.clamp(min=1e-12).sqrt()
-
-    def near(word: str) -> list[str]:
-        first, *more = _pieces(tokenizer, word)
-        if more or word[0].isupper():
-            return []
-        away = table[first] - centre
-        like = (table @ away - centre @ away) / sizes
-        found: dict[str, None] = {}
-        for i in like.topk(min(20 * count, len(like))).indices.tolist():
-            begins = tokenizer.convert_ids_to_tokens(i)[:1] in "Ġ▁"  # of a word
-            other = tokenizer.decode([i]).strip()
-            rare = begins and i > COMMON and len(other) > 2 and other.isalpha() and other.islower()
-            if rare and other[:4] != word[:4]:  # not another form of it
-                found[other] = None
-        return list(found)[:count]
-
-    return near
 
 
 def topic(tokenizer: Any, passage: str) -> str:

@@ -14,7 +14,7 @@ from nestlearn.hf.door import evaluating
 from nestlearn.hf.lending import lend
 
 from .consolidation import Epoch, StudyConfig, consolidate, level_of
-from .questions import Question, Tell, ask, by_name, neighbours
+from .questions import Question, Tell, ask, by_name
 
 if TYPE_CHECKING:
     from .session import Session
@@ -65,8 +65,7 @@ def study(
     try:
         if not found:
             with evaluating(model.base), lend({}):  # a block of `using` around it is not the base
-                near = neighbours(model.base, session.tokenizer)
-                found = by_name(session.tokenizer, text, config.words, near)
+                found = by_name(session.tokenizer, text, config.words)
                 found += ask(
                     model.base, session.tokenizer, text, config.questions, config.seed, tell
                 )
