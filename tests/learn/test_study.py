@@ -167,6 +167,15 @@ def test_thoughts_and_divergence_are_those_of_single_readings():
     assert float(found) == pytest.approx(sum(apart) / len(apart), rel=1e-4)
 
 
+def test_half_of_a_firm_thought_is_the_answer_itself():
+    examples = answers.thoughts(stacked(), session().tokenizer, ASKED, silent)
+    for before, after in zip(examples, answers.firm(examples), strict=True):
+        was, now = before.thought.float().exp(), after.thought.float().exp()
+        right = torch.eye(was.shape[1])[before.answer]
+        torch.testing.assert_close(now, (was + right) / 2, atol=2e-3, rtol=2e-2)
+    assert answers.firm([]) == []
+
+
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "low-rank"])
 def test_a_level_takes_over_what_was_thought_with_the_text(rank):
     model, words = stacked(rank=rank), session().tokenizer

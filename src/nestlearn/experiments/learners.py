@@ -83,7 +83,8 @@ class Learner(Reader):
 
     levels: a stream of texts with their class, of which the class is learned. study: the levels,
     and then Adam on the slowest, held to what the memory said before of KEPT texts of each earlier
-    class. ewc: squared gradients of earlier groups weigh how far each number may move.
+    class, and to that class. ewc: squared gradients of earlier groups weigh how far each number may
+    move.
     """
 
     def __init__(self, *given: Any):
@@ -137,10 +138,10 @@ class Learner(Reader):
         )[1]
 
     def _train(self, group: Group) -> None:
-        from nestlearn.learn.answers import Frame, think
+        from nestlearn.learn.answers import Frame, firm, think
 
         held = [self._example(text) for text in self.kept * (self.how == "study")]
-        held = think(self.stacked, self.stacked.weights(self.memory), held)
+        held = firm(think(self.stacked, self.stacked.weights(self.memory), held))
         texts = list(group.train) + self.kept * (self.how == "replay")
         train = [self._example(text) for text in texts]
         pupil = self._pupil()

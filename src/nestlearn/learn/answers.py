@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,19 @@ def think(
             sizes = [len(e.answer) for e in some]
             now = _predicted(model, weights, some, 0).half().split(sizes)
             found += [e._replace(thought=thought.clone()) for e, thought in zip(some, now)]
+    return found
+
+
+def firm(examples: list[Example]) -> list[Example]:
+    """The examples with half of what is thought given to the answer's own tokens: what is learned
+    again and again as it was thought last drifts away from the answer.
+    """
+    found = []
+    for e in examples:
+        thought = e.thought.float() - math.log(2)
+        answer = torch.tensor(e.answer, device=thought.device)[:, None]
+        own = thought.gather(1, answer).logaddexp(thought.new_tensor(-math.log(2)))
+        found.append(e._replace(thought=thought.scatter(1, answer, own).half()))
     return found
 
 
