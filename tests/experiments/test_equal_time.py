@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nestlearn.evals import read_records
-from nestlearn.experiments import defaults, equal_time, runner, stability, switching
+from nestlearn.experiments import books, defaults, equal_time, runner, stability, switching
 from nestlearn.models.hope import HopeConfig, HopeLM
 
 
@@ -21,8 +21,8 @@ def test_families_have_one_size(model):
 
 
 def test_streams_are_said_by_the_name():
-    assert equal_time._windows("Hope, streams of 8 windows") == 8
-    assert equal_time._windows("Hope") == 1
+    assert equal_time.windows("Hope, streams of 8 windows") == 8
+    assert equal_time.windows("Hope") == 1
 
 
 @pytest.mark.parametrize("data", [None, "/nowhere"])
@@ -35,7 +35,7 @@ def test_books_are_asked_for(data, tmp_path):
 def test_stability_shows_every_rate_and_no_place_of_the_machine(tmp_path):
     data = tmp_path / "books"
     data.mkdir()
-    for name in equal_time.BOOKS:
+    for name in books.BOOKS:
         (data / name).write_bytes(lzma.compress(bytes(range(32, 127)) * 40))
     out, models = tmp_path / "out", ["Hope-Attention"]
     text = runner.run(

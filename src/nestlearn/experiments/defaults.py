@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from nestlearn.evals import Record, formal, mad, mqar
-from nestlearn.experiments import table4
+from nestlearn.experiments import books, table4
 from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.equal_time import books, losses, text_of
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import build
@@ -60,7 +59,7 @@ def grid(asked: Options) -> list[Cell]:
     """Every candidate on everything; language where there is a folder of books."""
     tasks = [("mad", name) for name in table4.TASKS] + [("mqar", "K=16")]
     tasks += [("formal", name) for name in LANGUAGES]
-    text = text_of(asked.data) if asked.data else {}
+    text = books.text_of(asked.data) if asked.data else {}
     cells = []
     for kind, task in ([("language", "books")] if asked.data else []) + asked.pick(
         tasks[:2], tasks
@@ -97,7 +96,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    corpus, _ = books(Path(cell["folder"]))
+    corpus = books.read(Path(cell["folder"])).corpus
     quick = cell["steps"] <= QUICK_STEPS
     sizes = {"dim": 32, "layers": 1, "heads": 2} if quick else {"dim": 256, "layers": 6, "heads": 4}
     steps = cell["steps"] if quick else cell["steps"] // 8
@@ -110,7 +109,7 @@ def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]
     model = build("hope", corpus.vocab_size, {**sizes, **changes}, match=False)
     log = train(model, corpus, config, None, progress=False)
     count = 2 if quick else 32
-    near, far = losses(model, corpus.val, config.length, count, config.batch, config.dtype)
+    near, far = books.losses(model, corpus.val, config.length, count, config.batch, config.dtype)
     norms = sorted(r["grad_norm"] for r in log[config.warmup :])
     tell(1.0, f"{near:.3f} {far:.3f}")
     return {
@@ -171,5 +170,5 @@ EXPERIMENT = Experiment(
     seeds=1,
     columns=columns,
     order=best_first,
-    sources=("experiments/table4.py", "experiments/equal_time.py"),
+    sources=("experiments/table4.py", "experiments/books.py"),
 )

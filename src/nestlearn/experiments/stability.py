@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from nestlearn.evals import Record
+from nestlearn.experiments import books
 from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.equal_time import FAMILIES, books, config_of, text_of
+from nestlearn.experiments.equal_time import FAMILIES, config_of
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.tables import RATE, SEEDS, Column, mean, metric, model, words
 from nestlearn.models.hope import HopeLM
@@ -33,7 +34,7 @@ def grid(asked: Options) -> list[Cell]:
         {
             "task": length, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
             "length": asked.pick(64, int(length)),
-            "batch": asked.pick(2, TOKENS // int(length)), **text_of(asked.data),
+            "batch": asked.pick(2, TOKENS // int(length)), **books.text_of(asked.data),
         }
         for length in chosen(asked.only, LENGTHS, "length")
         for name in chosen(asked.models or MODELS, tuple(FAMILIES), "model")
@@ -42,7 +43,7 @@ def grid(asked: Options) -> list[Cell]:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one; its gradient norms."""
-    corpus, _ = books(Path(cell["folder"]))
+    corpus = books.read(Path(cell["folder"])).corpus
     steps = cell["steps"]
     settings = TrainConfig(
         steps=steps, batch=cell["batch"], length=cell["length"], lr=cell["lr"],
@@ -86,5 +87,5 @@ EXPERIMENT = Experiment(
     chooses="",
     columns=columns,
     by=lambda r: (r.model, r.task, r.config["lr"]),
-    sources=("experiments/equal_time.py",),
+    sources=("experiments/equal_time.py", "experiments/books.py"),
 )

@@ -1,0 +1,199 @@
+"""Language models on books: the text, one training, and what is measured of it.
+
+FOLDER holds books of Project Gutenberg, split by whole books: train-0.txt.xz, valid.txt.xz,
+test.txt.xz. Tokens are bytes, or pieces of a BPE that is trained on the training books. Validation
+books choose, test books give the figures.
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.models import parameter_count, with_parameters
+from nestlearn.experiments.provenance import fingerprint
+from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.train import Corpus, TrainConfig, evaluate, train
+
+BOOKS = ("train-0.txt.xz", "valid.txt.xz", "test.txt.xz")
+BYTES = 256
+STRETCH = 4  # the second measurement: windows so many times longer than the trained ones
+TAUGHT = 20_000_000  # bytes of the training books from which the pieces are found
+
+
+class Text(NamedTuple):
+    """Training and validation books, and the test books' tokens and bytes."""
+
+    corpus: Corpus
+    test: Tensor
+    test_bytes: int
+
+    def bits(self, nats: float, split: str = "test") -> float:
+        """Nats a token as bits a byte."""
+        if split != "test":
+            return self.corpus.bits_per_byte(nats, split) or math.nan
+        return nats / math.log(2) * len(self.test) / self.test_bytes
+
+
+@lru_cache(1)
+def read(folder: Path, vocabulary: int = BYTES) -> Text:
+    """The books as bytes, or in pieces of a BPE of that size."""
+    raw = [lzma.decompress((folder / name).read_bytes()) for name in BOOKS]
+    if vocabulary == BYTES:
+        ids = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in raw]
+    else:
+        ids = _pieces(raw, vocabulary)
+    train, val, test = map(len, raw)
+    corpus = Corpus(ids[0], ids[1], vocabulary, name="Gutenberg", train_bytes=train, val_bytes=val)
+    return Text(corpus, ids[2], test)
+
+
+def _pieces(raw: list[bytes], vocabulary: int) -> list[Tensor]:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    coder = Tokenizer(models.BPE())
+    coder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    coder.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    lines = [part.decode("utf-8").splitlines(keepends=True) for part in raw]
+    share = min(1.0, TAUGHT / max(1, len(raw[0])))
+    coder.train_from_iterator(lines[0][: math.ceil(share * len(lines[0]))], trainer)
+    found = []
+    for part in lines:
+        ids = [i for one in coder.encode_batch(part) for i in one.ids]
+        found.append(torch.tensor(ids, dtype=torch.int32))
+    return found
+
+
+def text_of(data: str | None) -> dict[str, str]:
+    """A cell's part: the folder of books, and a hash of them; ValueError if they are not there."""
+    if data is None or not all((Path(data) / name).is_file() for name in BOOKS):
+        raise ValueError(f"--data {data}: give a folder with {', '.join(BOOKS)}")
+    return {"folder": data, "books": fingerprint(Path(data) / name for name in BOOKS)}
+
+
+def sized(
+    change: Mapping[str, Any], size: tuple[int, int, int], vocabulary: int = BYTES
+) -> HopeConfig:
+    """Hope with a change, and the parameters of Hope. size: width, layers, heads."""
+    base = HopeConfig(vocabulary, dim=size[0], layers=size[1], heads=size[2])
+    config = replace(base, **change)
+    return config if config == base else with_parameters(config, parameter_count(base))
+
+
+def losses(
+    model: HopeLM, text: Tensor, length: int, count: int, batch: int, dtype: str
+) -> tuple[float, float]:
+    """Nats per token in `count` windows of STRETCH lengths, read in pieces of one and whole."""
+    held = Corpus(text, text, model.config.vocab_size)
+    long = held.val_windows(count, STRETCH * length)
+    pieces = torch.cat([long[:, i * length : (i + 1) * length + 1] for i in range(STRETCH)])
+    near, _ = evaluate(model, pieces, batch, dtype)
+    far, _ = evaluate(model, long, max(1, batch // STRETCH), dtype)
+    return near, far
+
+
+def trained(
+    cell: Cell, config: HopeConfig, tell: Tell, stream: int = 1
+) -> tuple[HopeLM, dict[str, Any]]:
+    """Train a cell's model; "value" is minus the validation loss at the trained length, "test" and
+    "validation" are nats a token at that length and at STRETCH times it.
+
+    stream: windows that a row of the batch reads one after another.
+    """
+    text = read(Path(cell["folder"]), config.vocab_size)
+    steps, T, batch = cell["steps"], cell["length"], cell["batch"]
+    on_card = cell["device"].startswith("cuda")
+    settings = TrainConfig(
+        steps=steps, batch=batch, length=T, lr=cell["lr"], warmup=max(1, steps // 6),
+        eval_every=steps, seed=cell["seed"], device=cell["device"],
+        dtype="bfloat16" if on_card else "float32", stream=stream,
+    )  # fmt: skip
+    torch.manual_seed(cell["seed"])
+    model = HopeLM(config)
+    windows = 2 if batch < 8 else 16
+    curve: list[list[float]] = []
+    seconds = 0.0
+
+    def on_step(record: dict[str, Any]) -> None:
+        nonlocal seconds
+        took = batch * T / record["tokens_per_second"]
+        if record["step"] > 3:  # before that a graph is made
+            seconds += took
+        if record["step"] % max(1, steps // 6) == 0:
+            near, far = losses(model, text.corpus.val, T, windows, batch, settings.dtype)
+            curve.append([record["step"] * batch * T, seconds, near, far])
+            model.train()
+            tell(record["step"] / steps, f"{near:.3f} {far:.3f}")
+
+    log = train(model, text.corpus, settings, None, progress=False, on_step=on_step)
+    val, tested = (
+        losses(model, ids, T, 4 * windows, batch, settings.dtype)
+        for ids in (text.corpus.val, text.test)
+    )
+    late = sorted(r["grad_norm"] for r in log[settings.warmup :])
+    speed = statistics.median([r["tokens_per_second"] for r in log[3:]] or [0.0])
+    return model, {
+        "value": -val[0], "test": list(tested), "validation": list(val),
+        "curve": curve, "parameters": model.parameter_count(), "config": config.to_dict(),
+        "tokens": steps * batch * T, "seconds": round(seconds, 2), "tokens_per_second": speed,
+        "grad_norm": {"median": late[len(late) // 2] if late else None,
+                      "largest": late[-1] if late else None},
+        "device_name": torch.cuda.get_device_name() if on_card else "CPU",
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def surprise(model: HopeLM, ids: Tensor, length: int, *, carried: bool = True) -> Tensor:
+    """Nats [B, T − 1] of every token of texts [B, T] after the first, read in pieces of `length`
+    with the memory carried; or in windows of that length, of which half is read again each time, so
+    that every token has at least half of it before it.
+    """
+    device = next(model.parameters()).device
+    state, parts = None, []
+    step = length if carried else length // 2
+    for a in range(0, ids.shape[1] - 1, step):
+        first = a if carried else max(0, a + step - length)
+        part = ids[:, first : a + step + 1].long().to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits, state = model(part[:, :-1], state if carried else None)
+        loss = F.cross_entropy(logits.mT.float(), part[:, 1:], reduction="none")
+        parts.append(loss[:, a - first :].cpu())
+    return torch.cat(parts, 1)
+
+
+def stream(model: HopeLM, ids: Tensor, length: int) -> dict[str, Any]:
+    """Nats per token in each tenth of streams of 100,000 and 1,000,000, memory carried, and of the
+    same text read anew every `length` tokens; peak bytes on the card at both lengths.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    out: dict[str, Any] = {}
+    for total in (100_000, 1_000_000):
+        if len(ids) <= total:
+            continue
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rows = [surprise(model, ids[: total + 1], 16 * length)]
+        whole = total // length * length
+        parts = [surprise(model, ids[a : a + length + 1], length) for a in range(0, whole, length)]
+        rows.append(torch.cat(parts))
+        tenths = [[round(float(t.mean()), 4) for t in row.chunk(10)] for row in rows]
+        out[str(total)] = {"carried": tenths[0], "anew": tenths[1]}
+        if device.type == "cuda":
+            out[str(total)]["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return out

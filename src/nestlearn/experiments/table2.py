@@ -1,0 +1,126 @@
+"""Table 2: language models on books, by bytes and by pieces, at two sizes.
+
+    nestlearn reproduce table2 --data FOLDER
+
+FOLDER as in `nestlearn.experiments.books`. All models of a size have Hope's parameters and the same
+tokens. Bits a byte compare bytes with pieces. Test books give the figures, validation books choose
+the learning rates; the curves are of validation books, along tokens and along seconds of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nestlearn.evals import Record
+from nestlearn.experiments import books
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.tables import (
+    PARAMETERS,
+    RATE,
+    SEEDS,
+    Column,
+    detail,
+    mean,
+    metric,
+    model,
+    words,
+)
+from nestlearn.options import Attention, DeltaNet, StaticTitans, SwiGLU
+
+ROWS: dict[str, dict[str, Any]] = {
+    "Hope": {},
+    "Hope-Attention": {"mixer": Attention()},
+    "DeltaNet with levels": {"mixer": DeltaNet()},
+    "DeltaNet": {"mixer": DeltaNet(), "channel": SwiGLU()},
+    "Titans": {"mixer": StaticTitans(), "channel": SwiGLU()},
+    "Transformer++": {"mixer": Attention(), "channel": SwiGLU()},
+}
+# Parameters are those of the blocks with bytes: pieces have an embedding and a head beside them.
+SIZES = {"10M": (320, 7, 5), "50M": (640, 10, 10)}  # width, layers, heads
+VOCABULARIES = {"bytes": books.BYTES, "pieces": 8192}
+SETTINGS = tuple(f"{size}, {tokens}" for size in SIZES for tokens in VOCABULARIES)
+STEPS, BATCH, LENGTH = 600, 32, 1024
+NEAR, FAR = "bits a byte at the trained length", "at four times it"
+
+
+def grid(asked: Options) -> list[Cell]:
+    """Every family at every size, by bytes and by pieces."""
+    text = books.text_of(asked.data)
+    return [
+        {
+            "task": setting, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
+            "batch": asked.pick(2, BATCH), "length": asked.pick(64, LENGTH),
+            "size": asked.pick((32, 1, 2), SIZES[setting.split(",")[0]]),
+            "vocabulary": asked.pick({"pieces": 300}, VOCABULARIES).get(
+                setting.split()[-1], books.BYTES
+            ),
+            **text,
+        }
+        for setting in chosen(asked.only, SETTINGS, "setting")
+        for name in chosen(asked.models, tuple(ROWS), "model")
+    ]  # fmt: skip
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train and measure one."""
+    config = books.sized(ROWS[cell["model"]], cell["size"], cell["vocabulary"])
+    text = books.read(Path(cell["folder"]), cell["vocabulary"])
+    _, result = books.trained(cell, config, tell)
+    near, far = map(text.bits, result["test"])
+    result["curve"] = [
+        [tokens, seconds, *(text.bits(nats, "val") for nats in nats)]
+        for tokens, seconds, *nats in result["curve"]
+    ]
+    return result | {
+        "scores": {NEAR: near, FAR: far},
+        "headline": f"{near:.3f} {far:.3f}, {result['tokens_per_second']:,.0f} tokens/s",
+    }
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Bits a byte at both lengths, with tokens and seconds."""
+    return [
+        words("setting", lambda r: r.task), model(), PARAMETERS, RATE, SEEDS,
+        words("tokens", lambda r: f"{r.tokens:,}"),
+        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
+        mean("tokens/s", detail("tokens_per_second"), digits=0),
+        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
+    ]  # fmt: skip
+
+
+def figure(records: Sequence[Record], path: Path) -> None:
+    """Bits a byte of validation books at the trained length, along tokens and along seconds."""
+    panels = []
+    for setting in dict.fromkeys(r.task for r in records):
+        for axis, label in enumerate(("tokens", "seconds on one card")):
+            lines = {}
+            for name in ROWS:
+                own = [
+                    r.detail["curve"] for r in records
+                    if (r.task, r.model, r.metric) == (setting, name, NEAR)
+                ]  # fmt: skip
+                if own:
+                    at = [sum(p) / len(p) for p in zip(*([row[axis] for row in c] for c in own))]
+                    lines[name] = (at, [[row[2] for row in c] for c in own])
+            panels.append(Panel(setting, label, "validation (bits a byte)", lines))
+    curves(panels, path, marker=True)
+
+
+EXPERIMENT = Experiment(
+    name="table2",
+    shows="language models on books, by bytes and by pieces, at two sizes",
+    price=("–", "~6 hours"),
+    takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=(3e-3, 6e-3, 1.2e-2),
+    seeds=1,
+    columns=columns,
+    by=lambda r: (r.task, r.model),
+    figure=figure,
+    sources=("experiments/books.py",),
+)

@@ -1,0 +1,97 @@
+"""Table 6: what each part of Hope is worth, as a language model on books.
+
+    nestlearn reproduce table6 --data FOLDER
+
+FOLDER as in `nestlearn.experiments.books`. Every row is one change of Hope at its parameters. Test
+books give the figures, validation books choose the learning rates. Hope here has no momentum and
+no memory of queries by default (see docs/choices.md), so these two rows add what the paper's take
+away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nestlearn.evals import Record
+from nestlearn.experiments import books
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.tables import (
+    PARAMETERS,
+    RATE,
+    SEEDS,
+    Column,
+    detail,
+    mean,
+    metric,
+    model,
+)
+from nestlearn.options import Continuum, Level, SwiGLU, Titans
+
+FAST, SLOW, NEVER = Level(chunk=4), Level(chunk=16), Level()
+ROWS: dict[str, dict[str, Any]] = {
+    "Hope": {},
+    "without DGD": {"mixer": Titans(dgd=False)},
+    "with momentum": {"mixer": Titans(momentum=True)},
+    "without weight decay": {"mixer": Titans(weight_decay=False)},
+    "without the continuum memory": {"channel": SwiGLU()},
+    "without inner projection k": {"mixer": Titans(adapt=("v", "eta", "alpha"))},
+    "without inner projection v": {"mixer": Titans(adapt=("k", "eta", "alpha"))},
+    "with inner projection q": {"mixer": Titans(adapt=("k", "v", "q", "eta", "alpha"))},
+    "without inner projections": {"mixer": Titans(adapt=())},
+    "one level that learns: 16": {"channel": Continuum((SLOW, NEVER))},
+    "three: 4, 16, 64": {"channel": Continuum((FAST, SLOW, Level(chunk=64), NEVER))},
+    "both matrices learn": {
+        "channel": Continuum((Level(4, learns="all"), Level(16, learns="all"), NEVER))
+    },
+}
+SIZE = (320, 7, 5)  # width, layers, heads: about 10 million parameters
+STEPS, BATCH, LENGTH = 300, 64, 512
+NEAR, FAR = "bits a byte at the trained length", "at four times it"
+
+
+def grid(asked: Options) -> list[Cell]:
+    """A cell for each change."""
+    text = books.text_of(asked.data)
+    return [
+        {
+            "task": "books", "model": name, "steps": asked.steps or asked.pick(3, STEPS),
+            "batch": asked.pick(2, BATCH), "length": asked.pick(64, LENGTH),
+            "size": asked.pick((32, 1, 2), SIZE), **text,
+        }
+        for name in chosen(asked.models, tuple(ROWS), "row")
+    ]  # fmt: skip
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train and measure one."""
+    config = books.sized(ROWS[cell["model"]], cell["size"])
+    text = books.read(Path(cell["folder"]))
+    _, result = books.trained(cell, config, tell)
+    near, far = map(text.bits, result["test"])
+    return result | {"scores": {NEAR: near, FAR: far}, "headline": f"{near:.3f} {far:.3f}"}
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Bits a byte at both lengths."""
+    return [
+        model(), PARAMETERS, RATE, SEEDS,
+        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
+        mean("tokens/s", detail("tokens_per_second"), digits=0),
+        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
+    ]  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    name="table6",
+    shows="what each part of Hope is worth, on books",
+    price=("–", "~1 hour"),
+    takes=("seeds", "steps", "models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=(3e-3, 6e-3, 1.2e-2),
+    columns=columns,
+    sources=("experiments/books.py",),
+)
