@@ -27,6 +27,7 @@ from nestlearn.evals.tasks import stream
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.closed_book import fingerprint_of
 from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.learners import padded
 from nestlearn.experiments.tables import Column, at, mean, model
 
 LENGTH, WINDOW, SAID = 4096, 1024, 24
@@ -45,6 +46,7 @@ ROWS: dict[str, tuple[int, tuple[int, ...]]] = {  # window, chunks of the levels
     },
 }  # fmt: skip
 ASKED, QUICK_ASKED, VALIDATED = 100, 2, 20
+TOGETHER = 20  # texts that are read side by side, a memory each
 
 
 class Asked(NamedTuple):
@@ -159,24 +161,24 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
             folder, cell["task"], lambda t: len(encode(t)), cell["length"], cell["seed"], most,
             validation=validation,
         )  # fmt: skip
-        found = []
-        for n, one in enumerate(asked):
-            tell(n / len(asked), "validation" if validation else "test")
-            ids = encode(one.text)[: cell["length"]]
-            memory = stacked.init_memory(1)
+        read = [(encode(one.text)[: cell["length"]], encode(f"\n{one.question}")) for one in asked]
+        said: list[str] = []
+        for a in range(0, len(asked), TOGETHER):
+            tell(a / len(asked), "validation" if validation else "test")
+            some = read[a : a + TOGETHER]
+            memory = stacked.init_memory(len(some))
             if chunks:
-                read = torch.tensor([ids], device=stacked.lr[0].device)
-                memory = stacked.learn(read, memory)[1]
-            question = encode(f"\n{one.question}")
-            prompt = torch.tensor([(ids + question)[-window:]], device=stacked.lr[0].device)
+                ids, mask = padded([text for text, _ in some])
+                memory = stacked.learn(ids.to(cell["device"]), memory, mask.to(cell["device"]))[1]
+            prompts = [(text + question)[-window:][::-1] for text, question in some]
+            ids, mask = (x.flip(1) for x in padded(prompts))  # padding stands in front
             made = stacked.generate(
-                prompt, memory, max_new_tokens=SAID, do_sample=False,
-                attention_mask=torch.ones_like(prompt), pad_token_id=0,
+                ids.to(cell["device"]), memory, max_new_tokens=SAID, do_sample=False,
+                attention_mask=mask.to(cell["device"]), pad_token_id=0,
             )  # fmt: skip
-            new = made[0, prompt.shape[1] :].tolist()
-            said = str(tokenizer.decode(new, skip_special_tokens=True))
-            found.append(right(one.answer, said))
-        return 100 * statistics.fmean(found)
+            new = made[:, ids.shape[1] :].tolist()
+            said += tokenizer.batch_decode(new, skip_special_tokens=True)
+        return 100 * statistics.fmean(right(one.answer, text) for one, text in zip(asked, said))
 
     return {
         "value": share(min(VALIDATED, cell["count"]), True),
@@ -199,5 +201,5 @@ EXPERIMENT = Experiment(
     work=work,
     rates=RATES,
     columns=columns,
-    sources=("hf", "evals/needles.py"),
+    sources=("hf", "evals/needles.py", "experiments/learners.py"),
 )
