@@ -13,22 +13,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nestlearn.hf.anchor import Anchor
 from nestlearn.hf.door import evaluating
-from nestlearn.hf.lending import lend
 from nestlearn.hf.plan import StackMemory
 from nestlearn.hf.stack import StackedModel
 
 from .answers import Example, Frame, firm, mean, thoughts
 from .pupil import Pupil
-from .questions import ANSWERED, Question, Tell, decode, prompt
+from .questions import Question, Tell
 
-Some = TypeVar("Some")
 WARMUP = 4  # steps
 EARLIER = 64  # questions of earlier studies, at most
 
@@ -40,12 +38,10 @@ class StudyConfig:
     questions: that the model asks itself, at most. words: of each sentence, about which it is asked
     (0: none). epochs: rounds of them; it ends sooner when the questions kept apart, the share
     `held_out`, have not become better for two. batch: questions of one step. lr: Adam's, which
-    falls to nothing. replies: after so many rounds half of what is learned are its own replies of
-    then, as the model judges them with the text (0: never). text: the weight of the text's own next
-    tokens. anchor: that of the divergence from the base model on its own samples (0: none).
-    rehearse: questions of earlier studies in each step beside the batch. level: the one that learns
-    (None: the slowest). cuda_graph: on CUDA, capture a step as a graph, unless the text's own
-    tokens are learned, too.
+    falls to nothing. text: the weight of the text's own next tokens. anchor: that of the divergence
+    from the base model on its own samples (0: none). rehearse: questions of earlier studies in each
+    step beside the batch. level: the one that learns (None: the slowest). cuda_graph: on CUDA,
+    capture a step as a graph, unless the text's own tokens are learned, too.
     """
 
     questions: int = 24
@@ -53,7 +49,6 @@ class StudyConfig:
     epochs: int = 6
     batch: int = 8
     lr: float = 4e-3
-    replies: int = 0
     text: float = 0.0
     anchor: float = 1.0
     rehearse: int = 4
@@ -68,8 +63,8 @@ class StudyConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
         if not self.questions + self.words:
             raise ValueError("questions=0, words=0: nothing would be asked, give one of them")
-        if not self.lr > 0 or min(self.replies, self.text, self.anchor, self.rehearse) < 0:
-            raise ValueError("lr is above 0; replies, text, anchor and rehearse are 0 or more")
+        if not self.lr > 0 or min(self.text, self.anchor, self.rehearse) < 0:
+            raise ValueError("lr is above 0; text, anchor and rehearse are 0 or more")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: give a share in [0, 1)")
 
@@ -117,9 +112,7 @@ def consolidate(
             "the model found no question that the text answers: give a longer text, more "
             "questions, or a model that follows instructions"
         )
-    asked, _ = _parted(questions, config.held_out)
     mine, apart = _parted(thoughts(model, tokenizer, questions, tell), config.held_out)
-    replies: list[Example] = []
     held = anchor or _anchor(model, config)
     drawn = random.Random(config.seed).sample(earlier, min(len(earlier), EARLIER))
     pupil = Pupil(
@@ -129,8 +122,8 @@ def consolidate(
     drawn = drawn if config.rehearse else []
     known = firm(thoughts(model, tokenizer, drawn, tell, pupil.weights()))
     least = min(config.rehearse, len(known))
-    captures = ids.is_cuda and config.cuda_graph and not config.text
-    rows = min(config.batch, len(mine)) + least
+    if ids.is_cuda and config.cuda_graph and not config.text:
+        pupil.fits("answers", Frame.of(mine + known, min(config.batch, len(mine)) + least))
     per_round = -(-len(mine) // config.batch)
     steps, step = per_round * config.epochs, per_round * done
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model.base):
@@ -138,12 +131,7 @@ def consolidate(
         kept, since = memory, 0
         for number in range(done + 1, config.epochs + 1):
             turn = config.seed + number
-            if 0 < config.replies < number and not replies:
-                replies = _replies(pupil, tokenizer, asked, turn, tell)
-            if captures:
-                pupil.fits("answers", Frame.of(mine + known + replies, rows))
-            every = [replies[i] if replies and (i + number) % 2 else e for i, e in enumerate(mine)]
-            for some in _batches(every, config.batch, turn):
+            for some in _batches(mine, config.batch, turn):
                 tell("studying", step, steps)
                 old = [known[(step * least + n) % len(known)] for n in range(least)]
                 share = min(1, (step + 1) / WARMUP) * (1 - step / steps)
@@ -158,25 +146,11 @@ def consolidate(
                 break
 
 
-def _parted(some: list[Some], share: float) -> tuple[list[Some], list[Some]]:
+def _parted(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
     """Those to learn from, and a share apart to measure by; the same where too few are there."""
     every = round(1 / share) if share else 0
-    mine = [x for n, x in enumerate(some) if not every or n % every]
-    return mine or some, some[::every] if every else mine
-
-
-def _replies(
-    pupil: Pupil, tokenizer: object, questions: list[Question], turn: int, tell: Tell
-) -> list[Example]:
-    """What the pupil says to the questions, and what the model thinks of it with the text: where
-    the pupil begins in words of its own, it learns how to go on from there.
-    """
-    told = [(q.text, *q.ways)[turn % (1 + len(q.ways))] for q in questions]
-    with lend(pupil.weights()):
-        prompts = [prompt(tokenizer, words) for words in told]
-        said = decode(pupil.model.base, tokenizer, prompts, ANSWERED, "answering", tell)
-    judged = [q._replace(answer=words.strip() or q.answer) for q, words in zip(questions, said)]
-    return thoughts(pupil.model, tokenizer, judged, tell)
+    mine = [e for n, e in enumerate(examples) if not every or n % every]
+    return mine or examples, examples[::every] if every else mine
 
 
 def _batches(examples: list[Example], size: int, seed: int) -> list[list[Example]]:
