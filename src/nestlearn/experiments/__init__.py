@@ -11,8 +11,8 @@ from nestlearn.experiments.experiment import Experiment
 
 NAMES = (
     "table4", "table5", "mqar", "defaults", "equal-time", "stability", "switching", "language",
-    "stream", "fig4", "orthogonal-tasks", "update-size", "fig11", "fig12", "lm-optimizers",
-    "frontier", "closed-book", "in-a-row", "fig6", "fig7", "fig8",
+    "stream", "streams", "fig4", "orthogonal-tasks", "update-size", "fig11", "fig12",
+    "lm-optimizers", "frontier", "closed-book", "in-a-row", "fig6", "fig7", "fig8",
 )  # fmt: skip
 SUITES = {"formal": "table5", "mad": "table4", "mqar": "mqar"}  # of `nestlearn eval`
 
