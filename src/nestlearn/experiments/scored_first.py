@@ -1,0 +1,176 @@
+"""Bits per byte of books that are read as streams, each token scored before anything learns it.
+
+    nestlearn reproduce scored-first --data FOLDER
+
+FOLDER/model is a pretrained model with its tokenizer, as transformers saves it. The books are those
+of FOLDER/gutenberg/{valid,test}.txt.xz, with a form feed between two; without these, of
+FOLDER/books/*.txt.gz, by name, the first two to choose by. Every book is read from its beginning,
+by a model that has read nothing. Beside levels that learn stand controls: what else a stream can
+be learned by. Each row has one dial of three values, chosen on the validation books.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestlearn.evals import Record
+from nestlearn.evals.streams import Text, bits_per_byte, nats, tenths
+from nestlearn.experiments import figures, readers
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.closed_book import fingerprint_of
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.provenance import fingerprint
+from nestlearn.experiments.readers import ROWS, Opened
+from nestlearn.experiments.tables import RATE, Column, detail, mean, metric, words
+
+LETTERS, QUICK_LETTERS = 200_000, 1500  # of a book
+TESTED, VALIDATED = 8, 2  # books
+PLAIN = "windows"  # what the other rows are compared with
+
+
+def grid(asked: Options) -> list[Cell]:
+    """A cell for each row that the model has."""
+    weights, folder = fingerprint_of(asked), Path(asked.data or "")
+    known = [r for r in ROWS if r != "carried" or readers.is_hope(folder / "model")]
+    return [
+        {
+            "task": "books", "model": row, "folder": asked.data, "weights": weights,
+            "text": fingerprint(files(folder, "valid") + files(folder, "test")),
+            "letters": asked.pick(QUICK_LETTERS, LETTERS), "validated": asked.pick(1, VALIDATED),
+            "tested": asked.pick(1, TESTED),
+        }
+        for row in chosen(asked.models, known, "row")
+    ]  # fmt: skip
+
+
+def files(folder: Path, split: str) -> list[Path]:
+    """Where the books of a split, "valid" or "test", are; ValueError where there are none."""
+    if (whole := folder / "gutenberg" / f"{split}.txt.xz").is_file():
+        return [whole]
+    found = sorted((folder / "books").glob("*.txt.gz"))
+    if len(found) <= VALIDATED:
+        raise ValueError(
+            f"--data {folder}: give gutenberg/{split}.txt.xz, or {VALIDATED + 1} books or more as "
+            "books/*.txt.gz"
+        )
+    return found[:VALIDATED] if split == "valid" else found[VALIDATED:]
+
+
+def books(folder: Path, split: str, count: int, letters: int) -> list[str]:
+    """The beginnings of the first books of a split."""
+    texts: list[str] = []
+    for file in files(folder, split):
+        if file.suffix == ".xz":
+            texts += lzma.decompress(file.read_bytes()).decode().split("\f")
+        else:
+            texts.append(gzip.decompress(file.read_bytes()).decode())
+    found = [text.strip()[:letters] for text in texts]
+    return [text for text in found if text][:count]
+
+
+@cache
+def _opened(folder: Path, device: str, weights: str) -> Opened:
+    return readers.opened(folder / "model", device)
+
+
+def _losses(cell: Cell, split: str, tell: Callable[[int, int], None]) -> list[tuple[Tensor, Text]]:
+    """−log p of every token of the books of a split, and the books."""
+    folder = Path(cell["folder"])
+    model = _opened(folder, cell["device"], cell["weights"])
+    count = cell["validated" if split == "valid" else "tested"]
+    texts = [model.text(t) for t in books(folder, split, count, cell["letters"])]
+    read, of, found = 0, sum(len(text.ids) for text in texts), []
+    for text in texts:
+        before = read
+
+        def told(done: int, _: int, before: int = before) -> None:
+            tell(before + done, of)
+
+        found.append((nats(model.reader(cell["model"], cell["lr"]), text.ids, told), text))
+        read += len(text.ids)
+    return found
+
+
+def _bits(read: Sequence[tuple[Tensor, Text]]) -> float:
+    return bits_per_byte(
+        torch.cat([found for found, _ in read]), torch.cat([text.sizes for _, text in read])
+    )
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """The validation books and the test books, read in one way at one value of its dial."""
+    began, row = time.perf_counter(), ROWS[cell["model"]]
+
+    def told(share: float, what: str) -> Callable[[int, int], None]:
+        return lambda done, of: tell(share + 0.5 * done / of, f"{what}, {done:,} of {of:,} tokens")
+
+    validation = _bits(_losses(cell, "valid", told(0.0, "validation")))
+    middle = time.perf_counter()
+    read = _losses(cell, "test", told(0.5, "test"))
+    tokens = sum(len(text.ids) for _, text in read)
+    parts = [tenths(found, text.sizes) for found, text in read]
+    bits = _bits(read)
+    return {
+        "value": -validation, "scores": {"bits per byte": bits}, "validation": validation,
+        "books": [bits_per_byte(found, text.sizes) for found, text in read],
+        "tenths": [statistics.fmean(part) for part in zip(*parts)], "tokens": tokens,
+        "bytes": sum(int(text.sizes.sum()) for _, text in read),
+        "tokens_per_second": tokens / (time.perf_counter() - middle),
+        "seconds": time.perf_counter() - began,
+        "headline": f"{row.dial} {cell['lr']:g}: {validation:.4f} on validation, {bits:.4f}",
+    }  # fmt: skip
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Bits per byte of all books, of their first and last tenths; in how many a row is better."""
+    plain = {r.seed: r.detail["books"] for r in records if r.model == PLAIN}
+
+    def better(r: Record) -> str:
+        if r.model == PLAIN or r.seed not in plain:
+            return "–"
+        pairs = list(zip(r.detail["books"], plain[r.seed]))
+        return f"{sum(own < theirs for own, theirs in pairs)} of {len(pairs)}"
+
+    return [
+        words("row", lambda r: ROWS[r.model].title),
+        Column("setting", lambda rows: f"{ROWS[rows[0].model].dial} {RATE.text(rows)}"),
+        mean("bits per byte", metric("bits per byte")),
+        mean("first tenth", detail("tenths", 0)),
+        mean("last tenth", detail("tenths", -1)),
+        words("books better than as it is", better),
+        mean("tokens/s", detail("tokens_per_second"), digits=0),
+    ]
+
+
+def figure(records: Sequence[Record], path: Path) -> None:
+    """Bits per byte along the books."""
+    lines = {
+        ROWS[r.model].title: (list(range(1, len(r.detail["tenths"]) + 1)), [r.detail["tenths"]])
+        for r in records
+    }
+    figures.curves([figures.Panel("", "tenth of a book", "bits per byte", lines)], path)
+
+
+EXPERIMENT = Experiment(
+    name="scored-first",
+    shows="bits per byte of books read as streams, by what learns from them",
+    price=("~2 days", "~2 hours"),
+    takes=("models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=lambda cell: ROWS[cell["model"]].values,
+    seeds=1,
+    columns=columns,
+    figure=figure,
+    sources=("hf", "experiments/readers.py"),
+)
