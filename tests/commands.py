@@ -160,6 +160,7 @@ AS_WRITTEN = [
     "nestlearn levels runs/first",
     "nestlearn learn stacked/ --data diary.txt --memory mine",
     "nestlearn memory list stacked/",
+    "nestlearn quickstart --quick",
     "nestlearn reproduce --list",
     "nestlearn reproduce table5 --quick",
     "nestlearn memory list DIR",
@@ -193,7 +194,7 @@ def form(command: str) -> Form:
 def programs() -> dict[str, str]:
     """The pages' Python that stands by itself, by page and number."""
     found = {}
-    for name in ("README.md", "docs/huggingface.md", "docs/optimizers.md"):
+    for name in ("README.md", "docs/huggingface.md", "docs/index.md", "docs/optimizers.md"):
         blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
         blocks = ["\n".join(blocks)] if name == "docs/optimizers.md" else blocks  # one goes on
         for number, block in enumerate(blocks, 1):

@@ -46,18 +46,14 @@ def doctor(
 
     from nestlearn.train.run import resolve_device
 
-    place = resolve_device(device)
-    for section, lines in (
-        ("Versions", versions()),
-        ("Machine", machine(place)),
-        ("Backends", backends(place)),
-    ):
-        _section(section, lines)
-    if model is not None:
-        _section(f"Memory of {model}", needs(model))
-    typer.echo("Laws")
-    failed = 0
+    place, failed = resolve_device(device), 0
     with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        _section("Versions", versions())
+        _section("Machine", machine(place))
+        _section("Backends", backends(place))
+        if model is not None:
+            _section(f"Memory of {model}", needs(model))
+        typer.echo("Laws")
         for name, law in LAWS.items():
             torch.manual_seed(0)
             began = time.perf_counter()
