@@ -44,6 +44,7 @@ def reproduced(name: str, *more: str) -> str:
 
 RIVALS = "--models titans --models deltanet --models transformer"
 FORMS: dict[str, Form] = {
+    "pip install -e .": Form(why="the next one has it; --fresh installs it anew"),
     "pip install -e . && nestlearn quickstart": Form("nestlearn quickstart --quick"),
     'pip install -e ".[test]" && pytest': Form("cd {root} && pytest -n0 tests/memory"),
     'pip install "nestlearn[hf]"': Form(why="from an index; --fresh installs the same from here"),
