@@ -44,6 +44,7 @@ def reproduced(name: str, *more: str) -> str:
 
 RIVALS = "--models titans --models deltanet --models transformer"
 FORMS: dict[str, Form] = {
+    "pip install -e .": Form(why="the next one has it; --fresh installs it anew"),
     "pip install -e . && nestlearn quickstart": Form("nestlearn quickstart --quick"),
     'pip install -e ".[test]" && pytest': Form("cd {root} && pytest -n0 tests/memory"),
     'pip install "nestlearn[hf]"': Form(why="from an index; --fresh installs the same from here"),
@@ -162,6 +163,7 @@ AS_WRITTEN = [
     "nestlearn levels runs/first",
     "nestlearn learn stacked/ --data diary.txt --memory mine",
     "nestlearn memory list stacked/",
+    "nestlearn quickstart --quick",
     "nestlearn reproduce --list",
     "nestlearn reproduce table5 --quick",
     "nestlearn memory list DIR",
@@ -195,7 +197,7 @@ def form(command: str) -> Form:
 def programs() -> dict[str, str]:
     """The pages' Python that stands by itself, by page and number."""
     found = {}
-    for name in ("README.md", "docs/huggingface.md", "docs/optimizers.md"):
+    for name in ("README.md", "docs/huggingface.md", "docs/index.md", "docs/optimizers.md"):
         blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
         blocks = ["\n".join(blocks)] if name == "docs/optimizers.md" else blocks  # one goes on
         for number, block in enumerate(blocks, 1):

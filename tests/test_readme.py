@@ -20,7 +20,7 @@ PYTHON = {name: code for name, code in commands.programs().items() if "optimizer
 
 def test_the_blocks_are_found():
     assert sum(language == "python" for language, _ in BLOCKS) == 3
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     assert 'pip install -e ".[test]" && pytest' in COMMANDS
     assert "pip install -e . && nestlearn quickstart" in COMMANDS
 

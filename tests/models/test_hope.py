@@ -70,7 +70,29 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert again.config == lm.config
     ids = torch.randint(0, 17, (2, 9))
     assert torch.equal(again(ids)[0], lm(ids)[0])
-    assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
+    files = {"config.json", "model.safetensors", "README.md"}
+    assert {p.name for p in (tmp_path / "m").iterdir()} == files
+
+
+def test_a_saved_model_has_a_card_that_loads_it(tmp_path):
+    lm = model()
+    lm.save_pretrained(tmp_path, trained="On three lines.")
+    card = (tmp_path / "README.md").read_text()
+    assert f"{lm.parameter_count():,} parameters" in card
+    assert "a\nTitans mixer and a Continuum channel" in card
+    assert "On three lines." in card
+    said = card.split("```json\n")[1].split("```")[0]
+    assert HopeConfig.from_dict(json.loads(said)) == lm.config
+    load = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path))
+    names: dict = {}
+    exec(load, names)
+    assert names["model"].config == lm.config
+
+
+def test_a_card_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    model().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_parts_options_may_be_said_of_the_whole():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from nestlearn.cli import commands, memory_commands, stacking
+from nestlearn.cli import commands, doctor, memory_commands, stacking
 from nestlearn.cli.commands import say as _say
 from nestlearn.cli.options import (
     AnyDevice,
@@ -332,6 +332,11 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
 
 app.command("eval")(commands.evaluate)
 app.command()(commands.reproduce)
+
+
+# ----------------------------------------------------------------------------------- doctor
+
+app.command()(doctor.doctor)
 
 
 # ------------------------------------------------------------- stack, learn, chat, memory

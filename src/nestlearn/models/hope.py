@@ -28,6 +28,7 @@ from ..layers import (
     static_titans,
 )
 from ..layers.streaming import Stepping, compile_steps, traced
+from .card import write_card
 from .config import FORMAT, TYPE, WEIGHTS, HopeConfig, saved_config, weight_files
 from .wavefront import fits, wavefront
 
@@ -244,8 +245,9 @@ class HopeLM(nn.Module):
         """Whether the head is the embedding, `lm.head.weight = lm.embed.weight`."""
         return getattr(self.head, "weight", None) is self.embed.weight
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder, each whole or not at all.
+    def save_pretrained(self, folder: str | Path, *, trained: str = "") -> None:
+        """Write config.json, model.safetensors and a model card, README.md, into the folder, each
+        whole or not at all. A README.md that is there stays. trained: what the card says of how.
 
         `nestlearn.hf.HopeForCausalLM` reads them, too.
         """
@@ -263,6 +265,7 @@ class HopeLM(nn.Module):
         atomic_write(
             folder / "config.json", lambda path: path.write_text(text + "\n", encoding="utf-8")
         )
+        write_card(folder, self.config, self.parameter_count(), trained)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, half_life: int | None = None) -> HopeLM:

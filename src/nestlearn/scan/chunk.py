@@ -144,14 +144,17 @@ def choose(chunk: Chunk, given: Given, backend: str) -> tuple[str, ModuleType]:
     """The form that runs the call, by name; ValueError if the named one cannot."""
     check_backend(backend)
     for name in ANY.get(backend, (backend,)):
-        if name == "card" and not on_card(given.k):
-            reason: str | None = "the tensors are not on CUDA, or Triton is absent or turned off"
-        else:
-            form = _form(name)
-            reason = form.why_not(chunk, given)
+        reason = why_not(name, chunk, given)
         if reason is None:
-            return name, form
+            return name, _form(name)
     raise ValueError(f"backend={backend!r} cannot run this: {reason}; use 'auto'")
+
+
+def why_not(name: str, chunk: Chunk, given: Given) -> str | None:
+    """What keeps the form of that name from running the call; None: it can."""
+    if name == "card" and not on_card(given.k):
+        return "the tensors are not on CUDA, or Triton is absent or turned off"
+    return _form(name).why_not(chunk, given)
 
 
 def check_backend(backend: str) -> None:

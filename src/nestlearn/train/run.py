@@ -21,6 +21,7 @@ from torch import nn
 
 from nestlearn.captured import Captured
 from nestlearn.disk import atomic_write
+from nestlearn.models import HopeLM
 from nestlearn.train.carried import Carried
 from nestlearn.train.checkpoint import Record, RunFolder
 from nestlearn.train.config import TrainConfig, learning_rate
@@ -90,7 +91,7 @@ def train(
                 "resume=True (the same command with --resume)"
             ) from None
     if folder:
-        _write_model(model, corpus, folder.out / "model")
+        _write_model(model, corpus, config, log, folder.out / "model")
         loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
     return log
 
@@ -242,16 +243,33 @@ def _validate(
     return {"val_loss": loss, "val_bits_per_byte": corpus.bits_per_byte(loss, "val")}
 
 
-def _write_model(model: Any, corpus: Corpus, path: Path) -> None:
+def _write_model(
+    model: Any, corpus: Corpus, config: TrainConfig, log: list[Record], path: Path
+) -> None:
+    about = {"trained": _told(corpus, config, log)} if isinstance(model, HopeLM) else {}
+
     def write(temp: Path) -> None:
         temp.mkdir()
-        model.save_pretrained(temp)
+        model.save_pretrained(temp, **about)
         if corpus.tokenizer:
             corpus.tokenizer.save(temp)
         if path.exists():  # of a shorter run; should a kill fall here, --resume writes it again
             shutil.rmtree(path)
 
     atomic_write(path, write)
+
+
+def _told(corpus: Corpus, config: TrainConfig, log: list[Record]) -> str:
+    """How a model was trained, for its card."""
+    text, said = corpus.describe(), asdict(config)
+    lines = [
+        f"{config.steps:,} steps of {config.batch} windows of {config.length} tokens, on "
+        f"{text['train_tokens']:,} tokens of {text['files']} files named {text['name']} "
+        f"(sha256 {text['sha256'][:16]}).",
+    ]
+    if log and "val_bits_per_byte" in log[-1]:
+        lines += [f"On its validation text: {log[-1]['val_bits_per_byte']:.3f} bits per byte."]
+    return "\n".join([*lines, "", *(f"* {name}: {value}" for name, value in said.items())])
 
 
 def _fork_rng(device: torch.device) -> Any:
