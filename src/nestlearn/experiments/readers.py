@@ -1,4 +1,4 @@
-"""Models that read a stream, opened from a folder, and the rows of `scored-first`: ways to read it."""
+"""Models that read a stream, opened from a folder, and the ways to read it: `scored-first`."""
 
 from __future__ import annotations
 
