@@ -21,8 +21,6 @@ from nestlearn import HopeConfig, HopeLM, Level
 from nestlearn.optim import M3
 from nestlearn.options import Continuum, DeltaNet, Titans
 from nestlearn.train import train
-from nestlearn.train.checkpoint import load_file, verify_checkpoint
-from nestlearn.train.ranks import Ranks
 
 BASE = dataclasses.replace(
     CONFIG, steps=4, batch=4, eval_every=4, eval_windows=3, checkpoint_every=2
@@ -113,7 +111,7 @@ def assert_same(a, b, near):
             assert x.get(key) == (y.get(key) and pytest.approx(y[key], rel=near)), (x["step"], key)
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, others[name], rtol=near, atol=near, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(tensor, others[name], rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("case", CASES)

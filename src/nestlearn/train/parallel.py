@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -93,19 +93,34 @@ class Engine:
         """by_hand: the caller averages (a CUDA graph holds one rank's work alone)."""
         self.run: nn.Module = Loss(model, dtype)
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
-        if ranks.size > 1 and not self.sharded and not by_hand:
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True")
-            self.run = nn.parallel.DistributedDataParallel(
-                self.run, broadcast_buffers=False, find_unused_parameters=True
-            )
+        self._wraps = ranks.size > 1 and not self.sharded and not by_hand
 
     def __call__(self, ids: torch.Tensor, given: Any) -> tuple[torch.Tensor, Any]:
+        if self._wraps:
+            self._wraps = False
+            self.run = _ddp(self.run, ids, given)
         return self.run(ids, given)
 
-    def averages(self, now: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def averages(self, now: bool) -> Iterator[None]:
         """Within: whether a backward pass averages, or leaves that to a later one."""
         if self.sharded:
             self.run.model.set_requires_gradient_sync(now)  # type: ignore[operator, union-attr]
-        elif isinstance(self.run, nn.parallel.DistributedDataParallel) and not now:
-            return self.run.no_sync()
-        return nullcontext()
+        wrapped = isinstance(self.run, nn.parallel.DistributedDataParallel)
+        with self.run.no_sync() if wrapped and not now else nullcontext():  # type: ignore[operator]
+            yield
+
+
+def _ddp(run: nn.Module, ids: torch.Tensor, given: Any) -> nn.Module:
+    """DDP around `run`, told whether some parameters get no gradient: it would wait for them."""
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        loss, _ = run(ids, given)
+    reached, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            todo += [before for before, _ in node.next_functions]
+    unused = any(p.requires_grad and id(p) not in reached for p in run.parameters())
+    return nn.parallel.DistributedDataParallel(run, find_unused_parameters=unused)

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor
 from nestlearn.captured import Captured
 from nestlearn.disk import atomic_write
 from nestlearn.train.carried import Carried
-from nestlearn.train.checkpoint import Record, RunFolder
+from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import Corpus, keyed_seed, restarts
+from nestlearn.train.folder import RunFolder, weights
 from nestlearn.train.losses import evaluate, evaluating, nats
 from nestlearn.train.meters import Meters
 from nestlearn.train.optimize import adamw
@@ -101,7 +102,9 @@ def train(
                 "resume=True (the same command with --resume)"
             ) from None
     if folder:
-        ranks.first_says(lambda: _finish(model, kept, corpus, folder, log))
+        if kept is not model and ranks.first:  # it stands at the start
+            kept.load_state_dict(weights(folder.path(step)))
+        ranks.first_says(lambda: _finish(kept, corpus, folder, log))
     return log
 
 
@@ -305,13 +308,9 @@ def _evaluate_shares(
     return sum(ranks.gather(total)) / len(windows)
 
 
-def _finish(
-    model: nn.Module, kept: Any, corpus: Corpus, folder: RunFolder, log: list[Record]
-) -> None:
+def _finish(model: Any, corpus: Corpus, folder: RunFolder, log: list[Record]) -> None:
     """Write what a whole run leaves: the model and the picture of its losses."""
-    if kept is not model:  # it stands at the start
-        kept.load_state_dict(folder.weights())
-    _write_model(kept, corpus, folder.out / "model")
+    _write_model(model, corpus, folder.out / "model")
     loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
 
 
