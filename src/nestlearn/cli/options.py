@@ -67,6 +67,7 @@ Parallel = Annotated[
         "auto: ddp, unless that would fill half of a card. --batch is that of all together."
     ),
 ]
+CheckpointEvery = Annotated[int, _training(min=1, help="Steps between two checkpoints.")]
 Profile = Annotated[
     bool, _training("--profile", help="Trace three steps into profile/ in the run's folder.")
 ]

@@ -18,6 +18,7 @@ from nestlearn.cli.options import (
     AnyDevice,
     Batch,
     ChannelName,
+    CheckpointEvery,
     DtypeName,
     Length,
     MixerName,
@@ -56,6 +57,7 @@ def train(
     device: AnyDevice = "auto",
     parallel: Parallel = "auto",
     accumulate: Accumulate = 1,
+    checkpoint_every: CheckpointEvery = 100,
     profile: Profile = False,
 ) -> None:
     """Train a model on text.
@@ -81,6 +83,7 @@ def train(
         device=device,
         parallel=parallel,
         accumulate=accumulate,
+        checkpoint_every=checkpoint_every,
         profile=profile,
     )
     with processes.joined(device) as ranks:
