@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 SETTINGS = "--length 16 --batch 4 --checkpoint-every 5 --device cpu"
-WINDOW = (0.5, 9.0)  # seconds from a start to a kill: before, in and after the first steps
+EARLY = 0.25  # the share of kills within seconds of a start; the others come amid steps
 
 
 def launch(out: Path, steps: int, more: str = "", restarts: int = 0) -> subprocess.Popen[str]:
@@ -37,7 +37,7 @@ def launch(out: Path, steps: int, more: str = "", restarts: int = 0) -> subproce
     )
 
 
-def kill_ranks(run: subprocess.Popen[str], kills: int, dice: random.Random) -> int:
+def kill_ranks(run: subprocess.Popen[str], out: Path, kills: int, dice: random.Random) -> int:
     """Kill one of the run's processes at a time; returns how many, less if the run ended first."""
     done, before = 0, ""
     while done < kills and run.poll() is None:
@@ -46,11 +46,22 @@ def kill_ranks(run: subprocess.Popen[str], kills: int, dice: random.Random) -> i
         if len(now.split()) < 2 or now == before:
             time.sleep(0.05)
             continue
-        time.sleep(dice.uniform(*WINDOW))
+        early = dice.random() < EARLY
+        if not early:
+            _wait_for_a_step(run, out / "log.jsonl")
+        time.sleep(dice.uniform(0, 5 if early else 1))
         if run.poll() is None:
             os.kill(int(dice.choice(now.split())), signal.SIGKILL)
             done, before = done + 1, now
     return done
+
+
+def _wait_for_a_step(run: subprocess.Popen[str], log: Path) -> None:
+    stamp = lambda: log.stat().st_mtime_ns if log.exists() else 0  # noqa: E731
+    for _ in range(2):  # the first change is the cut back to a checkpoint
+        before = stamp()
+        while run.poll() is None and stamp() == before:
+            time.sleep(0.01)
 
 
 def same(a: Path, b: Path) -> bool:
@@ -74,7 +85,7 @@ def main() -> int:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         launch(whole, steps, more).communicate()
         run = launch(killed, steps, more, restarts=asked.kills)
-        kills = kill_ranks(run, asked.kills, random.Random(asked.seed))
+        kills = kill_ranks(run, killed, asked.kills, random.Random(asked.seed))
         said = (run.communicate()[1] or "").count("was killed or hangs")
         good = run.returncode == 0 and same(killed, whole)
     print(

@@ -157,10 +157,10 @@ def export(
     if path is None:
         raise ValueError(f"{folder} holds no checkpoint yet; train on, or give another folder")
     coder = SubwordTokenizer(tokenizer) if tokenizer else ByteTokenizer()
-    if coder.name != meta["corpus"]["tokenizer"]:
+    trained = meta["corpus"]["tokenizer"] or coder.name
+    if coder.name != trained:
         raise ValueError(
-            f"{folder} was trained with {meta['corpus']['tokenizer']}, not {coder.name}; give that "
-            "file by --tokenizer"
+            f"{folder} was trained with {trained}, not {coder.name}; give that file by --tokenizer"
         )
     if out.exists():
         raise ValueError(f"{out} is there already; choose another folder")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.losses import evaluating
@@ -44,7 +44,13 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     that is to run by such on a card is counted before it goes there.
     """
     device = next(model.parameters()).device
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    attention = {  # the counter knows those of cards
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+        )
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    with evaluating(model), counter:
         model(torch.zeros(1, length, dtype=torch.int64, device=device), state=None)
     return 3 * counter.get_total_flops() / length
 
