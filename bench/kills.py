@@ -25,16 +25,23 @@ EARLY = 0.25  # the share of kills within seconds of a start; the others come am
 
 
 def launch(out: Path, steps: int, more: str = "", restarts: int = 0) -> subprocess.Popen[str]:
-    """A run of two processes in `out`, on text that it makes itself."""
+    """A run of two processes in `out`, on text that it makes itself; see `said_by`."""
     data = out.parent / "text.txt"
     if not data.exists():
         data.write_text("the key is under the mat. " * 200)
     here = f"--nproc-per-node 2 --standalone --max-restarts {restarts} --monitor-interval 0.1"
     train = f"-m nestlearn train --data {data} --out {out} --steps {steps} {SETTINGS} {more}"
     command = [sys.executable, "-m", "torch.distributed.run", *here.split(), *train.split()]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    with out.with_suffix(".err").open("w") as err:
+        return subprocess.Popen(
+            command, stderr=err, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+
+
+def said_by(run: subprocess.Popen[str], out: Path) -> str:
+    """What the run printed, once it has ended."""
+    run.wait()
+    return out.with_suffix(".err").read_text()
 
 
 def kill_ranks(run: subprocess.Popen[str], out: Path, kills: int, dice: random.Random) -> int:
@@ -83,10 +90,10 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        launch(whole, steps, more).communicate()
+        launch(whole, steps, more).wait()
         run = launch(killed, steps, more, restarts=asked.kills)
         kills = kill_ranks(run, killed, asked.kills, random.Random(asked.seed))
-        said = (run.communicate()[1] or "").count("was killed or hangs")
+        said = said_by(run, killed).count("was killed or hangs")
         good = run.returncode == 0 and same(killed, whole)
     print(
         f"{kills} kills in {time.monotonic() - began:.0f} s, {said} of them named; exit code "

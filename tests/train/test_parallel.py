@@ -267,7 +267,7 @@ def test_a_checkpoint_becomes_a_model(tmp_path, call):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from bench.kills import launch
+    from bench.kills import launch, said_by
 
     out = tmp_path / "run"
     run = launch(out, 12, "--length 8", restarts=1)
@@ -276,7 +276,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
         time.sleep(0.02)
     ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(ranks[1]), signal.SIGKILL)
-    said = run.communicate()[1]
+    said = said_by(run, out)
     assert run.returncode == 0, said
     assert said.count("Error: ") == 1
     assert "rank 1 was killed or hangs; the checkpoints are kept" in said
