@@ -147,6 +147,11 @@ FORMS: dict[str, Form] = {
     "python -m bench.gpu --model --tokens 131072 --lengths 131072 --repeats 1 --only segments": (
         Form(why="needs a GPU")
     ),
+    "python -m bench.kills --kills 100": Form("cd {root} && python -m bench.kills --kills 1"),
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+    "--max-restarts 3 -m nestlearn train --data my_texts/ --out runs/many --dtype bfloat16": Form(
+        why="needs two machines with eight cards each"
+    ),
     "python tests/learn/torture.py 1000 1000": Form(
         "cd {root} && python tests/learn/torture.py 20 40"
     ),
@@ -157,7 +162,16 @@ FORMS: dict[str, Form] = {
         "cd {root} && ruff check . && ruff format --check . && mypy && lint-imports"
     ),
 }
+TRAINED = "nestlearn train --data my_texts/ --steps"
+PAIR = f"torchrun --nproc-per-node 2 -m {TRAINED}"
 AS_WRITTEN = [
+    f"{TRAINED} 20 --length 64 --out runs/one",
+    f"{PAIR} 20 --length 64 --out runs/two",
+    f"{PAIR} 20 --length 64 --out runs/parts --parallel fsdp",
+    f"{PAIR} 20 --length 64 --out runs/halves --accumulate 2 --profile",
+    f"{PAIR} 30 --length 64 --out runs/one --resume",
+    f"{TRAINED} 30 --length 64 --out runs/parts --resume",
+    "nestlearn export runs/two --out models/two",
     "nestlearn train --data my_texts/ --out runs/first --steps 20",
     'nestlearn generate runs/first --prompt "def main" --tokens 50',
     "nestlearn levels runs/first",

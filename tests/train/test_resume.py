@@ -29,7 +29,8 @@ from tiny_run import (
 from torch import nn
 
 from nestlearn import HopeConfig, HopeLM
-from nestlearn.train.checkpoint import RunFolder, read_log, save_checkpoint, verify_checkpoint
+from nestlearn.train.checkpoint import save_checkpoint, verify_checkpoint
+from nestlearn.train.folder import RunFolder, read_log
 from nestlearn.train.optimize import adamw
 
 

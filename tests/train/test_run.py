@@ -18,8 +18,9 @@ from tiny_run import (
 )
 
 from nestlearn.train import Corpus, TrainConfig, evaluate, train
-from nestlearn.train.checkpoint import read_log, verify_checkpoint
+from nestlearn.train.checkpoint import verify_checkpoint
 from nestlearn.train.config import learning_rate
+from nestlearn.train.folder import read_log
 from nestlearn.train.optimize import adamw
 from nestlearn.train.plots import loss_curves
 

@@ -10,33 +10,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from nestlearn.cli import commands, doctor, memory_commands, stacking
+from nestlearn.cli import commands, doctor, memory_commands, processes, stacking, training
 from nestlearn.cli.commands import say as _say
-from nestlearn.cli.options import (
-    AnyDevice,
-    Batch,
-    ChannelName,
-    DtypeName,
-    Length,
-    MixerName,
-    Rate,
-    Resume,
-    RunFolder,
-    Seed,
-    Size,
-    Steps,
-    TokenizerFile,
-    TrainingText,
-    Windows,
-)  # fmt: skip
-
-if TYPE_CHECKING:
-    from nestlearn.train import Corpus
 
 app = typer.Typer(
     name="nestlearn",
@@ -131,79 +111,8 @@ def quickstart(
 
 # ------------------------------------------------------------------------------------ train
 
-
-@app.command()
-def train(
-    data: TrainingText,
-    out: RunFolder,
-    resume: Resume = False,
-    tokenizer: TokenizerFile = None,
-    size: Size = "tiny",
-    mixer: MixerName = "hope",
-    channel: ChannelName = "cms",
-    steps: Steps = 500,
-    batch: Batch = 8,
-    length: Length = 256,
-    stream: Windows = 1,
-    lr: Rate = 3e-3,
-    seed: Seed = 0,
-    dtype: DtypeName = "float32",
-    device: AnyDevice = "auto",
-) -> None:
-    """Train a model on text.
-
-    The run can be stopped at any moment (Ctrl-C, a crash, kill -9): the same command with
-    [bold]--resume[/bold] goes on bit for bit from the newest checkpoint.
-
-    Example:  nestlearn train --data my_texts/ --out runs/first --size tiny --steps 500
-    """
-    from nestlearn.train import TrainConfig, load_text
-    from nestlearn.train import train as run
-
-    config = TrainConfig(
-        steps=steps,
-        batch=batch,
-        length=length,
-        stream=stream,
-        lr=lr,
-        warmup=min(TrainConfig.warmup, max(steps, 0) // 10),
-        seed=seed,
-        dtype=dtype,
-        device=device,
-    )
-    corpus = load_text(data, tokenizer=tokenizer, seed=seed)
-    model = _new_model(corpus, size, mixer, channel, seed)
-    _introduce(corpus, model)
-    try:
-        log = run(model, corpus, config, out, resume=resume)
-    except KeyboardInterrupt as stop:
-        _say(str(stop) or "stopped", "yellow")
-        raise typer.Exit(130) from None
-    last = next((record for record in reversed(log) if "val_loss" in record), None)
-    if last:
-        bits = last["val_bits_per_byte"]
-        _say(f"Validation loss {last['val_loss']:.3f} nats per token, {bits:.3f} bits per byte.")
-    _say(f'The model is in {out / "model"}. Try: nestlearn generate {out} --prompt "..."', "green")
-
-
-def _new_model(corpus: Corpus, size: str, mixer: str, channel: str, seed: int) -> Any:
-    import torch
-
-    from nestlearn.models.hope import HopeConfig, HopeLM
-
-    torch.manual_seed(seed)
-    config = HopeConfig.size(size, vocab_size=corpus.vocab_size, mixer=mixer, channel=channel)
-    return HopeLM(config)
-
-
-def _introduce(corpus: Corpus, model: Any) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    why = "".join(f"; {each}" for each in corpus.no_text[:3])
-    skipped = f" ({corpus.skipped} skipped: hidden or no UTF-8 text{why})" if corpus.skipped else ""
-    _say(
-        f"Text files: {corpus.files}{skipped}; {corpus.train.numel():,} tokens to train on, "
-        f"{corpus.val.numel():,} to validate; {parameters:,} parameters."
-    )
+app.command()(training.train)
+app.command()(training.export)
 
 
 # --------------------------------------------------------------------------------- generate
@@ -355,6 +264,6 @@ def main() -> None:
     commands.forgive_encodings()
     try:
         app()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except processes.FORESEEN as error:
         _say(f"Error: {' '.join(str(error).split())}", "bold red")
         sys.exit(2)

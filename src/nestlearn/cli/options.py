@@ -57,6 +57,20 @@ Rate = Annotated[float, _training(help="The peak learning rate.")]
 Seed = Annotated[int, _training(help="Of weights, batches and split.")]
 DtypeName = Annotated[Literal["float32", "bfloat16"], _training(help="bfloat16 is autocast.")]
 AnyDevice = Annotated[str, _training(help="auto, cpu, cuda, cuda:1, mps")]
+Accumulate = Annotated[
+    int, _training(min=1, help="Parts that a step's batch is read in, for want of memory.")
+]
+Parallel = Annotated[
+    Literal["auto", "ddp", "fsdp"],
+    _training(
+        help="Under torchrun: every process holds the whole model (ddp) or a part of it (fsdp); "
+        "auto: ddp, unless that would fill half of a card. --batch is that of all together."
+    ),
+]
+CheckpointEvery = Annotated[int, _training(min=1, help="Steps between two checkpoints.")]
+Profile = Annotated[
+    bool, _training("--profile", help="Trace three steps into profile/ in the run's folder.")
+]
 
 # ------------------------------------------------------------------------ stack and learn
 

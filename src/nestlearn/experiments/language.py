@@ -28,7 +28,7 @@ from nestlearn.experiments.tables import PARAMETERS, Column, detail, mean, model
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Attention, DeltaNet, SwiGLU
 from nestlearn.train import Corpus, TrainConfig, evaluate, load_text, stdlib_text, train
-from nestlearn.train.checkpoint import read_log
+from nestlearn.train.folder import read_log
 from nestlearn.train.plots import comparison
 
 LEARNING_RATE = 8e-3  # best of 2, 4, 6, 8, 12, 16e-3 for the Transformer, of 4, 8, 12e-3 for Hope

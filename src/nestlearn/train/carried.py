@@ -12,6 +12,7 @@ from nestlearn import state as tree
 from nestlearn.scan import Writer
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.losses import evaluating
+from nestlearn.train.ranks import ALONE, Ranks
 
 
 class Carried:
@@ -19,36 +20,40 @@ class Carried:
 
     state: tensors [batch, ...], always the same ones, written in place: a CUDA graph and a
     checkpoint that is loaded find them there. They are data, no part of a graph of gradients.
+    A rank has its own rows of the batch alone.
     """
 
-    def __init__(self, model: Any, config: TrainConfig) -> None:
+    def __init__(self, model: Any, config: TrainConfig, ranks: Ranks = ALONE) -> None:
         _check_carries(model, config)
         self.model = model
+        self.rows = ranks.rows(config.batch)
+        count = self.rows.stop - self.rows.start
         with torch.no_grad():  # clones: two leaves of a first state may be one tensor
-            self.state = tree.tree_map(torch.clone, model.init_state(config.batch))
+            self.state = tree.tree_map(torch.clone, model.init_state(count))
         device = next(model.parameters()).device
-        self._anew = torch.ones(config.batch, dtype=torch.bool, device=device)
+        self._anew = torch.ones(count, dtype=torch.bool, device=device)
 
     def starts(self, anew: torch.Tensor) -> None:
-        """Say which rows start anew at the next step, bool [batch]."""
-        self._anew.copy_(anew)
+        """Say which rows of the batch start anew at the next step, bool [batch]."""
+        self._anew.copy_(anew[self.rows])
 
-    def given(self) -> Any:
-        """Return the state that the step begins with, differentiable in the start values."""
-        return tree.tree_map(self._given, self.model.init_state(len(self._anew)), self.state)
+    def given(self, rows: slice = slice(None)) -> Any:
+        """Return the state that these rows begin with, differentiable in the start values."""
+        anew = self._anew[rows]
 
-    def _given(self, fresh: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
-        anew = self._anew.view(-1, *[1] * (fresh.ndim - 1))
-        with torch.no_grad():  # a choice, no factor: a row that starts anew takes nothing over
-            value = torch.where(anew, fresh, carried)
-        if not fresh.is_floating_point():
-            return value
-        return value + (fresh - fresh.detach())  # a zero with the gradient of the start value
+        def begin(fresh: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():  # a choice, no factor: a row that starts anew takes nothing over
+                value = torch.where(anew.view(-1, *[1] * (fresh.ndim - 1)), fresh, carried[rows])
+            if not fresh.is_floating_point():
+                return value
+            return value + (fresh - fresh.detach())  # a zero with the start value's gradient
 
-    def take(self, state: Any) -> None:
-        """Carry the state that the step ended with."""
+        return tree.tree_map(begin, self.model.init_state(len(anew)), self.state)
+
+    def take(self, state: Any, rows: slice = slice(None)) -> None:
+        """Carry the state that the step ended with in these rows."""
         with torch.no_grad():
-            tree.tree_map(lambda mine, new: mine.copy_(new), self.state, state)
+            tree.tree_map(lambda mine, new: mine[rows].copy_(new), self.state, state)
 
 
 def _check_carries(model: nn.Module, config: TrainConfig) -> None:

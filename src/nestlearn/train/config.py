@@ -10,7 +10,11 @@ import torch
 from nestlearn.train.optimize import schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_COUNTS = ("steps", "batch", "length", "stream", "eval_every", "eval_windows", "checkpoint_every")
+PARALLEL = ("auto", "ddp", "fsdp")
+_COUNTS = (
+    "steps", "batch", "length", "stream", "eval_every", "eval_windows", "checkpoint_every",
+    "accumulate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class TrainConfig:
     learns to go on in streams much longer than its windows. The gradient stays within a step: what
     was carried is data, and start values learn as if the memory were theirs plus a constant. Rows
     start anew at different steps; validation reads every window from the start.
+    accumulate: parts that a step's batch is read in, one after another, for want of memory.
+    parallel: with several processes, "ddp" (each holds the whole model), "fsdp" (each a part of it)
+    or "auto" (ddp, unless that would fill half of a card). profile: trace a few steps. batch is
+    that of all processes together: it, and not their number, says what a step is.
     """
 
     steps: int = 500
@@ -48,6 +56,9 @@ class TrainConfig:
     device: str = "auto"
     cuda_graph: bool = True
     stream: int = 1
+    accumulate: int = 1
+    parallel: str = "auto"
+    profile: bool = False
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -63,6 +74,10 @@ class TrainConfig:
         require(betas_ok, "betas", self.betas, "two numbers from 0 to below 1")
         require(self.clip > 0, "clip", self.clip, "a positive norm (math.inf: no clipping)")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        ways = ", ".join(PARALLEL)
+        require(self.parallel in PARALLEL, "parallel", self.parallel, f"one of {ways}")
+        parts = f"a multiple of accumulate={self.accumulate}"
+        require(self.batch % self.accumulate == 0, "batch", self.batch, parts)
 
 
 def require(ok: bool, name: str, value: object, remedy: str) -> None:

@@ -3,11 +3,13 @@
 Step n is a function of the weights, the optimizer's state, the memory carried from the step before
 (with stream > 1) and (seed, n) alone: the batch and every random draw are keyed by them. A resumed
 run therefore repeats, bit for bit, what an uninterrupted one does on the same machine and number of
-threads.
+threads. Several processes (ranks) read a share of the same batch each: their number changes a step
+by rounding alone.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 import time
@@ -18,17 +20,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nestlearn.captured import Captured
 from nestlearn.disk import atomic_write
-from nestlearn.models import HopeLM
 from nestlearn.train.carried import Carried
-from nestlearn.train.checkpoint import Record, RunFolder
+from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import Corpus, keyed_seed, restarts
-from nestlearn.train.losses import evaluate, nats
+from nestlearn.train.folder import RunFolder, weights
+from nestlearn.train.losses import evaluate, evaluating, nats
+from nestlearn.train.meters import Meters
 from nestlearn.train.optimize import adamw
+from nestlearn.train.parallel import Engine, shard, shares, spare, whole
 from nestlearn.train.plots import loss_curves
+from nestlearn.train.ranks import ALONE, Ranks
 from nestlearn.train.terminal import Display, Interrupt
 
 
@@ -50,34 +56,40 @@ def train(
     With config.stream > 1 the model also has `init_state(batch)`, a state tree, and takes it as
     `state`; checkpoints hold what is carried.
 
+    In a process group (torch.distributed) every process calls this with the same arguments: each
+    reads its rows of every batch, and rank 0 alone writes and shows anything. With
+    config.parallel "fsdp" the model is left in parts.
+
     ValueError where out already holds a run, cannot be resumed, or the text is too short, or with
     stream > 1 where the model's state grows with the stream (attention) or length is not a multiple
     of the tokens between its memories' updates and bounds;
     FloatingPointError at a loss that is not finite; KeyboardInterrupt, after a checkpoint, naming
     how to go on; OSError when the disk refuses. Checkpoints written so far are always kept.
     """
-    device = resolve_device(config.device)
-    model.to(device)
-    run = optimizer(model, config) if optimizer else adamw(model, config, device)
+    ranks, device = Ranks.here(), resolve_device(config.device)
+    meters = Meters(model, config, device, ranks)
+    kept, run = _placed(model, config, device, ranks, optimizer)
     windows = corpus.val_windows(config.eval_windows, config.length)
     _batch(corpus, config, 0)  # a short text fails before any file
-    memory = Carried(model, config) if config.stream > 1 else None
+    memory = Carried(model, config, ranks) if config.stream > 1 else None
     carried = memory.state if memory else None
     folder, step, log = _open(model, run, corpus, config, out, resume, carried)
     model.train()
-    gradients = _Gradients(model, config, memory)
-    with _fork_rng(device), Interrupt() as interrupt, Display(config, step, progress) as display:
+    gradients = _Gradients(model, config, memory, ranks)
+    display = Display(config, step, progress and ranks.first, meters)
+    with _fork_rng(device), Interrupt(ranks) as interrupt, meters.traced(out), display:
         try:
             while step < config.steps:
                 record = _update(model, run, corpus, config, step, gradients)
                 step += 1
                 if step % config.eval_every == 0 or step == config.steps:
-                    record |= _validate(model, corpus, windows, config)
+                    record |= _validate(model, corpus, windows, config, ranks)
                 log.append(record)
                 if folder:
                     folder.append(record)
                     if step % config.checkpoint_every == 0 or step == config.steps:
                         folder.save(step, model, run, carried)
+                meters.step(record)
                 display.show(record)
                 if on_step:
                     on_step(record)
@@ -91,9 +103,27 @@ def train(
                 "resume=True (the same command with --resume)"
             ) from None
     if folder:
-        _write_model(model, corpus, config, log, folder.out / "model")
-        loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
+        if kept is not model and ranks.first:  # it stands at the start
+            kept.load_state_dict(weights(folder.path(step)))
+        ranks.first_says(lambda: _finish(kept, corpus, config, folder, log))
     return log
+
+
+def _placed(
+    model: nn.Module,
+    config: TrainConfig,
+    device: torch.device,
+    ranks: Ranks,
+    make: Callable[[nn.Module, TrainConfig], torch.optim.Optimizer] | None,
+) -> tuple[Any, torch.optim.Optimizer]:
+    """The model, or where ranks hold parts of it a whole one to write; and its optimizer."""
+    kept: nn.Module | None = model
+    if shares(model, config, device, ranks):
+        kept = spare(model, ranks)
+        shard(model, device, ranks)
+    else:
+        model.to(device)
+    return kept, make(model, config) if make else adamw(model, config, device)
 
 
 def _open(
@@ -116,7 +146,7 @@ def _open(
         "corpus": corpus.describe(),
         "model": settings() if settings else None,
     }
-    folder = RunFolder(Path(out), identity)
+    folder = RunFolder(Path(out), identity, Ranks.here())
     if resume:
         return folder, *folder.resume(model, optimizer, carried)
     folder.start()
@@ -144,18 +174,22 @@ def _update(
 ) -> Record:
     """One optimizer step, the one after `step` others."""
     began = time.perf_counter()
-    torch.manual_seed(keyed_seed(config.seed, step, 1))  # dropout and the like: no stored state
-    device = next(model.parameters()).device
-    ids = _batch(corpus, config, step).to(device)
+    ranks, device = gradients.ranks, next(model.parameters()).device
+    draws = () if ranks.first else (ranks.rank,)
+    torch.manual_seed(keyed_seed(config.seed, step, 1, *draws))  # dropout and the like: not stored
+    ids = _batch(corpus, config, step)[ranks.rows(config.batch)].to(device)
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = gradients(ids, restarts(step, config.batch, config.stream))
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    value = float(loss.detach())
+    norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip)))
+    losses = ranks.gather(float(loss))
+    value = sum(losses) / ranks.size
     if not (math.isfinite(value) and math.isfinite(norm)):
+        where = [str(rank) for rank, each in enumerate(losses) if not math.isfinite(each)]
+        whose = f" on rank {', '.join(where)}" if where and ranks.size > 1 else ""
         raise FloatingPointError(
-            f"the loss is {value} and the gradient norm {norm} at step {step + 1}: lower lr "
+            f"the loss is {value}{whose} and the gradient norm {norm} at step {step + 1}: lower lr "
             f"(now {config.lr}), lengthen warmup (now {config.warmup}) or clip lower (now "
             f"{config.clip}); the checkpoints before it are kept"
         )
@@ -172,40 +206,53 @@ def _update(
 
 
 class _Gradients:
-    """The loss of a batch, with its gradients in `.grad`; and what is carried, carried on.
+    """The loss of a rank's rows, with gradients in `.grad`, the mean over ranks; and what is
+    carried, carried on.
 
-    On CUDA forward and backward are one graph.
+    On CUDA forward and backward are one graph, unless the model is in parts.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, carried: Carried | None) -> None:
-        self.model, self.dtype, self.carried = model, config.dtype, carried
-        self.captures = config.cuda_graph and next(model.parameters()).is_cuda
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, carried: Carried | None, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.carried, self.ranks = model, carried, ranks
+        self.parts = config.accumulate
+        first = next(model.parameters())
+        self.captures = config.cuda_graph and first.is_cuda and not isinstance(first, DTensor)
+        self.engine = Engine(model, config.dtype, ranks, by_hand=self.captures)
         self._graph: Captured | None = None
 
     def __call__(self, ids: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
-        """ids [B, T + 1]. anew: the rows that start anew, bool [B]."""
+        """ids: a rank's rows [b, T + 1]. anew: the batch's rows that start anew, bool [B]."""
         if self.carried:
             self.carried.starts(anew)
         if not self.captures:
             return self._step(ids)
         if self._graph is None:  # the runs before the capture carry nothing on
             self._graph = Captured(self.model, self._step, ids, first=self._run)
-        return self._graph(ids)
-
-    def _step(self, ids: torch.Tensor) -> torch.Tensor:
-        loss, state = self._run(ids)
-        if self.carried:
-            self.carried.take(state)
+        loss = self._graph(ids)
+        if self.ranks.size > 1:
+            self.ranks.average(self.model)
         return loss
 
-    def _run(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._run(ids, takes=True)
+
+    def _run(self, ids: torch.Tensor, takes: bool = False) -> torch.Tensor:
         for parameter in self.model.parameters():
             parameter.grad = None
-        given = self.carried.given() if self.carried else None
-        losses, state = nats(self.model, ids, self.dtype, given)
-        loss = losses.mean()
-        loss.backward()
-        return loss.detach(), state
+        count = len(ids) // self.parts
+        losses = []
+        for begin in range(0, len(ids), count):
+            rows = slice(begin, begin + count)
+            with self.engine.averages(now=begin + count == len(ids)):
+                given = self.carried.given(rows) if self.carried else None
+                loss, state = self.engine(ids[rows], given)
+                (loss / self.parts).backward()
+            losses.append(loss.detach())
+            if self.carried and takes:
+                self.carried.take(state, rows)
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -237,16 +284,44 @@ def _apple_works() -> bool:
 
 
 def _validate(
-    model: nn.Module, corpus: Corpus, windows: torch.Tensor, config: TrainConfig
+    model: nn.Module, corpus: Corpus, windows: torch.Tensor, config: TrainConfig, ranks: Ranks
 ) -> Record:
-    loss, _ = evaluate(model, windows, config.batch, config.dtype)
+    if ranks.size == 1:
+        loss, _ = evaluate(model, windows, config.batch, config.dtype)
+    else:
+        loss = _evaluate_shares(model, windows, config, ranks)
     return {"val_loss": loss, "val_bits_per_byte": corpus.bits_per_byte(loss, "val")}
+
+
+@torch.no_grad()
+def _evaluate_shares(
+    model: nn.Module, windows: torch.Tensor, config: TrainConfig, ranks: Ranks
+) -> float:
+    """The mean loss, each rank having read as many windows: the last again to make up a number."""
+    device = next(model.parameters()).device
+    own = torch.arange(-(-len(windows) // ranks.size)) * ranks.size + ranks.rank
+    total = 0.0
+    with evaluating(model):
+        for numbers in own.split(config.batch // ranks.size):
+            some = windows[numbers.clamp(max=len(windows) - 1)].to(device)
+            losses = nats(model, some, config.dtype)[0].double().mean(1)
+            total += float(losses[(numbers < len(windows)).to(device)].sum())
+    return sum(ranks.gather(total)) / len(windows)
+
+
+def _finish(
+    model: Any, corpus: Corpus, config: TrainConfig, folder: RunFolder, log: list[Record]
+) -> None:
+    """Write what a whole run leaves: the model and the picture of its losses."""
+    _write_model(model, corpus, config, log, folder.out / "model")
+    loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
 
 
 def _write_model(
     model: Any, corpus: Corpus, config: TrainConfig, log: list[Record], path: Path
 ) -> None:
-    about = {"trained": _told(corpus, config, log)} if isinstance(model, HopeLM) else {}
+    tells = "trained" in inspect.signature(model.save_pretrained).parameters
+    about = {"trained": _told(corpus, config, log)} if tells else {}
 
     def write(temp: Path) -> None:
         temp.mkdir()

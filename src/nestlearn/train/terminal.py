@@ -19,40 +19,52 @@ from rich.progress import (
 
 from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig
+from nestlearn.train.meters import Meters
+from nestlearn.train.ranks import ALONE, Ranks
 
 
 class Interrupt:
-    """Holds Ctrl-C until a step is whole; a second one does not wait."""
+    """Holds Ctrl-C until a step is whole; a second one does not wait.
 
-    def __init__(self) -> None:
+    With several ranks all stop after the same step, at SIGTERM (a scheduler's) as at Ctrl-C; a
+    second signal forces nothing: the launcher repeats what the terminal sent.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
         self.asked = self.forced = False
-        self._before: Any = None
+        self._ranks = ranks
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # only there signals arrive
-            self._before = signal.signal(signal.SIGINT, self._note)
+            several = [signal.SIGTERM] if self._ranks.size > 1 else []
+            for number in (signal.SIGINT, *several):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _note(self, *_: object) -> None:
-        self.forced = self.asked
+        self.forced = self.asked and self._ranks.size == 1
         self.asked = True
         if self.forced:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        if self.asked:
+        if any(self._ranks.gather(self.asked)):
             raise KeyboardInterrupt
 
 
 class Display:
     """A progress bar on stderr, and a line for every validation."""
 
-    def __init__(self, config: TrainConfig, step: int, shown: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, step: int, shown: bool, meters: Meters | None = None
+    ) -> None:
         self._bar: Progress | None = None
+        self._meters = meters
         if shown:
             self._bar = Progress(
                 TextColumn("[bold]train"),
@@ -87,4 +99,6 @@ class Display:
             bits = record["val_bits_per_byte"]
             more = f" ({bits:.3f} bits per byte)" if bits is not None else ""
             text = f"step {record['step']}: validation loss {record['val_loss']:.3f} nats{more}"
-            self._bar.console.print(text, highlight=False)
+            if self._meters:
+                text += f"; {self._meters.report()}"
+            self._bar.console.print(text, highlight=False, soft_wrap=True)

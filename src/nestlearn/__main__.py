@@ -1,0 +1,5 @@
+"""python -m nestlearn"""
+
+from nestlearn.cli import main
+
+main()

@@ -1,0 +1,171 @@
+"""The commands `nestlearn train` and `nestlearn export`: typed signatures over training.
+
+Like `nestlearn.cli`, this imports the library inside the commands, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nestlearn.cli import processes
+from nestlearn.cli.commands import say as _say
+from nestlearn.cli.options import (
+    Accumulate,
+    AnyDevice,
+    Batch,
+    ChannelName,
+    CheckpointEvery,
+    DtypeName,
+    Length,
+    MixerName,
+    Parallel,
+    Profile,
+    Rate,
+    Resume,
+    RunFolder,
+    Seed,
+    Size,
+    Steps,
+    TokenizerFile,
+    TrainingText,
+    Windows,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from nestlearn.train import Corpus, TrainConfig
+
+
+def train(
+    data: TrainingText,
+    out: RunFolder,
+    resume: Resume = False,
+    tokenizer: TokenizerFile = None,
+    size: Size = "tiny",
+    mixer: MixerName = "hope",
+    channel: ChannelName = "cms",
+    steps: Steps = 500,
+    batch: Batch = 8,
+    length: Length = 256,
+    stream: Windows = 1,
+    lr: Rate = 3e-3,
+    seed: Seed = 0,
+    dtype: DtypeName = "float32",
+    device: AnyDevice = "auto",
+    parallel: Parallel = "auto",
+    accumulate: Accumulate = 1,
+    checkpoint_every: CheckpointEvery = 100,
+    profile: Profile = False,
+) -> None:
+    """Train a model on text.
+
+    The run can be stopped at any moment (Ctrl-C, a crash, kill -9): the same command with
+    [bold]--resume[/bold] goes on bit for bit from the newest checkpoint.
+
+    Example:  nestlearn train --data my_texts/ --out runs/first --size tiny --steps 500
+
+    On many devices:  torchrun --nproc-per-node 8 -m nestlearn train ...
+    """
+    from nestlearn.train import TrainConfig
+
+    config = TrainConfig(
+        steps=steps,
+        batch=batch,
+        length=length,
+        stream=stream,
+        lr=lr,
+        warmup=min(TrainConfig.warmup, max(steps, 0) // 10),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        parallel=parallel,
+        accumulate=accumulate,
+        checkpoint_every=checkpoint_every,
+        profile=profile,
+    )
+    with processes.joined(device) as ranks:
+        if processes.restarted():  # perhaps before anything was written
+            resume = ranks.first_says((out / "config.json").is_file)
+        say = _say if ranks.first else lambda *_: None
+        _train(config, data, tokenizer, (size, mixer, channel), out, resume, say)
+
+
+def _train(
+    config: TrainConfig,
+    data: list[Path],
+    tokenizer: Path | None,
+    shape: tuple[str, str, str],
+    out: Path,
+    resume: bool,
+    say: Callable[..., None],
+) -> None:
+    from nestlearn.train import load_text
+    from nestlearn.train import train as run
+
+    corpus = load_text(data, tokenizer=tokenizer, seed=config.seed)
+    model = _new_model(corpus, *shape, config.seed)
+    _introduce(corpus, model, say)
+    try:
+        log = run(model, corpus, config, out, resume=resume)
+    except KeyboardInterrupt as stop:
+        say(str(stop) or "stopped", "yellow")
+        raise typer.Exit(130) from None
+    last = next((record for record in reversed(log) if "val_loss" in record), None)
+    if last:
+        bits = last["val_bits_per_byte"]
+        say(f"Validation loss {last['val_loss']:.3f} nats per token, {bits:.3f} bits per byte.")
+    say(f'The model is in {out / "model"}. Try: nestlearn generate {out} --prompt "..."', "green")
+
+
+def _new_model(corpus: Corpus, size: str, mixer: str, channel: str, seed: int) -> Any:
+    import torch
+
+    from nestlearn.models.hope import HopeConfig, HopeLM
+
+    torch.manual_seed(seed)
+    config = HopeConfig.size(size, vocab_size=corpus.vocab_size, mixer=mixer, channel=channel)
+    return HopeLM(config)
+
+
+def _introduce(corpus: Corpus, model: Any, say: Callable[..., None]) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    why = "".join(f"; {each}" for each in corpus.no_text[:3])
+    skipped = f" ({corpus.skipped} skipped: hidden or no UTF-8 text{why})" if corpus.skipped else ""
+    say(
+        f"Text files: {corpus.files}{skipped}; {corpus.train.numel():,} tokens to train on, "
+        f"{corpus.val.numel():,} to validate; {parameters:,} parameters."
+    )
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The model's new folder.")],
+    tokenizer: TokenizerFile = None,
+) -> None:
+    """Write the model of a run's newest whole checkpoint, one file of weights, for use.
+
+    Example:  nestlearn export runs/first --out models/first
+    """
+    from nestlearn.models.hope import HopeConfig, HopeLM
+    from nestlearn.train.data import ByteTokenizer, SubwordTokenizer
+    from nestlearn.train.folder import RunFolder, weights
+
+    path, meta, _ = RunFolder(folder, {}).newest()
+    if path is None:
+        raise ValueError(f"{folder} holds no checkpoint yet; train on, or give another folder")
+    coder = SubwordTokenizer(tokenizer) if tokenizer else ByteTokenizer()
+    trained = meta["corpus"]["tokenizer"] or coder.name
+    if coder.name != trained:
+        raise ValueError(
+            f"{folder} was trained with {trained}, not {coder.name}; give that file by --tokenizer"
+        )
+    if out.exists():
+        raise ValueError(f"{out} is there already; choose another folder")
+    model = HopeLM(HopeConfig.from_dict(meta["model"]))
+    model.load_state_dict(weights(path))
+    model.save_pretrained(out)
+    coder.save(out)
+    _say(f"{out} is the model of step {meta['step']:,}.", "green")
