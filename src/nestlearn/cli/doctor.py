@@ -115,7 +115,7 @@ def machine(place: torch.device) -> Iterator[tuple[str, str]]:
 def available() -> int | None:
     """Bytes of memory that a process can take; None where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found = dict(line.split(":", 1) for line in lines)

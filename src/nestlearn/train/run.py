@@ -37,6 +37,11 @@ from nestlearn.train.plots import loss_curves
 from nestlearn.train.ranks import ALONE, Ranks
 from nestlearn.train.terminal import Display, Interrupt
 
+_STOPPED = (
+    "stopped after step {} of {}, saved as {}; go on with resume=True (the same command with "
+    "--resume)"
+)
+
 
 def train(
     model: nn.Module, corpus: Corpus, config: TrainConfig, out: Path | str | None, *,
@@ -54,17 +59,14 @@ def train(
     val_loss and val_bits_per_byte.
 
     With config.stream > 1 the model also has `init_state(batch)`, a state tree, and takes it as
-    `state`; checkpoints hold what is carried.
-
-    In a process group (torch.distributed) every process calls this with the same arguments: each
-    reads its rows of every batch, and rank 0 alone writes and shows anything. With
+    `state`; checkpoints hold what is carried. In a process group every process calls this alike:
+    each reads its rows of every batch, rank 0 alone writes and shows anything, and with
     config.parallel "fsdp" the model is left in parts.
 
     ValueError where out already holds a run, cannot be resumed, or the text is too short, or with
-    stream > 1 where the model's state grows with the stream (attention) or length is not a multiple
-    of the tokens between its memories' updates and bounds;
-    FloatingPointError at a loss that is not finite; KeyboardInterrupt, after a checkpoint, naming
-    how to go on; OSError when the disk refuses. Checkpoints written so far are always kept.
+    stream > 1 for a state that grows (attention) or a length that is no multiple of the tokens
+    between two updates; FloatingPointError at a loss that is not finite; KeyboardInterrupt, after a
+    checkpoint, naming how to go on; OSError when the disk refuses. Checkpoints are always kept.
     """
     ranks, device = Ranks.here(), resolve_device(config.device)
     meters = Meters(model, config, device, ranks)
@@ -98,10 +100,7 @@ def train(
             if folder is None or interrupt.forced:  # forced: this step may be half made
                 raise
             path = folder.save(step, model, run, carried)
-            raise KeyboardInterrupt(
-                f"stopped after step {step} of {config.steps}, saved as {path}; go on with "
-                "resume=True (the same command with --resume)"
-            ) from None
+            raise KeyboardInterrupt(_STOPPED.format(step, config.steps, path)) from None
     if folder:
         if kept is not model and ranks.first:  # it stands at the start
             kept.load_state_dict(weights(folder.path(step)))
