@@ -54,6 +54,24 @@ def test_a_stream_is_read_as_by_one_call(change):
     torch.testing.assert_close(anew[:, 64:80], last[:, 16:], atol=1e-4, rtol=1e-4)
 
 
+def test_a_stream_is_shown_in_tenths_beside_windows_read_anew(monkeypatch):
+    monkeypatch.setattr(books, "STREAMS", (640, 10_000))
+    torch.manual_seed(0)
+    model = HopeLM(HopeConfig(40, dim=16, layers=1, heads=2))
+    ids = torch.randint(0, 40, (700,), dtype=torch.uint8)
+    found = books.stream(model, ids, 64)
+    assert list(found) == ["640"]  # the other one is longer than the text
+    windows = torch.stack([ids[a : a + 65] for a in range(0, 640, 64)]).long()
+    with torch.no_grad():
+        whole, _ = model(ids[None, :640].long())
+        apart, _ = model(windows[:, :-1])
+    nats = torch.nn.functional.cross_entropy
+    carried = nats(whole.mT, ids[None, 1:641].long(), reduction="none")[0]
+    anew = nats(apart.mT, windows[:, 1:], reduction="none")
+    for name, of in (("carried", carried.view(10, 64)), ("anew", anew)):
+        assert found["640"][name] == pytest.approx(of.mean(1).tolist(), abs=2e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import lzma
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,15 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestlearn.evals import Record
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.provenance import fingerprint
+from nestlearn.experiments.tables import (
+    PARAMETERS,
+    RATE,
+    SEEDS,
+    Column,
+    detail,
+    mean,
+    metric,
+    words,
+)
+from nestlearn.experiments.tables import model as name
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.train import Corpus, TrainConfig, evaluate, train
 
 BOOKS = ("train-0.txt.xz", "valid.txt.xz", "test.txt.xz")
 BYTES = 256
 STRETCH = 4  # the second measurement: windows so many times longer than the trained ones
+NEAR, FAR = "bits a byte at the trained length", "at four times it"
+STREAMS = (100_000, 1_000_000)  # bytes
 TAUGHT = 20_000_000  # bytes of the training books from which the pieces are found
 
 
@@ -157,6 +171,23 @@ def trained(
     }  # fmt: skip
 
 
+def in_bits(text: Text, result: dict[str, Any]) -> dict[str, Any]:
+    """A training's result with its scores on the test books."""
+    near, far = map(text.bits, result["test"])
+    told = f"{near:.3f} {far:.3f}, {result['tokens_per_second']:,.0f} tokens/s"
+    return result | {"scores": {NEAR: near, FAR: far}, "headline": told}
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Bits a byte at both lengths, with tokens and seconds."""
+    return [
+        name(), PARAMETERS, RATE, SEEDS, words("tokens", lambda r: f"{r.tokens:,}"),
+        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
+        mean("tokens/s", detail("tokens_per_second"), digits=0),
+        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
+    ]  # fmt: skip
+
+
 @torch.no_grad()
 def surprise(model: HopeLM, ids: Tensor, length: int, *, carried: bool = True) -> Tensor:
     """Nats [B, T − 1] of every token of texts [B, T] after the first, read in pieces of `length`
@@ -183,15 +214,14 @@ def stream(model: HopeLM, ids: Tensor, length: int) -> dict[str, Any]:
     device = next(model.parameters()).device
     model.eval()
     out: dict[str, Any] = {}
-    for total in (100_000, 1_000_000):
+    for total in STREAMS:
         if len(ids) <= total:
             continue
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        rows = [surprise(model, ids[: total + 1], 16 * length)]
-        whole = total // length * length
-        parts = [surprise(model, ids[a : a + length + 1], length) for a in range(0, whole, length)]
-        rows.append(torch.cat(parts))
+        windows = ids[: total + 1].unfold(0, length + 1, length).split(16)
+        anew = [surprise(model, some, length).flatten() for some in windows]
+        rows = (surprise(model, ids[None, : total + 1], 16 * length)[0], torch.cat(anew))
         tenths = [[round(float(t.mean()), 4) for t in row.chunk(10)] for row in rows]
         out[str(total)] = {"carried": tenths[0], "anew": tenths[1]}
         if device.type == "cuda":

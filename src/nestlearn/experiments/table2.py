@@ -18,17 +18,7 @@ from nestlearn.experiments import books
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import (
-    PARAMETERS,
-    RATE,
-    SEEDS,
-    Column,
-    detail,
-    mean,
-    metric,
-    model,
-    words,
-)
+from nestlearn.experiments.tables import Column, words
 from nestlearn.options import Attention, DeltaNet, StaticTitans, SwiGLU
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -44,7 +34,6 @@ SIZES = {"10M": (320, 7, 5), "50M": (640, 10, 10)}  # width, layers, heads
 VOCABULARIES = {"bytes": books.BYTES, "pieces": 8192}
 SETTINGS = tuple(f"{size}, {tokens}" for size in SIZES for tokens in VOCABULARIES)
 STEPS, BATCH, LENGTH = 600, 32, 1024
-NEAR, FAR = "bits a byte at the trained length", "at four times it"
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -70,26 +59,16 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     config = books.sized(ROWS[cell["model"]], cell["size"], cell["vocabulary"])
     text = books.read(Path(cell["folder"]), cell["vocabulary"])
     _, result = books.trained(cell, config, tell)
-    near, far = map(text.bits, result["test"])
     result["curve"] = [
         [tokens, seconds, *(text.bits(nats, "val") for nats in nats)]
         for tokens, seconds, *nats in result["curve"]
     ]
-    return result | {
-        "scores": {NEAR: near, FAR: far},
-        "headline": f"{near:.3f} {far:.3f}, {result['tokens_per_second']:,.0f} tokens/s",
-    }
+    return books.in_bits(text, result)
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
     """Bits a byte at both lengths, with tokens and seconds."""
-    return [
-        words("setting", lambda r: r.task), model(), PARAMETERS, RATE, SEEDS,
-        words("tokens", lambda r: f"{r.tokens:,}"),
-        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
-        mean("tokens/s", detail("tokens_per_second"), digits=0),
-        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
-    ]  # fmt: skip
+    return [words("setting", lambda r: r.task), *books.columns(records)]
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
@@ -101,7 +80,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
             for name in ROWS:
                 own = [
                     r.detail["curve"] for r in records
-                    if (r.task, r.model, r.metric) == (setting, name, NEAR)
+                    if (r.task, r.model, r.metric) == (setting, name, books.NEAR)
                 ]  # fmt: skip
                 if own:
                     at = [sum(p) / len(p) for p in zip(*([row[axis] for row in c] for c in own))]

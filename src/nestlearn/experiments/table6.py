@@ -10,24 +10,12 @@ away.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.tables import (
-    PARAMETERS,
-    RATE,
-    SEEDS,
-    Column,
-    detail,
-    mean,
-    metric,
-    model,
-)
 from nestlearn.options import Continuum, Level, SwiGLU, Titans
 
 FAST, SLOW, NEVER = Level(chunk=4), Level(chunk=16), Level()
@@ -49,7 +37,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 SIZE = (320, 7, 5)  # width, layers, heads: about 10 million parameters
 STEPS, BATCH, LENGTH = 300, 64, 512
-NEAR, FAR = "bits a byte at the trained length", "at four times it"
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -70,18 +57,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
     _, result = books.trained(cell, config, tell)
-    near, far = map(text.bits, result["test"])
-    return result | {"scores": {NEAR: near, FAR: far}, "headline": f"{near:.3f} {far:.3f}"}
-
-
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Bits a byte at both lengths."""
-    return [
-        model(), PARAMETERS, RATE, SEEDS,
-        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
-        mean("tokens/s", detail("tokens_per_second"), digits=0),
-        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
-    ]  # fmt: skip
+    return books.in_bits(text, result)
 
 
 EXPERIMENT = Experiment(
@@ -92,6 +68,6 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=columns,
+    columns=books.columns,
     sources=("experiments/books.py",),
 )

@@ -165,7 +165,9 @@ def approximate(pairs: Sequence[Pairs], rank: int) -> Fast:
     pairs: for each layer, those of e [B, N, out] and x [B, N, in]. The space of the right side is
     found by subspace iteration from a fixed draw.
     """
-    joined = [tuple(torch.cat(side, 1) for side in zip(*of)) for of in pairs]
+    joined = [  # most layers run once, and nothing of theirs is to be kept twice
+        of[0] if len(of) == 1 else tuple(torch.cat(side, 1) for side in zip(*of)) for of in pairs
+    ]
     found: dict[int, Factors] = {}
     for some in _alike(joined, most=GROUP):
         errors, inputs = (torch.cat(side) for side in zip(*(joined[i] for i in some)))
