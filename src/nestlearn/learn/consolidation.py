@@ -50,7 +50,7 @@ class StudyConfig:
     batch: int = 8
     lr: float = 4e-3
     text: float = 0.0
-    anchor: float = 1.0
+    anchor: float = 2.0
     rehearse: int = 4
     held_out: float = 0.125
     level: int | None = None
