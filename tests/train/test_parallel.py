@@ -241,6 +241,8 @@ def test_flops_are_those_of_the_matrix_products():
     scores = 2 * 2 * 2 * 16 * 16  # layers, two products, FLOPs, tokens, width
     counted = flops_per_token(model, 16)
     assert counted == pytest.approx(3 * (2 * linear + scores), rel=1e-3)
+    hope = build("hope")  # over a span of its levels, which differentiate inside
+    assert flops_per_token(hope, 256) > 6 * sum(p.numel() for p in hope.blocks.parameters())
     assert device_peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
     assert device_peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert device_peak("an unknown one", "bfloat16") is None

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.losses import evaluating
@@ -36,6 +37,24 @@ def device_peak(name: str, dtype: str) -> float | None:
     return 1e12 * found[0 if dtype == "bfloat16" else 1 if tf32 else 2]
 
 
+class _Counter(TorchDispatchMode):
+    """Sums the FLOPs of matrix products and attention, by torch's formulas. Not by FlopCounterMode,
+    which hooks on to modules, and in torch 2.11 fails on those that differentiate inside.
+    """
+
+    flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.flops += sdpa_flop_count(*(x.shape for x in args[:3]))  # not in torch's registry
+        elif formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 @torch.no_grad()
 def flops_per_token(model: nn.Module, length: int) -> float:
     """FLOPs of a training step for each token: three times the matrix products of a forward pass.
@@ -44,15 +63,10 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     that is to run by such on a card is counted before it goes there.
     """
     device = next(model.parameters()).device
-    attention = {  # the counter knows those of cards
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-        )
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    counter = _Counter()
     with evaluating(model), counter:
         model(torch.zeros(1, length, dtype=torch.int64, device=device), state=None)
-    return 3 * counter.get_total_flops() / length
+    return 3 * counter.flops / length
 
 
 def peak_memory(device: torch.device) -> float | None:
