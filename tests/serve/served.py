@@ -14,8 +14,8 @@ from nestlearn.serve import Limits, engine_for
 from nestlearn.serve.app import make_app
 from nestlearn.train.data import ByteTokenizer
 
-TEXT = "The key is under the mat. Alice keeps it there, and Bob does not know. " * 3
-LIMITS = Limits(requests=100_000, save_seconds=0)
+TEXT = "The key is under the mat. Alice keeps it there, and Bob does not know. "
+LIMITS = Limits(requests=100_000)
 TOKENS = {"alice": "alice-has-a-long-token", "bob": "bob-has-another-token"}
 
 

@@ -51,6 +51,7 @@ def make_app(
             Exception: _refused,
         },
     )  # fmt: skip
+    app.router.redirect_slashes = False
     app.state.desk = desk
     app.add_middleware(Guard, limits=limits, local=tokens is None)
     return app

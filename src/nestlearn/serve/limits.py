@@ -31,9 +31,6 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            least = 0 if field.name == "save_seconds" else 1
-            if not getattr(self, field.name) >= least:
-                raise ValueError(
-                    f"{field.name}={getattr(self, field.name)}: give {least} or more, or leave it "
-                    "out"
-                )
+            value, whole = getattr(self, field.name), "seconds" not in field.name
+            if not (value >= 1 if whole else value >= 0):
+                raise ValueError(f"{field.name}={value}: give {int(whole)} or more, or leave it out")
