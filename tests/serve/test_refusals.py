@@ -10,7 +10,20 @@ from served import LIMITS, TEXT, TOKENS, as_user, client, learned, says
 from nestlearn.serve import Limits
 from nestlearn.serve.users import check_host, read_tokens
 
-NAMES = ("..", ".", ".hidden", "a/b", "..%2f..%2fetc", "a\\b", "", "x" * 65, "a b", "a.b", "é", "-a")
+NAMES = (
+    "..",
+    ".",
+    ".hidden",
+    "a/b",
+    "..%2f..%2fetc",
+    "a\\b",
+    "",
+    "x" * 65,
+    "a b",
+    "a.b",
+    "é",
+    "-a",
+)
 CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
 SAID = [{"role": "user", "content": "hi"}]
 
@@ -109,7 +122,9 @@ def test_a_body_that_is_too_large(tmp_path):
             for _ in range(40):
                 yield b"x" * 100
 
-        refused(asks.post(TEXTS, content=parts(), headers={"Content-Type": "application/json"}), 413)
+        refused(
+            asks.post(TEXTS, content=parts(), headers={"Content-Type": "application/json"}), 413
+        )
         refused(asks.put("/v1/memories/a/file", content=parts()), 413)
         assert says(asks, tokens=2)
     assert not list(tmp_path.iterdir())
@@ -137,6 +152,7 @@ def test_too_many_memories_and_jobs(tmp_path):
 
 def test_a_request_that_takes_too_long(tmp_path):
     with client(tmp_path, limits=dataclasses.replace(LIMITS, seconds=0.2)) as asks:
+
         def slow():
             import time
 
@@ -166,7 +182,9 @@ def test_a_name_that_is_none(asks, place, name):
         quoted = name.replace("/", "%2F").replace("\\", "%5C").replace(".", "%2E")
         body = {"text": TEXT, "point": 1}
         kind = {"content": b"x"} if verb == "PUT" else {"json": body}
-        made = asks.request(verb, f"/v1/memories/{quoted}{path}", **({} if verb in ("GET", "DELETE") else kind))
+        made = asks.request(
+            verb, f"/v1/memories/{quoted}{path}", **({} if verb in ("GET", "DELETE") else kind)
+        )
         assert made.status_code in (400, 404, 405), (verb, path, made.text)
     assert sorted(place.rglob("*")) == before
 
@@ -196,9 +214,9 @@ def test_a_file_that_is_no_memory(asks, place, tmp_path):
     altered = bytearray(good)
     altered[-3] ^= 1
     header = json.loads(good[8 : 8 + size])
-    header["__metadata__"]["nestlearn-memory"] = header["__metadata__"][
-        "nestlearn-memory"
-    ].replace('"position": ', '"position": 9')
+    header["__metadata__"]["nestlearn-memory"] = header["__metadata__"]["nestlearn-memory"].replace(
+        '"position": ', '"position": 9'
+    )
     other = json.dumps(header).encode()
     bad = [
         b"", b"x", good[:-1], good[: len(good) // 2], good + b"x", bytes(altered),

@@ -48,7 +48,9 @@ def serve(
     max_body: Annotated[int, _limit(help="Kilobytes of a request.")] = 1024,
     max_upload: Annotated[int, _limit(help="Megabytes of a memory's file.")] = 256,
     max_requests: Annotated[int, _limit(help="A minute, of one user.")] = 240,
-    max_beside: Annotated[int, _limit(help="Answers that are made in turns.")] = 16,
+    max_beside: Annotated[
+        int, _limit(help="Answers that are made in turns; of one user, half of them.")
+    ] = 32,
     max_learners: Annotated[int, _limit(help="Texts that are learned at once.")] = 1,
     max_memories: Annotated[int, _limit(help="Of one user.")] = 100,
     max_points: Annotated[int, _limit(help="Earlier states that a memory keeps.")] = 20,

@@ -220,9 +220,11 @@ class Answering:
                 late.given_up = True
                 late.fail(Refused(429, "it took too long for its turn to come", "busy", after=5))
             self._waiting = [a for a in self._waiting if not a.given_up]
-            mine = Counter(a.user for a in self._active)
-            while self._waiting and len(self._active) < self.limits.beside:
-                first = min(self._waiting, key=lambda a: mine[a.user])
+            mine, most = Counter(a.user for a in self._active), max(1, self.limits.beside // 2)
+            while len(self._active) < self.limits.beside:
+                first = min(self._waiting, key=lambda a: mine[a.user], default=None)
+                if first is None or mine[first.user] >= most:  # there is room for other users
+                    break
                 self._waiting.remove(first)
                 self._active.append(first)
                 mine[first.user] += 1

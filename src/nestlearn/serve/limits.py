@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 class Limits:
     """body, upload: bytes of a request, and of a memory's file. tokens: of a prompt with its
     answer. text: tokens of a text to learn. requests: a minute, of one user. waiting: requests
-    that wait for an answer, of all users. beside: answers that are made in turns. learners: that
-    learn at once; jobs: of one user, running or waiting. memories: of one user; points: earlier
-    states that each keeps. seconds: of any request. save_seconds: between two saves of a text that
-    is being learned.
+    that wait for an answer, of all users. beside: answers that are made in turns, half of them of
+    one user at most. learners: that learn at once; jobs: of one user, running or waiting.
+    memories: of one user; points: earlier states that each keeps. seconds: of any request.
+    save_seconds: between two saves of a text that is being learned.
     """
 
     body: int = 2**20
@@ -21,7 +21,7 @@ class Limits:
     text: int = 200_000
     requests: int = 240
     waiting: int = 256
-    beside: int = 16
+    beside: int = 32
     learners: int = 1
     jobs: int = 4
     memories: int = 100
@@ -33,4 +33,6 @@ class Limits:
         for field in fields(self):
             value, whole = getattr(self, field.name), "seconds" not in field.name
             if not (value >= 1 if whole else value >= 0):
-                raise ValueError(f"{field.name}={value}: give {int(whole)} or more, or leave it out")
+                raise ValueError(
+                    f"{field.name}={value}: give {int(whole)} or more, or leave it out"
+                )
