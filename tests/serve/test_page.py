@@ -24,7 +24,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser):
-    """Open a page at a URL; what its console says of errors, the policy's included, ends the test."""
+    """Open a page at a URL; no error of its console passes."""
     wrong, pages = [], []
 
     def at(url, **options):

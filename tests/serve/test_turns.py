@@ -105,6 +105,33 @@ def test_turns_come_in_the_order_of_asking():
     assert order == [*range(8), "me"]
 
 
+def test_who_learns_leaves_others_half_of_the_time():
+    """One step of a study takes as long as many tokens: these come between two of them."""
+    turns, done = Turns(), threading.Event()
+    made, steps = [], 0
+
+    def answer():
+        while not done.is_set():
+            with turns:
+                time.sleep(0.001)
+                made.append(1)
+
+    thread = threading.Thread(target=answer)
+    with turns:
+        thread.start()
+        while steps < 3:
+            time.sleep(0.1)  # a long step
+            before = len(made)
+            turns.pause()
+            steps += 1
+            assert len(made) - before >= 5
+    done.set()
+    thread.join()
+    begin = time.monotonic()
+    turns.rest(5)
+    assert time.monotonic() - begin < 1  # nobody wants it
+
+
 def test_a_token_is_drawn():
     scores = torch.tensor([1.0, 3.0, 2.0, -float("inf")])
     generator = torch.Generator().manual_seed(0)

@@ -178,10 +178,13 @@ class Lessons:
         for a in range(0, len(ids), lesson.piece):
             if job.stop.is_set():
                 break
+            some = slice(a, a + lesson.piece)
             with self.turns:
-                some = slice(a, a + lesson.piece)
+                begun = time.monotonic()
                 told = lesson.read(ids[some], None if text.mask is None else text.mask[some])
+                took = time.monotonic() - begun
             job.tell("piece", **told)
+            self.turns.rest(took)  # who asks something has half of the time
             if time.monotonic() - saved >= self.limits.save_seconds:
                 save()
         if lesson.done:
