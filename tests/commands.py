@@ -65,7 +65,6 @@ FORMS: dict[str, Form] = {
         f"nestlearn serve {what}": Form(SERVED.replace("WHAT", short))
         for what, short in (
             ("stacked/", "base --memories served"),
-            ("MODEL", "base --memories served"),
             (
                 "stacked/ --host 0.0.0.0 --tokens tokens.txt",
                 "base --memories served --tokens tokens.txt --host 0.0.0.0",
@@ -204,6 +203,7 @@ AS_WRITTEN = [
     "nestlearn reproduce --list",
     "nestlearn reproduce table5 --quick",
     "nestlearn memory list DIR",
+    "nestlearn serve --help",
     "nestlearn memory merge DIR NAME --level 1 --out NEW",
     "nestlearn memory export DIR NAME --out PLAIN",
 ]

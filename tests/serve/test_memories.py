@@ -16,6 +16,7 @@ def asks(request, tmp_path):
         yield asks
 
 
+@pytest.mark.parametrize("asks", ["stacked"], indirect=True)
 def test_a_memory_is_made_and_deleted(asks):
     made = asks.post("/v1/memories", json={"name": "mine"}).json()
     assert (made["id"], made["position"], made["points"]) == ("mine", 0, [])
@@ -92,6 +93,7 @@ def test_a_memory_is_rolled_back_and_forward(asks):
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "point_not_found")
 
 
+@pytest.mark.parametrize("asks", ["stacked"], indirect=True)
 def test_forgetting_can_be_rolled_back(asks):
     learned(asks, "mine")
     known, bare = says(asks, memory="mine"), says(asks)
@@ -146,6 +148,7 @@ def test_the_commands_know_the_servers_memories(tmp_path, call, monkeypatch):
     assert (code, f"{len(TEXT)} tokens" in out) == (0, True)
 
 
+@pytest.mark.parametrize("asks", ["stacked"], indirect=True)
 def test_a_surprise_is_measured_with_and_without(asks):
     learned(asks, "mine")
     told = asks.post("/v1/memories/mine/surprise", json={"text": "The key is ümlaut"}).json()

@@ -9,15 +9,16 @@ function shape(name, attributes) {
   return made;
 }
 
-// Draw lines of numbers (null: no point there) over the same steps; says the newest value of each.
+// Draw lines of numbers (null: no point there) over the same steps, each to its own greatest, which
+// is said beside the title.
 export function draw(place, lines, title) {
-  const all = lines.flatMap((line) => line.values).filter((x) => x !== null);
-  const high = Math.max(...all, 1e-9);
+  const highest = lines.map((line) => Math.max(...line.values.filter((x) => x !== null), 0));
   const steps = Math.max(...lines.map((line) => line.values.length), 2) - 1;
   const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" });
   const told = lines.map((line) => `${line.name} ${short(last(line.values))}`).join(", ");
   svg.setAttribute("aria-label", `${title}: ${told || "nothing yet"}`);
-  lines.forEach((line) => {
+  lines.forEach((line, which) => {
+    const high = highest[which] || 1;
     const points = line.values
       .map((value, n) => [n, value])
       .filter(([, value]) => value !== null)
@@ -33,7 +34,9 @@ export function draw(place, lines, title) {
   caption.textContent = "";
   const [name, value] = [document.createElement("span"), document.createElement("span")];
   name.textContent = title;
-  value.textContent = all.length ? `at most ${short(high)}` : "";
+  value.textContent = lines.some((line) => line.values.length)
+    ? `at most ${highest.map(short).join(" and ")}`
+    : "";
   caption.append(name, value);
 }
 
