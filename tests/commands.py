@@ -43,6 +43,12 @@ def reproduced(name: str, *more: str) -> str:
 
 
 RIVALS = "--models titans --models deltanet --models transformer"
+SERVED = (  # until it says where it is
+    "echo 'alice a-token-of-20-letters' > tokens.txt; "
+    "nestlearn serve WHAT --port 0 > said & pid=$!; "
+    "for _ in $(seq 90); do grep -q http said && break; sleep 1; done; "
+    "kill $pid; wait $pid || true; grep http said"
+)
 FORMS: dict[str, Form] = {
     "pip install -e .": Form(why="the next one has it; --fresh installs it anew"),
     "pip install -e . && nestlearn quickstart": Form("nestlearn quickstart --quick"),
@@ -51,6 +57,22 @@ FORMS: dict[str, Form] = {
     "nestlearn stack Qwen/Qwen3-0.6B --out stacked/": Form("nestlearn stack base --out stacked/"),
     "nestlearn chat stacked/ --memory mine": Form(
         "printf 'the key\\n\\n' | nestlearn chat stacked/ --memory mine --tokens 4"
+    ),
+    'pip install "nestlearn[serve]"': Form(
+        why="from an index; --fresh installs the same from here"
+    ),
+    **{
+        f"nestlearn serve {what}": Form(SERVED.replace("WHAT", short))
+        for what, short in (
+            ("stacked/", "base --memories served"),
+            (
+                "stacked/ --host 0.0.0.0 --tokens tokens.txt",
+                "base --memories served --tokens tokens.txt --host 0.0.0.0",
+            ),
+        )
+    },
+    "python -m bench.serve --seconds 120": Form(
+        "cd {root} && python -m bench.serve --seconds 5 --clients 20 --sleepers 2"
     ),
     "nestlearn stack MODEL --out DIR --chunk 64 --chunk 512 --lr 0.05": Form(
         "nestlearn stack base --out DIR --chunk 64 --chunk 512 --lr 0.05"
@@ -181,6 +203,7 @@ AS_WRITTEN = [
     "nestlearn reproduce --list",
     "nestlearn reproduce table5 --quick",
     "nestlearn memory list DIR",
+    "nestlearn serve --help",
     "nestlearn memory merge DIR NAME --level 1 --out NEW",
     "nestlearn memory export DIR NAME --out PLAIN",
 ]

@@ -15,7 +15,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nestlearn.cli import commands, doctor, memory_commands, processes, stacking, training
+from nestlearn.cli import (
+    commands,
+    doctor,
+    memory_commands,
+    processes,
+    serving,
+    stacking,
+    training,
+)
 from nestlearn.cli.commands import say as _say
 
 app = typer.Typer(
@@ -248,12 +256,13 @@ app.command()(commands.reproduce)
 app.command()(doctor.doctor)
 
 
-# ------------------------------------------------------------- stack, learn, chat, memory
+# ------------------------------------------------------ stack, learn, chat, memory, serve
 
 app.add_typer(stacking.stack, name="stack")
 app.command()(stacking.learn)
 app.command()(stacking.chat)
 app.add_typer(memory_commands.memory, name="memory")
+app.command()(serving.serve)
 
 
 # ------------------------------------------------------------------------------------- main

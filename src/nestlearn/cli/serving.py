@@ -1,0 +1,141 @@
+"""The command `nestlearn serve`: a model, opened whichever kind it is, behind a page and an API.
+
+Like `nestlearn.cli`, this imports the library inside the command, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nestlearn.cli.commands import say
+
+_who = partial(typer.Option, rich_help_panel="Who and where")
+_limit = partial(typer.Option, rich_help_panel="Limits", min=1)
+
+CHUNKS, RATE = (64, 512), 0.05  # levels of a plain model, those of `nestlearn stack`
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A stacked model's folder, a Hope's (or a run's), or a plain Hugging Face model, "
+            "on which the levels of `nestlearn stack` are put.",
+        ),
+    ],
+    memories: Annotated[
+        Path | None,
+        _who(help="For memories (default: MODEL/memories; with --tokens MODEL/users)."),
+    ] = None,
+    host: Annotated[str, _who(help="Where to listen; others than this machine need --tokens.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, _who(min=0, max=65535, help="0: any that is free.")] = 8000,
+    tokens: Annotated[
+        Path | None,
+        _who(help="A file of lines `user token` (or `user sha256:HEX`): each has own memories."),
+    ] = None,
+    device: Annotated[str, _who(help="auto, cpu, cuda ...")] = "auto",
+    max_tokens: Annotated[int, _limit(help="Of a prompt with its answer.")] = 4096,
+    max_text: Annotated[int, _limit(help="Tokens of a text to learn.")] = 200_000,
+    max_body: Annotated[int, _limit(help="Kilobytes of a request.")] = 1024,
+    max_upload: Annotated[int, _limit(help="Megabytes of a memory's file.")] = 256,
+    max_requests: Annotated[int, _limit(help="A minute, of one user.")] = 240,
+    max_beside: Annotated[
+        int, _limit(help="Answers that are made in turns; of one user, half of them.")
+    ] = 32,
+    max_learners: Annotated[int, _limit(help="Texts that are learned at once.")] = 1,
+    max_memories: Annotated[int, _limit(help="Of one user.")] = 100,
+    max_points: Annotated[int, _limit(help="Earlier states that a memory keeps.")] = 20,
+    max_seconds: Annotated[int, _limit(help="Of any request.")] = 300,
+) -> None:
+    """Serve a model that remembers: a web page, and an endpoint for OpenAI's clients.
+
+    Prints the URL. The page shows what a memory does while it reads, and what the model says with
+    it and without. Ctrl-C stops; what was being learned is saved. Needs the extra nestlearn[serve].
+
+    Example:  nestlearn serve stacked/ --port 8000
+    """
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+        raise ImportError(f'no {" and no ".join(missing)} here: pip install "nestlearn[serve]"')
+    from nestlearn.serve import Limits, engine_for
+    from nestlearn.serve.app import run
+    from nestlearn.serve.users import check_host, read_tokens
+
+    known = None if tokens is None else read_tokens(tokens)
+    check_host(host, known)
+    limits = Limits(
+        body=max_body * 2**10, upload=max_upload * 2**20, tokens=max_tokens, text=max_text,
+        requests=max_requests, beside=max_beside, learners=max_learners, memories=max_memories,
+        points=max_points, seconds=float(max_seconds),
+    )  # fmt: skip
+    opened, words, home = _opened(model, device)
+    if memories is None and home is None:
+        raise ValueError(f"{model} is no folder to keep memories in: give --memories FOLDER")
+    root = memories or Path(str(home)) / ("memories" if known is None else "users")
+    engine = engine_for(opened, words, _name(model))
+
+    def ready(url: str) -> None:
+        typer.echo(f"{engine.name} at {url}  (API: {url}/v1)")
+        who = "one local user" if known is None else f"{len(set(known.values()))} users"
+        say(f"{who}; memories in {root}; Ctrl-C stops", "green")
+
+    run(engine, root, host=host, port=port, limits=limits, tokens=known, ready=ready)
+
+
+def _opened(name: str, device: str) -> tuple[Any, Any, Path | None]:
+    """The model, its tokenizer, and the folder that it is in."""
+    from nestlearn.cli.stacked import pretrained, quiet, words_of
+    from nestlearn.models.config import TYPE
+    from nestlearn.train.run import resolve_device
+
+    place, folder = resolve_device(device), Path(name)
+    inner = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if (folder / "stack.json").is_file():
+        from nestlearn.hf.folder import load_stack
+
+        quiet()
+        return load_stack(folder, place), words_of(folder), folder
+    if _kind(inner) == TYPE:
+        from nestlearn.models.hope import HopeLM
+        from nestlearn.train.data import load_tokenizer
+
+        hope = HopeLM.from_pretrained(inner).to(place)
+        return hope, load_tokenizer(inner, hope.config.vocab_size), folder
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(f"the run in {folder} is not finished: nestlearn train ... --resume")
+    if folder.is_dir() and _kind(folder) is None and not any(folder.glob("*.gguf")):
+        raise FileNotFoundError(f"no model in {folder}: it has no stack.json and no config.json")
+    base, words = pretrained(name, None)
+    if words is None:
+        raise ValueError(f"{name} has no tokenizer: put the model's tokenizer files there")
+    from nestlearn import DeltaLevel, stack_levels
+
+    levels = [DeltaLevel(chunk, lr=RATE, rule="gd") for chunk in CHUNKS]
+    stacked = stack_levels(base.to(place), levels)
+    say(f"Levels of {' and '.join(map(str, CHUNKS))} tokens stand on {name}, which stays as it is.")
+    return stacked, words, folder if folder.is_dir() else None
+
+
+def _kind(folder: Path) -> str | None:
+    """The model_type of a folder's config.json; None where there is none."""
+    import json
+
+    try:
+        data = json.loads((folder / "config.json").read_bytes())
+        return str(data.get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _name(model: str) -> str:
+    """What requests call the model: the end of its path, in letters that no URL minds."""
+    end = Path(model).resolve().name if Path(model).exists() else model.rstrip("/").split("/")[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", end).strip("-.") or "model"

@@ -1,0 +1,35 @@
+"""OpenAI's own client, against the server."""
+
+import pytest
+from served import client, learned
+
+openai = pytest.importorskip("openai", reason="needs the package openai")
+
+
+def test_the_client_talks(tmp_path):
+    with client(tmp_path) as asks:
+        learned(asks, "mine")
+        api = openai.OpenAI(base_url=f"{asks.base_url}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in api.models.list()] == ["tiny", "tiny:mine"]
+        options = {"model": "tiny:mine", "temperature": 0, "max_tokens": 8}
+        talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The key?"}]
+        made = api.chat.completions.create(messages=talk, **options)
+        assert made.usage.completion_tokens == 8
+        said = made.choices[0].message.content
+        parts = list(
+            api.chat.completions.create(
+                messages=talk, stream=True, stream_options={"include_usage": True}, **options
+            )
+        )
+        assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == said
+        assert parts[-1].usage.total_tokens == made.usage.total_tokens
+        text = api.completions.create(prompt="The key", **options).choices[0].text
+        beside = api.completions.create(
+            prompt="The key", **{**options, "model": "tiny"}, extra_body={"memory": "mine"}
+        )
+        assert beside.choices[0].text == text
+        with pytest.raises(openai.NotFoundError, match="no memory 'other'") as refused:
+            api.completions.create(model="tiny:other", prompt="a")
+        assert refused.value.code == "memory_not_found"
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            api.completions.create(model="tiny", prompt="a", max_tokens=0)
