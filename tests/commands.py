@@ -76,6 +76,9 @@ FORMS: dict[str, Form] = {
     "nestlearn eval formal --model hope": Form(
         f"nestlearn eval formal --model hope --only parity {TINY}"
     ),
+    "nestlearn eval stream --model runs/first --text book.txt": Form(
+        "nestlearn eval stream --model runs/first --text diary.txt --tokens 300"
+    ),
     "nestlearn reproduce table5": Form(reproduced("table5", "--only parity")),
     "nestlearn reproduce table4": Form(reproduced("table4", "--only compression")),
     "nestlearn reproduce mqar": Form(reproduced("mqar", "--only K=4")),
