@@ -77,6 +77,8 @@ LAYERS = {
     "cms-first-order": lambda: cms(meta_gradient="first-order"),
     "cms-remat": lambda: cms(remat=True),
     "attention": lambda: Attention(D, H),
+    "attention-window": lambda: Attention(D, H, window=5),
+    "attention-sinks": lambda: Attention(D, H, conv=4, gate=True, window=5, sinks=3),
     "attention-skeleton": lambda: Attention(D, H, conv=4, gate=True, rotary=False),
     "static-titans": lambda: static_titans(D, H, options.StaticTitans(4)),
     "deltanet": lambda: gated_deltanet(D, H, options.DeltaNet(4)),

@@ -90,7 +90,7 @@ def sample(name: str, length: int, words: Words, count: Count, seed: int, text: 
     rng = stream(seed, "needles", name, length)
     keys = draw_keys(rng, words, task.keys)
     values = {key: [draw_value(rng, task.value) for _ in range(task.values)] for key in keys}
-    needles = [needle(task.value, key, v) for key in keys for v in values[key]]
+    needles = [sentence(task.value, key, v) for key in keys for v in values[key]]
     needles = [needles[i] for i in rng.permutation(len(needles))]
     asked = [keys[i] for i in sorted(rng.permutation(len(keys))[: task.queries])]
     before, question = wording(task, asked)
@@ -132,7 +132,7 @@ def draw_value(rng: np.random.Generator, kind: str) -> str:
     return str(rng.integers(1_000_000, 10_000_000))
 
 
-def needle(kind: str, key: str, value: str) -> str:
+def sentence(kind: str, key: str, value: str) -> str:
     return f"One of the special magic {kind} for {key} is: {value}."
 
 
@@ -170,7 +170,7 @@ def _hidden(
         parts = [NOISE] * size
         if task.haystack == "needles":
             parts = [
-                needle(task.value, draw_keys(rng, words, 1)[0], draw_value(rng, task.value))
+                sentence(task.value, draw_keys(rng, words, 1)[0], draw_value(rng, task.value))
                 for _ in range(size)
             ]
         drawn = rng.choice(size, len(needles), replace=False)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .haystack import Asked, Bytes, Piece, Row, cut, hide, repeated
-from .needles import NOISE, TASKS, Task, Words, draw_keys, draw_value, needle, wording
+from .needles import NOISE, TASKS, Task, Words, draw_keys, draw_value, sentence, wording
 from .tasks import stream
 
 NAMES = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")  # of table 1
@@ -73,7 +73,7 @@ def _made(
         places[asked[0]] = depth
     mark = "\n" if task.haystack == "noise" else " "
     pieces = [
-        Piece(f"{needle(task.value, keys[i], v)}{mark}".encode(), float(at))
+        Piece(f"{sentence(task.value, keys[i], v)}{mark}".encode(), float(at))
         for (i, v), at in zip(facts, places)
     ]
     order = [facts[i] for i in sorted(range(len(facts)), key=lambda i: pieces[i].at)]
@@ -127,7 +127,7 @@ def _dense(length: int, words: Words, text: Bytes, rng: np.random.Generator) -> 
     for key in keys:
         kind = "uuids" if length >= 2 * ROOM and rng.random() < 0.15 else "numbers"
         value, at = draw_value(rng, kind), float(rng.uniform())
-        piece = Piece(f"{needle(kind, key, value)} ".encode(), at)
+        piece = Piece(f"{sentence(kind, key, value)} ".encode(), at)
         if pieces and _size(pieces) + len(piece.text) > min(fill / 2, length - ROOM):
             break
         pieces.append(piece)
@@ -172,3 +172,8 @@ def drill(length: int, words: Words, rng: np.random.Generator, most: int = 4) ->
         seen.add(i)
     ids = np.frombuffer(b"".join(parts), np.uint8)[:length]
     return Row(ids, np.concatenate(asked)[:length])
+
+
+def score(asked: Asked, said: str) -> float:
+    """The share of the answers that occur in what was said, whatever the case."""
+    return sum(answer.lower() in said.lower() for answer in asked.answers) / len(asked.answers)
