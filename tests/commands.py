@@ -100,6 +100,13 @@ FORMS: dict[str, Form] = {
             ("table5", "parity", f"{RIVALS} --models lstm"),
         )
     },
+    **{
+        f"nestlearn reproduce {name} --data FOLDER": Form(
+            reproduced(name, "--data {data} --models DeltaNet"),
+            needs="{data}/gutenberg/valid.txt.xz",
+        )
+        for name in ("table1", "fig9")
+    },
     "nestlearn reproduce language --seeds 3": Form(reproduced("language", "--seeds 1")),
     "nestlearn reproduce frontier --data ../shared/data --only novel": Form(
         reproduced("frontier", "--data {data} --only novel"), needs="{data}/models/stories260K.bin"

@@ -6,9 +6,7 @@ import pytest
 from nestlearn.evals import babilong, needles, ruler
 from nestlearn.evals.haystack import as_bytes, cut, ends, hide, repeated
 
-WORDS = needles.Words(
-    tuple(f"adj{i}" for i in range(20)), tuple(f"noun{i}" for i in range(30))
-)
+WORDS = needles.Words(tuple(f"adj{i}" for i in range(20)), tuple(f"noun{i}" for i in range(30)))
 TEXT = as_bytes(" ".join(f"Sentence {n} is told here, on page {n}." for n in range(9000)).encode())
 STORY = babilong.parsed(
     "1 Mary moved to the garden.\n2 John went to the office.\n3 Where is Mary? \tgarden\t1\n"
@@ -58,7 +56,7 @@ def test_words_to_train_on_are_none_to_test_on():
         assert other
 
 
-@pytest.mark.parametrize("length", [193, 257, 640, 4097])
+@pytest.mark.parametrize("length", [193, 257, 385, 640, 4097])
 @pytest.mark.parametrize("dense", [0.0, 1.0])
 def test_rows_have_exact_lengths_and_mark_answers_that_were_told(length, dense):
     rng = np.random.default_rng(length)
@@ -68,9 +66,9 @@ def test_rows_have_exact_lengths_and_mark_answers_that_were_told(length, dense):
         assert row.asked.any()
         for begin, end in _spans(row.asked):
             said = bytes(row.ids[begin:end]).decode()
-            assert said.startswith(" ")
+            assert row.ids[begin - 1] == ord(" ")
             assert said.endswith(".")
-            for value in said[1:-1].replace("and ", "").split(", "):
+            for value in said[:-1].replace("and ", "").split(", "):
                 assert f"is: {value}." in bytes(row.ids[:begin]).decode(errors="ignore")
 
 
@@ -110,7 +108,7 @@ def test_stories_are_hidden_in_order_and_asked():
         assert len(found.text) == 3000
         asked = found.question.decode().strip().removesuffix(" Answer:")
         story = next(s for s in STORY if any(line.text == asked for line in s))
-        at = [i for i, line in enumerate(story) if line == (asked, *found.answers)][0]
+        at = next(i for i, line in enumerate(story) if line == (asked, *found.answers))
         facts = [line.text for line in story[:at] if line.answer is None]
         places = [text.index(fact) for fact in facts]
         assert places == sorted(places)
@@ -133,4 +131,3 @@ def test_rows_of_stories_have_exact_lengths(hay):
             assert bytes(row.ids[begin - 8 : begin]) == b" Answer:"
             assert bytes(row.ids[begin:end]) in (b" garden.", b" kitchen.", b" bedroom.")
     assert asked == 20
-

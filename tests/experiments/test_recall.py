@@ -13,7 +13,7 @@ from nestlearn.evals.haystack import Asked
 from nestlearn.evals.needles import Words
 from nestlearn.experiments import recall, runner
 from nestlearn.experiments.asked import Elsewhere, answers, read
-from nestlearn.experiments.recall import Lesson
+from nestlearn.experiments.lessons import Lesson
 from nestlearn.models.hope import HopeLM
 
 STORY = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n"

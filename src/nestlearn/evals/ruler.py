@@ -112,38 +112,36 @@ def row(length: int, words: Words, text: Bytes, rng: np.random.Generator, dense:
         else:
             answer = said(found.answers).encode()
             ids = np.frombuffer(found.text + found.question + answer, np.uint8)
-            return Row(ids, np.arange(length) >= length - len(answer))
+            return Row(ids, np.arange(length) > length - len(answer))
     return _dense(length, words, text, rng)
 
 
 def _dense(length: int, words: Words, text: Bytes, rng: np.random.Generator) -> Row:
-    """Needles about one to four keys, and questions about them as soon as they have stood there, or
+    """Needles about one to five keys, and questions about them as soon as they have stood there, or
     all at the end; as many as fill a part of the length.
     """
-    keys = draw_keys(rng, words, int(rng.integers(1, 5)))
-    fill, late = rng.uniform(0.3, 0.9) * length, bool(rng.integers(2))
+    fill, late = max(ROOM, rng.uniform(0.3, 0.95) * length), bool(rng.integers(2))
     pieces: list[Piece] = []
     told: list[tuple[str, str, str, float]] = []
-    for key in keys:
-        kind = "uuids" if length >= 2 * ROOM and rng.random() < 0.15 else "numbers"
-        value, at = draw_value(rng, kind), float(rng.uniform())
+    for key in draw_keys(rng, words, int(rng.integers(1, 6))):
+        kind, value = _drawn(rng, length)
+        at = float(rng.uniform(0, 0.6 if late else 1))
         piece = Piece(f"{sentence(kind, key, value)} ".encode(), at)
-        if pieces and _size(pieces) + len(piece.text) > min(fill / 2, length - ROOM):
+        if pieces and _size(pieces) + len(piece.text) > min(0.6 * fill, length - ROOM):
             break
         pieces.append(piece)
         told.append((kind[:-1], key, value, at))
     while True:
         kind, key, value, at = told[int(rng.integers(len(told)))]
         end = f"The special magic {kind} for {key} mentioned in the provided text is"
-        if length > 2 * ROOM and rng.random() < 0.2:
+        if length - _size(pieces) > 2 * ROOM and rng.random() < 0.2:
             end = (
                 f"What is the special magic {kind} for {key} mentioned in the provided text? {end}"
             )
-        answer, space = said((value,)).encode(), b"\n" * int(rng.integers(1, 4))
-        asked = space + end.encode()
-        span = (len(asked), len(asked) + len(answer))
+        asked, answer = "\n" * int(rng.integers(1, 4)) + end, said((value,))
         place = 1.0 if late else float(rng.uniform(at, 1))
-        piece = Piece(asked + answer + b" ", place, span)
+        span = (len(asked) + 1, len(asked) + len(answer))
+        piece = Piece(f"{asked}{answer} ".encode(), place, span)
         if _size(pieces) + len(piece.text) > fill and any(p.answer for p in pieces):
             break
         pieces.append(piece)
@@ -153,19 +151,27 @@ def _dense(length: int, words: Words, text: Bytes, rng: np.random.Generator) -> 
     return hide(_hay(noise, length - _size(pieces), text, rng), pieces)[0]
 
 
-def drill(length: int, words: Words, rng: np.random.Generator, most: int = 4) -> Row:
+def _drawn(rng: np.random.Generator, length: int) -> tuple[str, str]:
+    """A kind and a value: short numbers, too, which say as much of keys in less room."""
+    if length >= 2 * ROOM and rng.random() < 0.15:
+        return "uuids", draw_value(rng, "uuids")
+    digits = 7 if rng.random() < 0.5 else int(rng.integers(1, 7))
+    return "numbers", draw_value(rng, "numbers")[:digits]
+
+
+def drill(length: int, words: Words, rng: np.random.Generator, most: int = 5) -> Row:
     """Exactly `length` bytes of "KEY is: VALUE. " about up to `most` keys, again and again: what a
     needle and its question have in common, as often as there is room. Whatever stands there for the
     second time is asked for.
     """
     keys = draw_keys(rng, words, int(rng.integers(1, most + 1)))
-    values = [draw_value(rng, "numbers") for _ in keys]
+    values = [_drawn(rng, length)[1] for _ in keys]
     seen: set[int] = set()
     parts: list[bytes] = []
     asked: list[NDArray[np.bool_]] = []
     while sum(len(part) for part in parts) < length:
         i = int(rng.integers(len(keys)))
-        head, answer = f"{keys[i]} is:".encode(), said((values[i],)).encode()
+        head, answer = f"{keys[i]} is: ".encode(), f"{values[i]}.".encode()
         parts += [head + answer + b" "]
         at = np.arange(len(parts[-1]))
         asked.append((at >= len(head)) & (at < len(head) + len(answer)) & (i in seen))

@@ -21,8 +21,9 @@ from nestlearn.evals.haystack import Asked, Row, cut
 from nestlearn.experiments import books, recall
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.recall import ROWS, Lesson
+from nestlearn.experiments.recall import ROWS
 from nestlearn.experiments.tables import Column
 
 LESSONS = (  # drills: stories without a book
@@ -46,8 +47,9 @@ def grid(asked: Options) -> list[Cell]:
             "task": "stories", "model": name, "steps": asked.steps or asked.pick(4, STEPS),
             "size": asked.pick(recall.QUICK_SIZE, recall.SIZE), "language": LANGUAGE,
             "lessons": asked.pick(QUICK_LESSONS, LESSONS),
-            "lengths": asked.pick([4096], [int(length.replace(",", "")) for length in lengths]),
-            "validated": LENGTHS[0], "samples": asked.pick(1, SAMPLES),
+            "lengths": asked.pick([2048], [int(length.replace(",", "")) for length in lengths]),
+            "validated": asked.pick(2048, LENGTHS[0]), "said": asked.pick(4, babilong.SAID),
+            "samples": asked.pick(1, SAMPLES),
             "setting": " ".join(lengths), "out": str(asked.out.resolve()), **data,
         }
         for name in chosen(asked.models, tuple(ROWS), "model")
@@ -83,8 +85,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers in validation books."""
     folder = cell["folder"]
     model, result = recall.trained(cell, lambda *some: make(folder, *some), tell)
-    most = babilong.SAID
-    return result | recall.measured(cell, model, babilong.NAMES, _asked, most, _score, tell)
+    return result | recall.measured(cell, model, babilong.NAMES, _asked, _score, tell)
 
 
 def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
@@ -126,5 +127,10 @@ EXPERIMENT = Experiment(
     columns=columns,
     notes=recall.notes,
     figure=figure,
-    sources=("experiments/recall.py", "experiments/asked.py", "experiments/books.py"),
+    sources=(
+        "experiments/recall.py",
+        "experiments/lessons.py",
+        "experiments/asked.py",
+        "experiments/books.py",
+    ),
 )

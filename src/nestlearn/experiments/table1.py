@@ -23,8 +23,9 @@ from nestlearn.evals.haystack import Asked, Row, cut
 from nestlearn.experiments import books, recall
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.recall import ROWS, Lesson
+from nestlearn.experiments.recall import ROWS
 from nestlearn.experiments.tables import Column
 
 LESSONS = (
@@ -51,6 +52,7 @@ def grid(asked: Options) -> list[Cell]:
             "lengths": asked.pick([600], [int(length.replace(",", "")) for length in lengths]),
             "validated": asked.pick(600, LENGTHS[0]), "depths": asked.pick(1, DEPTHS),
             "samples": asked.pick(1, SAMPLES), "setting": " ".join(lengths),
+            "said": asked.pick(4, ruler.SAID),
             "out": str(asked.out.resolve()), **data,
         }
         for name in chosen(asked.models, tuple(ROWS), "model")
@@ -85,7 +87,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers on validation books."""
     folder = cell["folder"]
     model, result = recall.trained(cell, lambda *some: make(folder, *some), tell)
-    return result | recall.measured(cell, model, ruler.NAMES, _asked, ruler.SAID, ruler.score, tell)
+    return result | recall.measured(cell, model, ruler.NAMES, _asked, ruler.score, tell)
 
 
 def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
@@ -124,5 +126,10 @@ EXPERIMENT = Experiment(
     columns=columns,
     notes=recall.notes,
     figure=figure,
-    sources=("experiments/recall.py", "experiments/asked.py", "experiments/books.py"),
+    sources=(
+        "experiments/recall.py",
+        "experiments/lessons.py",
+        "experiments/asked.py",
+        "experiments/books.py",
+    ),
 )
