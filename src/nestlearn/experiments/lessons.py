@@ -102,20 +102,12 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     return _told(model, log, lessons)
 
 
-TESTS = (
-    "lengths",
-    "setting",
-    "validated",
-    "depths",
-    "samples",
-    "said",
-    *PLACES,
-)  # no part of a course
+TESTS = ("lengths", "setting", "validated", "depths", "samples", "said")  # no part of a course
 
 
 def course(cell: Cell) -> Cell:
     """What a training depends on."""
-    return {key: value for key, value in cell.items() if key not in TESTS}
+    return {key: value for key, value in cell.items() if key not in (*TESTS, *PLACES)}
 
 
 def folder_of(cell: Cell) -> Path:

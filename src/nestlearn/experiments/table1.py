@@ -28,9 +28,9 @@ from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.recall import ROWS
 from nestlearn.experiments.tables import Column
 
-LESSONS = (
-    Lesson(128, 512, 1.0, 0.2), Lesson(256, 256, 0.3, 0.35), Lesson(512, 128, 0.15, 0.5),
-    Lesson(1024, 64, 0.1, 0.65), Lesson(2048, 32, 0.1, 0.8), Lesson(4096, 16, 0.05, 1.0),
+LESSONS = (  # 32,768 bytes a step
+    Lesson(128, 256, 1.0, 0.2), Lesson(256, 128, 0.3, 0.35), Lesson(512, 64, 0.15, 0.5),
+    Lesson(1024, 32, 0.1, 0.65), Lesson(2048, 16, 0.1, 0.8), Lesson(4096, 8, 0.05, 1.0),
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(400, 2, 0.2, 1.0))
 STEPS, DENSE, PLAIN, LANGUAGE = 3000, 0.6, 0.1, 0.1
