@@ -34,7 +34,7 @@ QUICK_LESSONS = (Lesson(256, 2, 1.0, 0.4), Lesson(512, 2, 0.5, 1.0))
 STEPS, PLAIN, LANGUAGE, TRIES = 3000, 0.1, 0.1, 20
 LENGTHS = (4096, 16_384, 65_536, 262_144, 1_048_576)
 FURTHER = (10_485_760,)
-SAMPLES, LONG = 40, 20  # texts of a task and length; of lengths over a million fewer
+SAMPLES, FEW, FEWER = 40, 10, 4  # texts of a task and length, of long ones, of those over a million
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -94,7 +94,8 @@ def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[
     told = babilong.stories(
         Path(cell["folder"]) / "babi", name, "test" if split == "test" else "train"
     )
-    count = min(LONG, cell["samples"]) if length > LENGTHS[-1] else cell["samples"]
+    most = SAMPLES if length <= recall.LONG else FEW if length <= LENGTHS[-1] else FEWER
+    count = min(most, cell["samples"])
     return [babilong.sample(name, length, told, text, seed, ahead=ahead) for seed in range(count)]
 
 
@@ -117,7 +118,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
 EXPERIMENT = Experiment(
     name="fig9",
     shows="BABILong: questions about facts in books, by length to 10 million bytes",
-    price=("–", "~4 hours"),
+    price=("–", "~2 hours"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
     grid=grid,
     work=work,

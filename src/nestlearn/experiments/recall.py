@@ -49,6 +49,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
 }
 SIZE, QUICK_SIZE = (320, 7, 5), (32, 2, 2)  # width, layers, heads
+LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
 
 
@@ -123,7 +124,8 @@ def measured(
 
     def percent(key: tuple[str, int, str], ahead: bool, who: Elsewhere | None) -> float:
         asked = ask(cell, *key, ahead)
-        told, sizes[key] = said(lm, asked, cell["said"], who)
+        most = ENOUGH + max(sum(len(answer) + 2 for answer in one.answers) for one in asked)
+        told, sizes[key] = said(lm, asked, min(most, cell["said"]), who)
         return 100 * statistics.fmean(map(score, asked, told))
 
     sizes: dict[tuple[str, int, str], int] = {}
@@ -136,11 +138,12 @@ def measured(
         with Elsewhere(Path(place), cell["device"]) as elsewhere:
             for length in cell["lengths"]:
                 for name in names:
-                    for reading, who in zip(READINGS, (elsewhere, None)):
+                    both = READINGS[: 2 if length <= LONG else 1]
+                    for reading, who in zip(both, (elsewhere, None)):
                         key = f"{name}, {length:,}, {reading}"
                         scores[key] = percent((name, length, "test"), who is None, who)
                         tell(1.0, f"{key}: {scores[key]:.0f}")
-    strict = [percent for key, percent in scores.items() if key.endswith("strict")]
+    strict = [share for key, share in scores.items() if key.endswith("strict")]
     return {
         "value": value, "scores": scores, "state_bytes": max(sizes.values()),
         "headline": f"{value:.0f} on validation, {statistics.fmean(strict):.0f} strictly",

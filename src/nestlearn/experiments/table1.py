@@ -36,7 +36,7 @@ QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(400, 2, 0.2, 1.0))
 STEPS, DENSE, PLAIN, LANGUAGE = 3000, 0.6, 0.1, 0.1
 LENGTHS = (4096, 8192, 16_384)
 FURTHER = (65_536, 262_144, 1_048_576)
-DEPTHS, SAMPLES, VALIDATED = 5, 8, 2  # places of a needle, and texts for each
+DEPTHS, SAMPLES, FEW = 5, 8, 2  # places of a needle, texts for each, and of validation or long ones
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -93,7 +93,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
     text, depths = recall.haystacks(Path(cell["folder"]))[split], cell["depths"]
     first = 10_000 if split == "valid" else 0
-    count = depths * (min(VALIDATED, cell["samples"]) if split == "valid" else cell["samples"])
+    few = split == "valid" or length > recall.LONG
+    count = depths * (min(FEW, cell["samples"]) if few else cell["samples"])
     return [
         ruler.sample(
             name, length, _words(cell["folder"])[1], text, first + i,
@@ -116,7 +117,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
 EXPERIMENT = Experiment(
     name="table1",
     shows="RULER's needles by length, asked of a saved state in another process",
-    price=("–", "~3 hours"),
+    price=("–", "~1.5 hours"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
     grid=grid,
     work=work,
