@@ -48,7 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "DeltaNet": {"mixer": DeltaNet(), "channel": SwiGLU()},
     "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
 }
-SIZE, QUICK_SIZE = (320, 7, 5), (32, 2, 2)  # width, layers, heads
+SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
 
