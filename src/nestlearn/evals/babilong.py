@@ -25,6 +25,7 @@ LABELS = dict.fromkeys(NAMES[:4], _PLACES) | {
     "qa5": ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk")
 }
 SAID = 12  # bytes, at most, of an answer
+TELLING = 2  # letters by which any two answers differ: whoever has them right knows the rest
 FILES = ("babi_en_10k_qa1-5.tar.gz", "babi_en_1k.tar.gz")  # the larger one first
 
 
@@ -124,7 +125,8 @@ def _pieces(story: Story) -> list[tuple[bytes, tuple[int, int] | None]]:
             found.append((f"{line.text} ".encode(), None))
         else:
             asked, answer = question(line.text), f" {line.answer}.".encode()
-            found.append((asked + answer + b"\n", (len(asked), len(asked) + len(answer))))
+            begin = len(asked) + 1
+            found.append((asked + answer + b"\n", (begin, begin + TELLING)))
     return found
 
 

@@ -27,8 +27,8 @@ from nestlearn.experiments.recall import ROWS
 from nestlearn.experiments.tables import Column
 
 LESSONS = (  # 32,768 bytes a step; drills are stories without a book
-    Lesson(512, 64, 1.0, 0.3, 0.9), Lesson(1024, 32, 0.6, 0.5, 0.9),
-    Lesson(2048, 16, 0.4, 0.75, 0.9), Lesson(4096, 8, 0.2, 1.0),
+    Lesson(512, 64, 1.0, 0.3), Lesson(1024, 32, 0.6, 0.5),
+    Lesson(2048, 16, 0.4, 0.75), Lesson(4096, 8, 0.2, 1.0),
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(256, 2, 1.0, 0.4), Lesson(512, 2, 0.5, 1.0))
 STEPS, PLAIN, LANGUAGE, TRIES = 3000, 0.1, 0.1, 20
