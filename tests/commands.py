@@ -98,6 +98,9 @@ FORMS: dict[str, Form] = {
     "nestlearn eval formal --model hope": Form(
         f"nestlearn eval formal --model hope --only parity {TINY}"
     ),
+    "nestlearn eval stream --model runs/first --text book.txt": Form(
+        "nestlearn eval stream --model runs/first --text diary.txt --tokens 300"
+    ),
     "nestlearn reproduce table5": Form(reproduced("table5", "--only parity")),
     "nestlearn reproduce table4": Form(reproduced("table4", "--only compression")),
     "nestlearn reproduce mqar": Form(reproduced("mqar", "--only K=4")),
@@ -118,6 +121,13 @@ FORMS: dict[str, Form] = {
             ("table4", "compression", RIVALS),
             ("table5", "parity", f"{RIVALS} --models lstm"),
         )
+    },
+    **{
+        f"nestlearn reproduce {name} --data FOLDER": Form(
+            reproduced(name, "--data {data} --models DeltaNet"),
+            needs="{data}/gutenberg/valid.txt.xz",
+        )
+        for name in ("table1", "fig9")
     },
     "nestlearn reproduce language --seeds 3": Form(reproduced("language", "--seeds 1")),
     "nestlearn reproduce frontier --data ../shared/data --only novel": Form(

@@ -371,8 +371,8 @@ def test_experiments_are_listed(call):
         assert re.search(
             r"(hours?|minutes?) .* (hours?|minutes?) .*compression, recall", lines["table4"]
         )
-    for command in ("eval", "reproduce"):
-        code, out, _ = call(command, "--help")
+    for command in (("eval", "formal"), ("reproduce",)):
+        code, out, _ = call(*command, "--help")
         assert code == 0
         for option in ("only", "seeds", "steps", "workers", "device", "quick", "out"):
             assert f"--{option} " in out

@@ -77,10 +77,20 @@ class Attention:
 
     conv: taps of the short convolution before it, which brings an output gate with it as the
     memories have (0: neither, a plain Transformer++). rotary: rotary positions (False: none).
+    window: tokens that a token sees, itself included (None: all before it); with one the state has
+    a largest size. sinks: of the stream's first tokens, so many are seen from everywhere.
     """
 
     conv: int = 4
     rotary: bool = True
+    window: int | None = None
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}: give 1 token or more, or None for all")
+        if self.sinks < 0 or (self.sinks and self.window is None):
+            raise ValueError(f"sinks={self.sinks}: give 0 or more, and those with a window")
 
 
 @dataclass(frozen=True)

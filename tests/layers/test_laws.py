@@ -77,6 +77,8 @@ LAYERS = {
     "cms-first-order": lambda: cms(meta_gradient="first-order"),
     "cms-remat": lambda: cms(remat=True),
     "attention": lambda: Attention(D, H),
+    "attention-window": lambda: Attention(D, H, window=5),
+    "attention-sinks": lambda: Attention(D, H, conv=4, gate=True, window=5, sinks=3),
     "attention-skeleton": lambda: Attention(D, H, conv=4, gate=True, rotary=False),
     "static-titans": lambda: static_titans(D, H, options.StaticTitans(4)),
     "deltanet": lambda: gated_deltanet(D, H, options.DeltaNet(4)),
@@ -334,3 +336,25 @@ def test_bad_input_is_refused_by_name(build):
             layer(broken)
     with pytest.raises(ValueError, match=r"T = 0|tokens ≥ 1"):
         layer(x[:, :0])
+
+
+def test_a_window_that_reaches_all_is_no_window():
+    torch.manual_seed(0)
+    plain = Attention(D, H, conv=4, gate=True)
+    x = torch.randn(2, T, D)
+    for sinks in (0, 3):
+        wide = Attention(D, H, conv=4, gate=True, window=T, sinks=sinks)
+        wide.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(wide(x)[0], plain(x)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_sees_so_many_and_the_sinks_and_keeps_no_more():
+    torch.manual_seed(0)
+    layer = Attention(D, H, window=4, sinks=2)
+    x = torch.randn(1, 40, D)
+    y, state = layer(x)
+    assert state.k.shape[2] == 2 + 3
+    for place, seen in ((0, True), (1, True), (10, False), (35, False), (36, True), (39, True)):
+        other = x.clone()
+        other[:, place] += 1
+        assert bool((layer(other)[0][:, 39] - y[:, 39]).abs().max() > 1e-6) == seen

@@ -247,7 +247,7 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
 
 # ---------------------------------------------------------------------------- eval, reproduce
 
-app.command("eval")(commands.evaluate)
+app.add_typer(commands.evaluation, name="eval")
 app.command()(commands.reproduce)
 
 

@@ -9,11 +9,13 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from nestlearn.cli import streaming
 
 Seeds = Annotated[
     int | None,
@@ -36,39 +38,47 @@ Quick = Annotated[
 ]
 
 
-def evaluate(
-    suite: Annotated[
-        Literal["formal", "mad", "mqar"],
-        typer.Argument(metavar="SUITE", help="formal (table 5), mad (table 4) or mqar."),
-    ],
-    model: Annotated[
-        str, typer.Option(help="hope, hope-attention, titans, deltanet, transformer, lstm ...")
-    ] = "hope",
-    out: Annotated[
-        Path | None, typer.Option(help="For results and cells (default: runs/eval-SUITE).")
-    ] = None,
-    only: Only = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings with the best learning rate.")] = 1,
-    steps: Steps = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    quick: Quick = False,
-) -> None:
-    """Train a model from scratch on each task of a suite, and print its scores.
+evaluation = typer.Typer(
+    no_args_is_help=True,
+    help="Train a model on a suite of tasks, or read a text with one that is trained."
+    "\n\nExample:  nestlearn eval stream --model runs/first --text book.txt",
+)
 
-    Every task is trained with several learning rates; the best on validation data counts. Stopped
-    at any moment, the same command goes on with what is missing.
 
-    Example:  nestlearn eval formal --model hope --only parity
-    """
-    from nestlearn.experiments import runner
+def _suite(name: str, about: str) -> None:
+    @evaluation.command(name, help=f"{about}: train a model from scratch on each task, and test it."
+        "\n\nEvery task is trained with several learning rates; the best on validation data "
+        "counts. Stopped at any moment, the same command goes on with what is missing."
+        f"\n\nExample:  nestlearn eval {name} --model hope")  # fmt: skip
+    def evaluate(
+        model: Annotated[
+            str, typer.Option(help="hope, hope-attention, titans, deltanet, transformer, lstm ...")
+        ] = "hope",
+        out: Annotated[
+            Path | None, typer.Option(help="For results and cells (default: runs/eval-SUITE).")
+        ] = None,
+        only: Only = None,
+        seeds: Annotated[
+            int, typer.Option(min=1, help="Trainings with the best learning rate.")
+        ] = 1,
+        steps: Steps = None,
+        workers: Workers = None,
+        device: Device = "auto",
+        quick: Quick = False,
+    ) -> None:
+        from nestlearn.experiments import runner
 
-    _print_result(
-        lambda: runner.evaluate(
-            suite, model, out, only=tuple(only or ()), seeds=seeds, steps=steps, workers=workers,
-            device=None if device == "auto" else device, quick=quick,
-        )
-    )  # fmt: skip
+        _print_result(
+            lambda: runner.evaluate(
+                name, model, out, only=tuple(only or ()), seeds=seeds, steps=steps, workers=workers,
+                device=None if device == "auto" else device, quick=quick,
+            )
+        )  # fmt: skip
+
+
+for _name, _about in (("formal", "Formal languages"), ("mad", "MAD"), ("mqar", "MQAR")):
+    _suite(_name, _about)
+evaluation.command("stream")(streaming.stream)
 
 
 def reproduce(

@@ -62,8 +62,8 @@ def read_and_learn(
     if tolerance is not None:
         session.guard(own, tolerance)
     losses, stopped, taken_back, done, begin = [], False, 0, 0, time.perf_counter()
-    with _progress() as progress:
-        task = progress.add_task("learning", total=len(ids), loss="", rate="")
+    with progress() as board:
+        task = board.add_task("learning", total=len(ids), loss="", rate="")
         for a in range(0, len(ids), BLOCK):
             try:
                 report = session.learn(torch.tensor([ids[a : a + BLOCK]]), source=source)
@@ -74,7 +74,7 @@ def read_and_learn(
             taken_back += report.rolled_back is not None
             done += report.tokens
             rate = f"{done / (time.perf_counter() - begin):,.0f} tokens/s"
-            progress.update(task, advance=report.tokens, loss=f"{report.loss:.3f}", rate=rate)
+            board.update(task, advance=report.tokens, loss=f"{report.loss:.3f}", rate=rate)
     seconds = time.perf_counter() - begin
     _report(session, ids[:done], before, losses, say)
     name = "its own samples" if keep is None else "the text to keep"
@@ -90,13 +90,13 @@ def study_text(
     """Study a text that was read, with progress on stderr, and say what came of it."""
     own, begin = own_text(session), time.perf_counter()
     before = _loss(session, own)
-    with _progress(unit="") as progress:
-        task = progress.add_task("", total=None, loss="", rate="")
+    with progress("", measured=False) as board:
+        task = board.add_task("", total=None, loss="", rate="")
 
         def tell(what: str, done: int, count: int) -> None:
-            if progress.tasks[0].description != what:  # its rate and time left are its own
-                progress.reset(task, description=what)
-            progress.update(task, completed=done, total=count)
+            if board.tasks[0].description != what:  # its rate and time left are its own
+                board.reset(task, description=what)
+            board.update(task, completed=done, total=count)
 
         studied = session.study(text, config, source=source, tell=tell)
     first, now = studied.apart
@@ -156,8 +156,9 @@ def own_text(session: Session, tokens: int = 256) -> Tensor:
         )  # fmt: skip
 
 
-def _progress(unit: str = "tokens") -> Progress:
-    measured = (TextColumn("loss {task.fields[loss]}"),) if unit else ()
+def progress(unit: str = "tokens", measured: bool = True) -> Progress:
+    """On stderr: how much is done, how fast, how long it will take, and with `measured` a loss."""
+    loss = (TextColumn("loss {task.fields[loss]}"),) if measured else ()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -166,6 +167,6 @@ def _progress(unit: str = "tokens") -> Progress:
         else MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        *measured,
+        *loss,
         console=Console(stderr=True),
     )

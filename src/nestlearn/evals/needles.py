@@ -88,12 +88,12 @@ def sample(name: str, length: int, words: Words, count: Count, seed: int, text: 
     if task.haystack == "text" and not text.split():
         raise ValueError(f"{name} hides its needles in a text: give one")
     rng = stream(seed, "needles", name, length)
-    keys = _keys(rng, words, task.keys)
-    values = {key: [_value(rng, task.value) for _ in range(task.values)] for key in keys}
-    needles = [_needle(task.value, key, v) for key in keys for v in values[key]]
+    keys = draw_keys(rng, words, task.keys)
+    values = {key: [draw_value(rng, task.value) for _ in range(task.values)] for key in keys}
+    needles = [sentence(task.value, key, v) for key in keys for v in values[key]]
     needles = [needles[i] for i in rng.permutation(len(needles))]
     asked = [keys[i] for i in sorted(rng.permutation(len(keys))[: task.queries])]
-    before, question = _prompt(task, asked)
+    before, question = wording(task, asked)
     spare = length - ROOM - count(f"{before}\n\n{question}")
     draws = int(rng.integers(2**31))
 
@@ -118,24 +118,25 @@ def score(sample: Sample, said: str) -> float:
     return sum(a.lower() in said.lower() for a in sample.answers) / len(sample.answers)
 
 
-def _keys(rng: np.random.Generator, words: Words, count: int) -> list[str]:
+def draw_keys(rng: np.random.Generator, words: Words, count: int) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count:
-        found[f"{rng.choice(words.adjectives)}-{rng.choice(words.nouns)}"] = None
+        pair = (own[int(rng.integers(len(own)))] for own in words)
+        found["-".join(pair)] = None
     return list(found)
 
 
-def _value(rng: np.random.Generator, kind: str) -> str:
+def draw_value(rng: np.random.Generator, kind: str) -> str:
     if kind == "uuids":
         return str(uuid.UUID(bytes=rng.bytes(16), version=4))
     return str(rng.integers(1_000_000, 10_000_000))
 
 
-def _needle(kind: str, key: str, value: str) -> str:
+def sentence(kind: str, key: str, value: str) -> str:
     return f"One of the special magic {kind} for {key} is: {value}."
 
 
-def _prompt(task: Task, asked: list[str]) -> tuple[str, str]:
+def wording(task: Task, asked: list[str]) -> tuple[str, str]:
     one = len(asked) * task.values == 1
     some, are, is_, kind = (
         ("A", "is", "is", task.value[:-1]) if one else ("Some", "are all", "are", task.value)
@@ -169,7 +170,7 @@ def _hidden(
         parts = [NOISE] * size
         if task.haystack == "needles":
             parts = [
-                _needle(task.value, _keys(rng, words, 1)[0], _value(rng, task.value))
+                sentence(task.value, draw_keys(rng, words, 1)[0], draw_value(rng, task.value))
                 for _ in range(size)
             ]
         drawn = rng.choice(size, len(needles), replace=False)

@@ -36,7 +36,7 @@ Cell = dict[str, Any]
 Tell = Callable[[float, str], None]
 Work = Callable[[Cell, Tell], dict[str, Any]]
 
-_PLACES = ("device", "out", "folder")  # where it runs and its files stand, not what it is
+PLACES = ("device", "out", "folder")  # where it runs and its files stand, not what it is
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -76,7 +76,7 @@ def run_cells(
 
 def cell_path(folder: Path, cell: Cell) -> Path:
     """Where a cell's result is: readable parts of its name, and a hash of all but its places."""
-    said = {k: v for k, v in cell.items() if k not in _PLACES}
+    said = {k: v for k, v in cell.items() if k not in PLACES}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
     parts = [str(cell[k]) for k in ("task", "model", "lr", "seed") if k in cell]
     name = "".join(c if c.isalnum() or c == "." else "-" for c in "_".join(parts))

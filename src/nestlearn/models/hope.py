@@ -93,7 +93,10 @@ _MEMORIES: dict[type, Callable[..., nn.Module]] = {
 def _mixer(c: HopeConfig) -> nn.Module:
     own = c.mixer
     if isinstance(own, options.Attention):
-        return Attention(c.dim, c.heads, conv=own.conv, gate=own.conv > 0, rotary=own.rotary)
+        return Attention(
+            c.dim, c.heads, conv=own.conv, gate=own.conv > 0, rotary=own.rotary,
+            window=own.window, sinks=own.sinks,
+        )  # fmt: skip
     return _MEMORIES[type(own)](c.dim, c.heads, own, truncate=c.truncate, remat=c.remat)
 
 

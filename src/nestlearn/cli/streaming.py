@@ -1,0 +1,148 @@
+"""`nestlearn eval stream`: bits per byte of a text that is read as a stream."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+if TYPE_CHECKING:
+    from nestlearn.evals.streams import Text
+    from nestlearn.experiments.readers import Opened
+
+Tell = Callable[[int, int], None]
+ASIS = ("windows", "carried")  # with nothing to choose, they read at temperature 1
+
+
+def stream(
+    model: Annotated[
+        Path, typer.Option(help="A run's folder, a saved Hope, a stack, or a pretrained model.")
+    ],
+    text: Annotated[
+        list[Path], typer.Option(help="A text, read as one stream; repeat the option for more.")
+    ],
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="windows, carried, levels, calibration, cache, knn or dynamic; repeat the option "
+            "for more (default: all that the model has)."
+        ),
+    ] = None,
+    choose: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another text, by which each row's dial is chosen among three values."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Read so many tokens of each text only.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window (default: as it was trained).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file, too.")
+    ] = None,
+) -> None:
+    """Read a text with a trained model, and print its bits per byte, by what learns on the way.
+
+    Every token is scored before anything learns it. Rows: the model as it is, in windows of its
+    trained length; its state carried; levels that learn; and controls: calibration, a unigram
+    cache, the nearest hidden vectors, dynamic evaluation.
+
+    Example:  nestlearn eval stream --model runs/first --text book.txt
+    """
+    from nestlearn.cli.stacked import quiet
+    from nestlearn.experiments import readers
+    from nestlearn.experiments.experiment import chosen
+    from nestlearn.train.run import resolve_device
+
+    quiet()
+    opened = readers.opened(model, str(resolve_device(device)), window)
+    asked = chosen(rows or (), opened.rows, "row")
+    read, held = (
+        opened.text(_joined(paths), tokens) if paths else None for paths in (text, choose)
+    )
+    assert read is not None
+    found: list[dict[str, Any]] = []
+    try:
+        _read(opened, asked, read, held, found)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+    size = int(read.sizes.sum())
+    if as_json is not None:
+        said = {"model": str(model), "text": [str(path) for path in text], "bytes": size,
+                "tokens": len(read.ids), "window": opened.window, "rows": found}  # fmt: skip
+        as_json.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    table = _table(
+        found, f"{size:,} bytes, {len(read.ids):,} tokens, windows of {opened.window:,}."
+    )
+    console = Console()
+    console.print(Markdown(table)) if console.is_terminal else typer.echo(table)
+
+
+def _joined(paths: list[Path]) -> str:
+    from nestlearn.train.texts import read_texts
+
+    texts, _, _ = read_texts(paths)
+    return "\n".join(text.decode("utf-8") for text in texts)
+
+
+def _read(
+    opened: Opened, rows: tuple[str, ...], text: Text, held: Text | None,
+    found: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Into `found`, row by row, what each came to; with progress on stderr."""
+    from nestlearn.cli.reading import progress
+    from nestlearn.evals.streams import bits_per_byte, nats, tenths
+    from nestlearn.experiments.readers import ROWS
+
+    of = len(text.ids) + (3 * len(held.ids) if held else 0)
+    with progress("tokens", measured=False) as board:
+        task = board.add_task("", total=of * len(rows), rate="")
+        for place, row in enumerate(rows):
+            board.update(task, description=ROWS[row].title)
+            done, began = place * of, time.perf_counter()
+
+            def told(read: int, _: int) -> None:
+                rate = (done + read - place * of) / (time.perf_counter() - began)  # noqa: B023
+                board.update(task, completed=done + read, rate=f"{rate:,.0f} tokens/s")  # noqa: B023
+
+            dial = 1.0 if row in ASIS else ROWS[row].values[1]
+            if held is not None:
+                tried = {}
+                for value in ROWS[row].values:
+                    some = nats(opened.reader(row, value), held.ids, told)
+                    tried[value] = bits_per_byte(some, held.sizes)
+                    done += len(held.ids)
+                dial = min(tried, key=tried.__getitem__)
+            start = time.perf_counter()
+            losses = nats(opened.reader(row, dial), text.ids, told)
+            found.append({
+                "row": row, "title": ROWS[row].title, ROWS[row].dial: dial,
+                "bits_per_byte": bits_per_byte(losses, text.sizes),
+                "tenths": tenths(losses, text.sizes),
+                "tokens_per_second": len(text.ids) / (time.perf_counter() - start),
+            })  # fmt: skip
+
+
+def _table(found: list[dict[str, Any]], about: str) -> str:
+    from nestlearn.experiments.readers import ROWS
+
+    lines = [
+        "| row | setting | bits per byte | first tenth | last tenth | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        dial = ROWS[row["row"]].dial
+        bits = (row["bits_per_byte"], row["tenths"][0], row["tenths"][-1])
+        told = " | ".join(f"{value:.4f}" for value in bits)
+        speed = f"{row['tokens_per_second']:,.0f}"
+        lines.append(f"| {row['title']} | {dial} {row[dial]:g} | {told} | {speed} |")
+    return "\n".join([*lines, "", about])

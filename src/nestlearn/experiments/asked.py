@@ -1,0 +1,111 @@
+"""Questions to a model that has read: in this process, or in another one that has a saved state.
+
+    python -m nestlearn.experiments.asked MODEL DEVICE
+
+reads lines of JSON, {"state": FILE, "length": bytes read, "questions": [...], "most": bytes}, and
+answers each with a line, a JSON list. It never sees the text.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestlearn import state as tree
+from nestlearn.models.hope import HopeLM
+
+PIECE, TOGETHER = 4096, 2**17  # bytes of a row that are read at once, and of all rows
+SHAPED = 8192  # bytes after which no state grows any more
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a card."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def read(lm: HopeLM, texts: Sequence[bytes]) -> Any:
+    """The state after texts of one length, each read once from its beginning."""
+    device = next(lm.parameters()).device
+    ids = torch.stack([torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts])
+    state = None
+    for part in ids.split(max(64, min(PIECE, TOGETHER // len(texts))), 1):
+        with autocast(device):
+            _, state = lm(part.to(device).long(), state, output="hidden")
+    return state
+
+
+@torch.no_grad()
+def answers(lm: HopeLM, state: Any, questions: Sequence[bytes], most: int) -> list[str]:
+    """The likeliest `most` bytes after each question; shorter ones begin with more newlines."""
+    device = next(lm.parameters()).device
+    longest = max(map(len, questions))
+    rows = [list(question.rjust(longest, b"\n")) for question in questions]
+    new, told = torch.tensor(rows, device=device), []
+    for _ in range(most):
+        with autocast(device):
+            logits, state = lm(new, state)
+        new = logits[:, -1:].argmax(-1)
+        told.append(new)
+    return [bytes(row).decode(errors="replace") for row in _rows(torch.cat(told, 1))]
+
+
+def _rows(ids: Tensor) -> list[list[int]]:
+    return ids.cpu().tolist()
+
+
+class Elsewhere:
+    """Another process with the same model: `ask` sends it a file and questions, nothing else."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        command = [sys.executable, "-m", __name__, str(folder), device]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+    def ask(self, state: Path, length: int, questions: Sequence[bytes], most: int) -> list[str]:
+        """Its answers after the state in that file, which has read `length` bytes."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        told = [question.decode() for question in questions]
+        line = {"state": str(state), "length": length, "questions": told, "most": most}
+        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.flush()
+        found = self.process.stdout.readline()
+        if not found:
+            raise RuntimeError("the process that answers has ended: see its message above")
+        return json.loads(found)
+
+
+def _serve(folder: str, device: str) -> None:
+    lm = HopeLM.from_pretrained(folder).to(device).eval()
+    for line in sys.stdin:
+        said = json.loads(line)
+        like = read(lm, [b" " * min(said["length"], SHAPED)])
+        state = tree.load(said["state"], like, device)
+        questions = [question.encode() for question in said["questions"]]
+        print(json.dumps(answers(lm, state, questions, said["most"])), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])

@@ -1,0 +1,137 @@
+"""Figure 9: BABILong, facts of bAbI stories in books, read as bytes, by the length of the text.
+
+    nestlearn reproduce fig9 --data FOLDER [--only 1,048,576 ...]
+
+FOLDER holds gutenberg/ (see `nestlearn.experiments.books`) and babi/. One training of a model does
+qa1 to qa5, on the stories to train on in the training books; it is tested on the test stories in
+the test books, in the two ways of `nestlearn.experiments.table1`. --only names the lengths, in
+bytes; what was trained is not trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestlearn.evals import Record, babilong
+from nestlearn.evals.haystack import Asked, Row, cut
+from nestlearn.experiments import books, recall
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.lessons import Lesson
+from nestlearn.experiments.provenance import fingerprint
+from nestlearn.experiments.recall import ROWS
+from nestlearn.experiments.tables import Column
+
+LESSONS = (  # 32,768 bytes a step; drills are stories without a book
+    Lesson(512, 64, 1.0, 0.3), Lesson(1024, 32, 0.6, 0.5),
+    Lesson(2048, 16, 0.4, 0.75), Lesson(4096, 8, 0.2, 1.0),
+)  # fmt: skip
+QUICK_LESSONS = (Lesson(256, 2, 1.0, 0.4), Lesson(512, 2, 0.5, 1.0))
+STEPS, PLAIN, LANGUAGE, TRIES = 3000, 0.1, 0.1, 20
+LENGTHS = (4096, 16_384, 65_536, 262_144, 1_048_576)
+FURTHER = (10_485_760,)
+SAMPLES, FEW, FEWER = 40, 10, 4  # texts of a task and length, of long ones, of those over a million
+
+
+def grid(asked: Options) -> list[Cell]:
+    """A cell for each model."""
+    data = _data(asked.data)
+    known = [f"{length:,}" for length in (*LENGTHS, *FURTHER)]
+    lengths = chosen(asked.only, known, "length") if asked.only else known[: len(LENGTHS)]
+    return [
+        {
+            "task": "stories", "model": name, "steps": asked.steps or asked.pick(4, STEPS),
+            "size": asked.pick(recall.QUICK_SIZE, recall.SIZE), "language": LANGUAGE,
+            "lessons": asked.pick(QUICK_LESSONS, LESSONS),
+            "lengths": asked.pick([2048], [int(length.replace(",", "")) for length in lengths]),
+            "validated": asked.pick(2048, LENGTHS[0]), "said": asked.pick(4, babilong.SAID),
+            "samples": asked.pick(1, SAMPLES),
+            "setting": " ".join(lengths), "out": str(asked.out.resolve()), **data,
+        }
+        for name in chosen(asked.models, tuple(ROWS), "model")
+    ]  # fmt: skip
+
+
+def _data(data: str | None) -> dict[str, str]:
+    files = [Path(data or "") / "babi" / name for name in babilong.FILES]
+    if data is None or not files[-1].is_file():
+        raise ValueError(f"--data {data}: give a folder with gutenberg/ and babi/{files[-1].name}")
+    found = books.text_of(str(Path(data) / "gutenberg"))
+    told = fingerprint(file for file in files if file.is_file())
+    return {"folder": data, "books": found["books"], "stories": told}
+
+
+def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
+    """One sequence to train on: stories alone, stories in a book, or the plain text of a book."""
+    text, size = recall.haystacks(Path(folder))["train"], lesson.length + 1
+    draw = rng.random()
+    if draw >= lesson.drill and draw < lesson.drill + PLAIN:
+        return Row(cut(text, size, rng), np.zeros(size, bool))
+    for _ in range(TRIES):  # a story may be longer than all of it
+        name = babilong.NAMES[int(rng.integers(len(babilong.NAMES)))]
+        told = babilong.stories(Path(folder) / "babi", name, "train")
+        hay = 0.02 if draw < lesson.drill else float(rng.uniform(0.2, 0.95))
+        row = babilong.row(size, told, text, rng, hay)
+        if row.asked.any():
+            break
+    return row
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train one, and ask it; "value" is what it answers in validation books."""
+    folder = cell["folder"]
+    model, result = recall.trained(cell, lambda *some: make(folder, *some), tell)
+    return result | recall.measured(cell, model, babilong.NAMES, _asked, _score, tell)
+
+
+def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
+    text = recall.haystacks(Path(cell["folder"]))[split]
+    # nothing is held out of the stories to train on: the books are what validation differs by
+    told = babilong.stories(
+        Path(cell["folder"]) / "babi", name, "test" if split == "test" else "train"
+    )
+    most = SAMPLES if length <= recall.LONG else FEW if length <= LENGTHS[-1] else FEWER
+    count = min(most, cell["samples"])
+    return [babilong.sample(name, length, told, text, seed, ahead=ahead) for seed in range(count)]
+
+
+def _score(asked: Asked, said: str) -> float:
+    name = next(n for n, labels in babilong.LABELS.items() if asked.answers[0] in labels)
+    return babilong.score(asked, said, name)
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Percent of the questions answered, by task and length."""
+    return recall.columns(records, babilong.NAMES)
+
+
+def figure(records: Sequence[Record], path: Path) -> None:
+    """By length, strictly asked: the mean over tasks, and each task."""
+    panels: dict[str, Sequence[str]] = {"qa1 to qa5": babilong.NAMES}
+    recall.figure(records, panels | {name: (name,) for name in babilong.NAMES}, path)
+
+
+EXPERIMENT = Experiment(
+    name="fig9",
+    shows="BABILong: questions about facts in books, by length to 10 million bytes",
+    price=("–", "~2 hours"),
+    takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=(3e-3, 6e-3),
+    quick_rates=(0, 1),
+    seeds=1,
+    columns=columns,
+    notes=recall.notes,
+    figure=figure,
+    sources=(
+        "experiments/recall.py",
+        "experiments/lessons.py",
+        "experiments/asked.py",
+        "experiments/books.py",
+    ),
+)

@@ -1,0 +1,221 @@
+"""What table 1 and figure 9 share: models, answers about long texts, columns and a figure.
+
+A text is read once, in pieces, with the state carried. Strictly asked: the state is saved, and
+another process, which has the model and that file, is told the question
+(`nestlearn.experiments.asked`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from nestlearn import state as tree
+from nestlearn.evals import Record
+from nestlearn.evals.haystack import Asked
+from nestlearn.experiments import books
+from nestlearn.experiments.asked import Elsewhere, answers, read
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.lessons import Make, teach
+from nestlearn.experiments.tables import (
+    PARAMETERS,
+    RATE,
+    SEEDS,
+    Column,
+    mean,
+    spread,
+    words,
+)
+from nestlearn.layers.linear import StaticProjections
+from nestlearn.layers.parts import logit
+from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Attention, DeltaNet, SwiGLU, Titans
+
+SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
+RETAINED = 0.9999
+ROWS: dict[str, dict[str, Any]] = {
+    "Hope": {"mixer": Titans(half_life=None)},  # one of 2,048 has lost a needle by 16,384
+    "Hope-Attention": {"mixer": Attention()},
+    "DeltaNet with levels": {"mixer": DeltaNet()},
+    "DeltaNet": {"mixer": DeltaNet(), "channel": SwiGLU()},
+    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
+}
+SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
+LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
+READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
+
+
+Ask = Callable[[Cell, str, int, str, bool], list[Asked]]  # cell, task, length, split, ahead
+
+
+def config_of(name: str, size: tuple[int, int, int]) -> HopeConfig:
+    """The row's model, with Hope's parameters. Attention's window gives its state Hope's bytes."""
+    hope = books.sized(ROWS["Hope"], size)
+    config = books.sized(ROWS[name], size)
+    if not isinstance(config.mixer, Attention):
+        return config
+    room = _bytes(hope) - _bytes(config)
+    window = room // (2 * config.dim * config.layers * CACHED) - SINKS
+    return replace(config, mixer=replace(config.mixer, window=max(1, window), sinks=SINKS))
+
+
+def begun(config: HopeConfig) -> HopeLM:
+    """A fresh model. All retentions start where Hope's does, near 1: one of 0.993, with which
+    a DeltaNet begins elsewhere, fades by half in a hundred bytes.
+    """
+    model = HopeLM(config)
+    for part in model.modules():
+        if isinstance(part, StaticProjections) and part.writer.rule.decay:
+            with torch.no_grad():
+                part.gates.bias[part.heads : 2 * part.heads] = logit(RETAINED)
+    return model
+
+
+def _bytes(config: HopeConfig) -> int:
+    with torch.device("meta"):
+        return tree.nbytes(HopeLM(config).init_state(1))
+
+
+def trained(cell: Cell, make: Make, tell: Tell) -> tuple[HopeLM, dict[str, Any]]:
+    """The cell's model, trained, and what is to be kept of that. cell: as of `lessons.teach`, with
+    model and size.
+    """
+    torch.manual_seed(cell["seed"])
+    model = begun(config_of(cell["model"], tuple(cell["size"])))
+    return model, teach(model, cell, make, tell)
+
+
+# ------------------------------------------------------------------------------------- answers
+
+
+def said(
+    lm: HopeLM, asked: Sequence[Asked], most: int, elsewhere: Elsewhere | None
+) -> tuple[list[str], int]:
+    """What the model answers, up to `most` bytes each, and the bytes of a state. asked: of texts of
+    one length. elsewhere: who is asked with the saved state; None: the model itself.
+    """
+    state = read(lm, [one.text for one in asked])
+    questions = [one.question for one in asked]
+    size = tree.nbytes(state) // len(asked)
+    if elsewhere is None:
+        return answers(lm, state, questions, most), size
+    with TemporaryDirectory() as place:
+        path = Path(place) / "state.safetensors"
+        tree.save(state, path)
+        return elsewhere.ask(path, len(asked[0].text), questions, most), size
+
+
+def measured(
+    cell: Cell, lm: HopeLM, names: Sequence[str], ask: Ask, score: Callable[[Asked, str], float],
+    tell: Tell,
+) -> dict[str, Any]:  # fmt: skip
+    """Percent of the answers that are said, by task, length and reading; "value": on validation
+    texts. cell: lengths, validated (a length), said (bytes of an answer), device, and what `ask`
+    needs of it.
+    """
+
+    def percent(key: tuple[str, int, str], ahead: bool, who: Elsewhere | None) -> float:
+        asked = ask(cell, *key, ahead)
+        most = ENOUGH + max(sum(len(answer) + 2 for answer in one.answers) for one in asked)
+        told, sizes[key] = said(lm, asked, min(most, cell["said"]), who)
+        return 100 * statistics.fmean(map(score, asked, told))
+
+    sizes: dict[tuple[str, int, str], int] = {}
+    scores: dict[str, float] = {}
+    with TemporaryDirectory() as place:
+        lm.save_pretrained(place)
+        value = statistics.fmean(
+            percent((name, cell["validated"], "valid"), False, None) for name in names
+        )
+        with Elsewhere(Path(place), cell["device"]) as elsewhere:
+            for length in cell["lengths"]:
+                for name in names:
+                    both = READINGS[: 2 if length <= LONG else 1]
+                    for reading, who in zip(both, (elsewhere, None)):
+                        key = f"{name}, {length:,}, {reading}"
+                        scores[key] = percent((name, length, "test"), who is None, who)
+                        tell(1.0, f"{key}: {scores[key]:.0f}")
+    strict = [share for key, share in scores.items() if key.endswith("strict")]
+    return {
+        "value": value, "scores": scores, "state_bytes": max(sizes.values()),
+        "headline": f"{value:.0f} on validation, {statistics.fmean(strict):.0f} strictly",
+    }  # fmt: skip
+
+
+@cache
+def haystacks(folder: Path) -> dict[str, Any]:
+    """The training, validation and test books, as bytes."""
+    text = books.read(folder / "gutenberg")
+    return {
+        "train": text.corpus.train.numpy(), "valid": text.corpus.val.numpy(),
+        "test": text.test.numpy(),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------- tables and figures
+
+
+def _length(r: Record) -> int:
+    return int(r.metric.split(", ")[1].replace(",", ""))
+
+
+def _of(records: Sequence[Record], names: Sequence[str], length: int, reading: str) -> list[float]:
+    """The means over these tasks, for each seed."""
+    own = [
+        (r.seed, r.value) for r in records
+        if r.metric.split(", ")[0] in names and _length(r) == length
+        and r.metric.endswith(f", {reading}")
+    ]  # fmt: skip
+    seeds = sorted({seed for seed, _ in own})
+    return [statistics.fmean(value for s, value in own if s == seed) for seed in seeds]
+
+
+def columns(records: Sequence[Record], names: Sequence[str]) -> list[Column]:
+    """Percent of the answers said, by task and length: strictly / ahead."""
+
+    def column(name: str, length: int) -> Column:
+        def text(rows: Sequence[Record]) -> str:
+            found = [_of(rows, (name,), length, reading) for reading in READINGS]
+            return " / ".join(spread(values, 0) if values else "–" for values in found)
+
+        return Column(f"{name}, {length:,}", text)
+
+    lengths = sorted({_length(r) for r in records})
+    state = mean("state, kB", lambda r: r.detail.get("state_bytes", 0) / 1e3 or None, digits=0)
+    each = [column(name, length) for name in names for length in lengths]
+    return [words("model", lambda r: r.model), PARAMETERS, state, RATE, SEEDS, *each]
+
+
+def notes(records: Sequence[Record]) -> str:
+    """What the two figures are."""
+    return (
+        "Percent of the answers that are said: strictly (the text is read once, its state saved to "
+        "a file, another process asked) / with the question told before the text, too. Lengths in "
+        "bytes."
+    )
+
+
+def figure(records: Sequence[Record], panels: dict[str, Sequence[str]], path: Path) -> None:
+    """By length, strictly asked; a panel for each group of tasks."""
+    drawn = []
+    lengths = sorted({_length(r) for r in records})
+    for title, names in panels.items():
+        lines: dict[str, tuple[list[float], list[list[float]]]] = {}
+        for name in dict.fromkeys(r.model for r in records):
+            rows = [r for r in records if r.model == name]
+            found = {length: _of(rows, names, length, "strict") for length in lengths}
+            at = [length for length in lengths if found[length]]
+            seeds = min((len(found[length]) for length in at), default=0)
+            values = [[found[length][i] for length in at] for i in range(seeds)]
+            if values:
+                lines[name] = (list(map(float, at)), values)
+        drawn.append(Panel(title, "bytes read", "answers (%)", lines))
+    curves(drawn, path, log="2", marker=True, ylim=(-2, 104))

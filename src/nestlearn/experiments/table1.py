@@ -1,0 +1,136 @@
+"""Table 1: RULER's needles in books and noise, read as bytes, at and far beyond trained lengths.
+
+    nestlearn reproduce table1 --data FOLDER [--only 65,536 ...]
+
+FOLDER holds gutenberg/ (see `nestlearn.experiments.books`) and ruler_words/. One training of a
+model does all six tasks, on the training books and four fifths of the words; it is tested on the
+test books and the other words. Each question is asked twice: strictly (the text is read once, the
+state saved to a file, and another process that has that file is asked), and with the question told
+before the text, too. --only names the lengths, in bytes; what was trained is not trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestlearn.evals import Record, needles, ruler
+from nestlearn.evals.haystack import Asked, Row, cut
+from nestlearn.experiments import books, recall
+from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.lessons import Lesson
+from nestlearn.experiments.provenance import fingerprint
+from nestlearn.experiments.recall import ROWS
+from nestlearn.experiments.tables import Column
+
+LESSONS = (  # 32,768 bytes a step
+    Lesson(128, 256, 1.0, 0.2), Lesson(256, 128, 0.3, 0.35), Lesson(512, 64, 0.15, 0.5),
+    Lesson(1024, 32, 0.1, 0.65), Lesson(2048, 16, 0.1, 0.8), Lesson(4096, 8, 0.05, 1.0),
+)  # fmt: skip
+QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(400, 2, 0.2, 1.0))
+STEPS, DENSE, PLAIN, LANGUAGE = 3000, 0.6, 0.1, 0.1
+LENGTHS = (4096, 8192, 16_384)
+FURTHER = (65_536, 262_144, 1_048_576)
+DEPTHS, SAMPLES, FEW = 5, 8, 2  # places of a needle, texts for each, and of validation or long ones
+
+
+def grid(asked: Options) -> list[Cell]:
+    """A cell for each model."""
+    data = _data(asked.data)
+    known = [f"{length:,}" for length in (*LENGTHS, *FURTHER)]
+    lengths = chosen(asked.only, known, "length") if asked.only else known[: len(LENGTHS)]
+    return [
+        {
+            "task": "needles", "model": name, "steps": asked.steps or asked.pick(4, STEPS),
+            "size": asked.pick(recall.QUICK_SIZE, recall.SIZE), "language": LANGUAGE,
+            "lessons": asked.pick(QUICK_LESSONS, LESSONS),
+            "lengths": asked.pick([600], [int(length.replace(",", "")) for length in lengths]),
+            "validated": asked.pick(600, LENGTHS[0]), "depths": asked.pick(1, DEPTHS),
+            "samples": asked.pick(1, SAMPLES), "setting": " ".join(lengths),
+            "said": asked.pick(4, ruler.SAID),
+            "out": str(asked.out.resolve()), **data,
+        }
+        for name in chosen(asked.models, tuple(ROWS), "model")
+    ]  # fmt: skip
+
+
+def _data(data: str | None) -> dict[str, str]:
+    if data is None or not (Path(data) / "ruler_words" / "nounlist.txt").is_file():
+        raise ValueError(f"--data {data}: give a folder with gutenberg/ and ruler_words/")
+    lists = [Path(data) / "ruler_words" / f"{name}list.txt" for name in ("adjective", "noun")]
+    found = books.text_of(str(Path(data) / "gutenberg"))
+    return {"folder": data, "books": found["books"], "words": fingerprint(lists)}
+
+
+@cache
+def _words(folder: str) -> tuple[needles.Words, needles.Words]:
+    return ruler.parted(needles.Words.read(Path(folder) / "ruler_words"))
+
+
+def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
+    """One sequence to train on: a drill, needles with questions, or the plain text of a book."""
+    text, size = recall.haystacks(Path(folder))["train"], lesson.length + 1
+    draw = rng.random()
+    if draw < lesson.drill:
+        return ruler.drill(size, _words(folder)[0], rng)
+    if draw < lesson.drill + PLAIN:
+        return Row(cut(text, size, rng), np.zeros(size, bool))
+    return ruler.row(size, _words(folder)[0], text, rng, DENSE)
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train one, and ask it; "value" is what it answers on validation books."""
+    folder = cell["folder"]
+    model, result = recall.trained(cell, lambda *some: make(folder, *some), tell)
+    return result | recall.measured(cell, model, ruler.NAMES, _asked, ruler.score, tell)
+
+
+def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
+    text, depths = recall.haystacks(Path(cell["folder"]))[split], cell["depths"]
+    first = 10_000 if split == "valid" else 0
+    few = split == "valid" or length > recall.LONG
+    count = depths * (min(FEW, cell["samples"]) if few else cell["samples"])
+    return [
+        ruler.sample(
+            name, length, _words(cell["folder"])[1], text, first + i,
+            depth=(i % depths + 0.5) / depths, ahead=ahead,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Percent of the answers said, by task and length."""
+    return recall.columns(records, ruler.NAMES)
+
+
+def figure(records: Sequence[Record], path: Path) -> None:
+    """By length, strictly asked, a panel for each task."""
+    recall.figure(records, {name: (name,) for name in ruler.NAMES}, path)
+
+
+EXPERIMENT = Experiment(
+    name="table1",
+    shows="RULER's needles by length, asked of a saved state in another process",
+    price=("–", "~1.5 hours"),
+    takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
+    grid=grid,
+    work=work,
+    rates=(3e-3, 6e-3),
+    quick_rates=(0, 1),
+    seeds=1,
+    columns=columns,
+    notes=recall.notes,
+    figure=figure,
+    sources=(
+        "experiments/recall.py",
+        "experiments/lessons.py",
+        "experiments/asked.py",
+        "experiments/books.py",
+    ),
+)

@@ -1,0 +1,99 @@
+"""Table 1 and figure 9 end to end, tiny; and what another process answers from a saved state."""
+
+import io
+import lzma
+import random
+import tarfile
+
+import pytest
+import torch
+
+from nestlearn.evals import ruler
+from nestlearn.evals.haystack import Asked
+from nestlearn.evals.needles import Words
+from nestlearn.experiments import recall, runner
+from nestlearn.experiments.asked import Elsewhere, answers, read
+from nestlearn.experiments.lessons import Lesson
+from nestlearn.models.hope import HopeLM
+
+STORY = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Books of made-up words, words for keys, and stories."""
+    place, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    for name in ("gutenberg", "ruler_words", "babi"):
+        (place / name).mkdir()
+    words = ["".join(draw.choices("abcdefg", k=draw.randint(2, 6))) for _ in range(60)]
+    for name in ("train-0", "valid", "test"):
+        told = "\n".join(" ".join(draw.choices(words, k=9)) + "." for _ in range(200))
+        (place / "gutenberg" / f"{name}.txt.xz").write_bytes(lzma.compress(told.encode()))
+    for name in ("adjective", "noun"):
+        (place / "ruler_words" / f"{name}list.txt").write_text("\n".join(words[:30]))
+    with tarfile.open(place / "babi" / "babi_en_1k.tar.gz", "w:gz") as archive:
+        for task in range(1, 6):
+            for split in ("train", "test"):
+                told = "".join(STORY.format(p) for p in ("garden", "office", "milk")).encode()
+                member = tarfile.TarInfo(f"en/qa{task}_some-facts_{split}.txt")
+                member.size = len(told)
+                archive.addfile(member, io.BytesIO(told))
+    return place
+
+
+@pytest.mark.parametrize(("name", "model"), [("table1", "Hope"), ("fig9", "Transformer")])
+def test_it_trains_asks_and_draws(folder, tmp_path, name, model):
+    options = {"data": str(folder), "quick": True, "workers": 0, "progress": False}
+    text = runner.run(name, tmp_path, models=[model], device="cpu", **options)
+    assert f"| {model} | " in text
+    assert "another process asked" in text
+    assert (tmp_path / f"{name}.png").is_file()
+    assert len(list((tmp_path / "models").iterdir())) == 1
+
+
+def test_another_process_answers_as_this_one_does(tmp_path):
+    torch.manual_seed(0)
+    asked = [Asked(b"The key is under the mat. " * 30, q, ("x",), ()) for q in (b"\nA", b"\nWho?")]
+    for name in ("Hope", "Hope-Attention"):
+        lm = HopeLM(recall.config_of(name, (32, 2, 2))).eval()
+        lm.save_pretrained(tmp_path / name)
+        here = answers(lm, read(lm, [one.text for one in asked]), [b"\n\n\nA", b"\nWho?"], 6)
+        with Elsewhere(tmp_path / name, "cpu") as elsewhere:
+            there, size = recall.said(lm, asked, 6, elsewhere)
+        assert there == here
+        assert size > 1000
+
+
+def test_states_of_windows_have_the_bytes_of_hope():
+    with torch.device("meta"):
+        hope = HopeLM(recall.config_of("Hope", (64, 3, 2)))
+    of = recall._bytes(hope.config)
+    for name in ("Transformer", "Hope-Attention"):
+        config = recall.config_of(name, (64, 3, 2))
+        kept = config.mixer.window + recall.SINKS
+        cache = 2 * kept * 64 * 3 * recall.CACHED
+        assert cache + recall._bytes(config) == pytest.approx(of, rel=0.01)
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not(folder, tmp_path):
+    words = Words(("blue", "old", "tiny"), ("fox", "lamp", "river"))
+
+    def make(lesson, rng):
+        return ruler.drill(lesson.length + 1, words, rng)
+
+    cell = {
+        "model": "DeltaNet", "size": (16, 1, 2), "steps": 24, "language": 0.1, "lr": 1e-2,
+        "seed": 0, "device": "cpu", "lessons": [Lesson(64, 2, 1.0, 0.5), Lesson(96, 2, 1.0, 1.0)],
+    }  # fmt: skip
+    whole, told = recall.trained({**cell, "out": tmp_path / "whole"}, make, lambda *_: None)
+    assert {lesson for _, lesson, _ in told["curve"]} == {0, 1}
+
+    def stop(share, _):
+        if share > 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recall.trained({**cell, "out": tmp_path / "parts"}, make, stop)
+    parts, _ = recall.trained({**cell, "out": tmp_path / "parts"}, make, lambda *_: None)
+    for one, other in zip(whole.parameters(), parts.parameters()):
+        assert torch.equal(one, other)
