@@ -95,7 +95,9 @@ def test_a_file_from_before_there_were_options_loads(tmp_path, auto):
 
 def test_options_can_be_set_and_words_stand_for_their_defaults():
     config = HopeConfig(mixer="attention", channel=SwiGLU(8))
-    assert config.mixer == {"kind": "Attention", "conv": 4, "rotary": True}
+    assert config.mixer == {
+        "kind": "Attention", "conv": 4, "rotary": True, "window": None, "sinks": 0,
+    }  # fmt: skip
     config.mixer = Titans(8)
     assert config.to_hope() == nestlearn.HopeConfig(mixer=Titans(8), channel=SwiGLU(8))
 
