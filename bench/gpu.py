@@ -127,6 +127,7 @@ MODELS = {
     "Hope, static MLP, segments, compiled": Row(STATIC, compiled=True, segment=2048),
     "Hope, segments of 16,384, compiled": Row(model, compiled=True, segment=16384),
     "Hope, the same, side by side, segments": Row(side_by_side, compiled=True, segment=32768),
+    "Hope, side by side, segments of 65,536": Row(side_by_side, compiled=True, segment=65536),
     "Hope": Row(model),
     "Hope, compiled": Row(model, compiled=True),
     "Hope, recomputed": Row(partial(model, remat=True)),

@@ -9,6 +9,7 @@ into models/ beside the results, in bfloat16, as they were after training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     def tenth(which: int) -> Any:
         def value(record: Record) -> float | None:
             tenths = record.detail.get("stream", {}).get("100000", {}).get("carried")
-            return tenths[which] / 0.6931471805599453 if tenths else None
+            return tenths[which] / math.log(2) if tenths else None
 
         return value
 

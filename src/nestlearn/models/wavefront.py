@@ -2,7 +2,8 @@
 before it. A step of one long sample is otherwise a chain of kernels too small for the card.
 
 Asked for by `HopeLM.side_by_side`, for CUDA graphs, whose kernels need no Python to be launched. 98
-million parameters, one sample, an H200: 96,500 tokens/s in segments of 32,768, and 52,400 without.
+million parameters, one sample, an H200: 96,500 tokens/s in segments of 32,768, 108,500 in segments
+of 65,536, and 52,400 without.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from .. import state as tree
 from ..layers.streaming import Stepping
 
-PART = 2048  # tokens: shorter parts have smaller products (1,024: 85,600 tokens/s; 512: 71,300)
+PART = 2048  # tokens, at least: shorter parts have smaller products (1,024: 85,600 tokens/s)
+PARTS = 16  # at most, of a length of so many PART and more: enough for all blocks to have work
 FULL = 64  # samples × heads of which a block's kernels fill a card by themselves
 
 
@@ -40,7 +42,7 @@ def _plain(block: nn.Module) -> bool:
 
 
 def wavefront(
-    blocks: Iterable[nn.Module], x: Tensor, states: Iterable[Any], part: int = PART
+    blocks: Iterable[nn.Module], x: Tensor, states: Iterable[Any], part: int | None = None
 ) -> tuple[Tensor, list[Any]]:
     """What the blocks in turn make of x [B, T, dim], and their states after it.
 
@@ -48,6 +50,7 @@ def wavefront(
     card each block has a stream of its own, which its backward pass takes, too.
     """
     chain, now = list(blocks), list(states)
+    part = part or max(PART, x.shape[1] // PARTS // PART * PART)
     main = torch.cuda.current_stream(x.device) if x.is_cuda else None
     streams = _streams(x.device, len(chain)) if x.is_cuda else (None,) * len(chain)
     for stream in streams:
