@@ -173,6 +173,9 @@ FORMS: dict[str, Form] = {
         "--other $here/diary.txt --tokens 256 --out {here}/bench"
     ),
     "python -m bench.gpu --repeats 3 --limit 2.5": Form(why="needs a GPU"),
+    'python -m bench.gpu --model --lengths 131072 --only "segments of 65,536"': Form(
+        why="needs a GPU"
+    ),
     "python -m bench.gpu --model --tokens 16384 --lengths 2048,16384 --repeats 3 --limit 2.5": (
         Form(why="needs a GPU")
     ),
