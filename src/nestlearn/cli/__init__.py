@@ -171,7 +171,10 @@ def generate(
     typer.echo(tokenizer.decode(longer[0].tolist()))
 
 
-def _model_folder(folder: Path) -> Path:
+def _model_folder(name: Path) -> Path:
+    from nestlearn.models.config import model_folder
+
+    folder = model_folder(name)
     if (folder / "model").is_dir():
         return folder / "model"
     if (folder / "checkpoints").is_dir():
@@ -231,9 +234,9 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     """The model's configuration and, of a run, how it is trained."""
     import json
 
-    from nestlearn.models.config import HopeConfig, saved_config
+    from nestlearn.models.config import HopeConfig, model_folder, saved_config
 
-    path = folder / "config.json"
+    path = model_folder(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no run or model in {folder}: it has no config.json")
     try:

@@ -168,11 +168,12 @@ def needs(folder: Path) -> Iterator[tuple[str, str]]:
 
     Raises FileNotFoundError or ValueError for a folder without a model.
     """
+    from nestlearn.models.config import TYPE, model_folder
+
+    folder = model_folder(folder)
     if (folder / "stack.json").is_file():
         yield from _stack_needs(folder)
         return
-    from nestlearn.models.config import TYPE
-
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no model in {folder}: it has no config.json")

@@ -27,12 +27,12 @@ def serve(
         typer.Argument(
             metavar="MODEL",
             help="A stacked model's folder, a Hope's (or a run's), or a plain Hugging Face model, "
-            "on which the levels of `nestlearn stack` are put.",
+            "on which the levels of `nestlearn stack` are put. Default: the package's own Hope.",
         ),
-    ],
+    ] = "nestlearn/tiny",
     memories: Annotated[
         Path | None,
-        _who(help="For memories (default: MODEL/memories; with --tokens MODEL/users)."),
+        _who(help="For memories (default: memories in MODEL, else here; with --tokens users)."),
     ] = None,
     host: Annotated[str, _who(help="Where to listen; others than this machine need --tokens.")] = (
         "127.0.0.1"
@@ -77,9 +77,7 @@ def serve(
         points=max_points, seconds=float(max_seconds),
     )  # fmt: skip
     opened, words, home = _opened(model, device)
-    if memories is None and home is None:
-        raise ValueError(f"{model} is no folder to keep memories in: give --memories FOLDER")
-    root = memories or Path(str(home)) / ("memories" if known is None else "users")
+    root = memories or home / ("memories" if known is None else "users")
     engine = engine_for(opened, words, _name(model))
 
     def ready(url: str) -> None:
@@ -90,25 +88,26 @@ def serve(
     run(engine, root, host=host, port=port, limits=limits, tokens=known, ready=ready)
 
 
-def _opened(name: str, device: str) -> tuple[Any, Any, Path | None]:
-    """The model, its tokenizer, and the folder that it is in."""
+def _opened(name: str, device: str) -> tuple[Any, Any, Path]:
+    """The model, its tokenizer, and a folder for memories: the model's, if it is the user's."""
     from nestlearn.cli.stacked import pretrained, quiet, words_of
-    from nestlearn.models.config import TYPE
+    from nestlearn.models.config import TYPE, model_folder
     from nestlearn.train.run import resolve_device
 
-    place, folder = resolve_device(device), Path(name)
+    place, folder = resolve_device(device), model_folder(name)
+    home = folder if Path(name).is_dir() else Path()
     inner = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     if (folder / "stack.json").is_file():
         from nestlearn.hf.folder import load_stack
 
         quiet()
-        return load_stack(folder, place), words_of(folder), folder
+        return load_stack(folder, place), words_of(folder), home
     if _kind(inner) == TYPE:
         from nestlearn.models.hope import HopeLM
         from nestlearn.train.data import load_tokenizer
 
         hope = HopeLM.from_pretrained(inner).to(place)
-        return hope, load_tokenizer(inner, hope.config.vocab_size), folder
+        return hope, load_tokenizer(inner, hope.config.vocab_size), home
     if (folder / "checkpoints").is_dir():
         raise ValueError(f"the run in {folder} is not finished: nestlearn train ... --resume")
     if folder.is_dir() and _kind(folder) is None and not any(folder.glob("*.gguf")):
@@ -121,7 +120,7 @@ def _opened(name: str, device: str) -> tuple[Any, Any, Path | None]:
     levels = [DeltaLevel(chunk, lr=RATE, rule="gd") for chunk in CHUNKS]
     stacked = stack_levels(base.to(place), levels)
     say(f"Levels of {' and '.join(map(str, CHUNKS))} tokens stand on {name}, which stays as it is.")
-    return stacked, words, folder if folder.is_dir() else None
+    return stacked, words, home
 
 
 def _kind(folder: Path) -> str | None:

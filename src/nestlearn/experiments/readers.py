@@ -24,7 +24,7 @@ from nestlearn.evals.streams import (
     Text,
     Windows,
 )
-from nestlearn.models.config import TYPE, HopeConfig
+from nestlearn.models.config import TYPE, HopeConfig, model_folder
 from nestlearn.models.hope import HopeLM
 from nestlearn.train.data import load_tokenizer
 
@@ -128,7 +128,7 @@ def opened(path: str | Path, device: str = "cpu", window: int | None = None) -> 
     """The model of a stack's folder, a Hope's (a run, a checkpoint, a saved model) or a pretrained
     one's. FileNotFoundError where there is none; ValueError for a window that it cannot read.
     """
-    path = Path(path)
+    path = model_folder(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: give a run, a stack, or a pretrained model")
     if window is not None and window < 2:

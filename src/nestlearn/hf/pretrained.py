@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .. import models
 from ..layers.streaming import Stepping
+from ..models.config import SHIPPED, model_folder
 from .cache import HopeCache, Rows, read
 from .config import HopeConfig
 from .packing import beginnings, needed, read_packed, real_tokens
@@ -49,11 +50,19 @@ class HopePreTrainedModel(PreTrainedModel):
                 part._is_hf_initialized = True  # type: ignore[assignment]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As in transformers, and of a folder that `HopeLM.save_pretrained` wrote; ValueError where
-        the file lacks weights (they would be random).
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As in transformers, and of a folder that `HopeLM.save_pretrained` wrote, or by the name
+        "nestlearn/tiny"; ValueError where the file lacks weights (they would be random).
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        name = pretrained_model_name_or_path
+        source = str(model_folder(name)) if name == SHIPPED else name
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **options)
         model, info = loaded
         lacking = sorted(info["missing_keys"])
         if lacking:

@@ -13,6 +13,7 @@ from ..options import Channel, Continuum, Mixer, SwiGLU, Titans, from_json, name
 FORMAT = "nestlearn-hope-1"
 TYPE = "nestlearn-hope"  # by which transformers knows it
 WEIGHTS = "model.safetensors"
+SHIPPED = "nestlearn/tiny"  # the model that is in the package
 SIZES = {  # dim, layers, heads
     "tiny": (128, 3, 4),
     "small": (256, 6, 4),
@@ -159,6 +160,14 @@ def saved_config(data: dict[str, Any]) -> HopeConfig:
     else:
         own = {name: data[name] for name in names(HopeConfig) | FLAT if name in data}
     return HopeConfig.from_dict(own)
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of that name, or the package's own for "nestlearn/tiny"."""
+    folder = Path(name)
+    if folder.as_posix() == SHIPPED and not folder.exists():
+        return Path(__file__).parent / "weights" / "tiny"
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from ..layers import (
 )
 from ..layers.streaming import Stepping, compile_steps, traced
 from .card import write_card
-from .config import FORMAT, TYPE, WEIGHTS, HopeConfig, saved_config, weight_files
+from .config import FORMAT, TYPE, WEIGHTS, HopeConfig, model_folder, saved_config, weight_files
 from .wavefront import fits, wavefront
 
 OUTPUTS = ("logits", "hidden", "layers")
@@ -272,14 +272,15 @@ class HopeLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, half_life: int | None = None) -> HopeLM:
-        """The model that `save_pretrained` wrote, or that of `nestlearn.hf.HopeForCausalLM`.
+        """The model that `save_pretrained` wrote, or that of `nestlearn.hf.HopeForCausalLM`; or by
+        the name "nestlearn/tiny" a small one of bytes that the package brings, trained on books.
 
         half_life: let its memories fade to their start by half in so many tokens; for streams much
         longer than those that it was trained on (see `docs/results/streams.md`).
 
         Raises FileNotFoundError if there is none, ValueError if a file is damaged or does not fit.
         """
-        folder = Path(folder)
+        folder = model_folder(folder)
         files = weight_files(folder)
         again = "save the model again, or take it from a checkpoint"
         try:
