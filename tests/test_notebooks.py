@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from notebooks import NOTEBOOKS, code, read, run
 
 

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-import commands
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import commands
 from nestlearn.learn import Session
 
 PAGE = (Path(__file__).parents[2] / "docs/stacking.md").read_text()
