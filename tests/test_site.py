@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import nestlearn
+from commands import PAGES
 from notebooks import NOTEBOOKS
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,15 @@ def test_every_page_is_in_the_nav():
     pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
     pages |= {"layers.md", "train.md"}  # these two are the README's
     assert set(nav) == pages | {f"notebooks/{path.stem}.md" for path in NOTEBOOKS}
+
+
+def test_the_code_of_every_page_is_run_by_a_test():
+    """A page with Python that is new here needs one."""
+    pages = {p for p in PAGES if "```python" in p.read_text()}
+    assert {page.name for page in pages} == {
+        "README.md", "huggingface.md", "index.md",  # test_readme.py
+        "optimizers.md", "stacking.md", "serve.md",  # those of optim, hf and serve
+    }  # fmt: skip
 
 
 def test_the_version_is_said_alike():

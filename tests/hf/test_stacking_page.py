@@ -24,13 +24,12 @@ def test_the_pages_code_runs(tmp_path, monkeypatch, unchecked):
     monkeypatch.setattr(Session, "study", lambda session, text: studied.append(text))
 
     text = torch.randint(0, 256, (2, 24))
-    names = {"ids": text, "memory": None, "mask": torch.ones(2, 24), "two_prompts": text[:, :5]}
+    names = {"ids": text[:1], "memory": None, "mask": torch.ones(1, 24), "two_prompts": text}
+    names["ids_not_to_forget"] = text[1]
     assert len(BLOCKS) == 5
     for block in BLOCKS:
-        block = block.replace("steps=100", "steps=1").replace(", keep=", "[:, :8], keep=")
-        names |= {"ids_not_to_forget": text[:1, :8]}
-        exec(block, names)
-        if "memory" in names and "session" in names:
-            names |= {"alice": names["session"].memory, "bob": names["session"].memory}
+        block = block.replace("steps=100", "steps=1, length=16")
+        exec(block.replace("(model, strength", "(model, 4, 16, strength"), names)
+        names |= {"alice": names["session"].memory, "bob": names["session"].memory}
     assert (tmp_path / "memories/mine/memory.json").is_file()
     assert studied == [(tmp_path / "diary.txt").read_text()]

@@ -44,6 +44,9 @@ def test_the_pages_code_runs(tmp_path, capsys):
     with client(tmp_path) as asks:
         learned(asks, "mine")
         here = block.replace("http://127.0.0.1:8000", str(asks.base_url).rstrip("/"))
-        exec(here.replace("stacked:mine", "tiny:mine"), {})
+        here = here.replace("stacked:mine", "tiny:mine").replace(
+            "messages=", "max_tokens=4, messages="
+        )
+        exec(here, {})
         assert asks.get("/v1/memories/mine").json()["position"] > len("Who keeps the lighthouse?")
     assert capsys.readouterr().out
