@@ -1,8 +1,10 @@
-"""What the site adds to docs/: two doors of the README as pages, and the figures of results/.
+"""What the site adds to docs/: two doors of the README and the notebooks as pages, and the figures
+of results/.
 
 A link to a file outside docs/ that is no figure becomes its text: the site has no sources.
 """
 
+import json
 import re
 from pathlib import Path, PurePosixPath
 
@@ -21,9 +23,28 @@ def door(name: str) -> str:
     return f"# {DOORS[name]}\n\n{own}\n"
 
 
+def notebook(path: Path) -> str:
+    """A notebook with what it printed, as a page: title, text, code, outputs of text."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        said = "".join("".join(output["text"]) for output in cell["outputs"])
+        parts += [f"```text\n{said}```"] if said else []
+    title, *rest = parts[0].split("\n", 1)
+    own = f"*This page is [a notebook]({path.name}), run as it stands.*"
+    return "\n\n".join([title, own, *rest, *parts[1:], ""])
+
+
 def on_files(files, config):
     for name in DOORS:
         files.append(File.generated(config, name, content=door(name)))
+    for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
+        name = f"notebooks/{path.stem}.md"
+        files.append(File.generated(config, name, content=notebook(path)))
     for page in (ROOT / "docs").rglob("*.md"):
         for _, _, target in LINK.findall(page.read_text(encoding="utf-8")):
             path = (page.parent / target).resolve()

@@ -4,17 +4,15 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 import nestlearn
+from commands import PAGES
+from notebooks import NOTEBOOKS
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(find_spec("mkdocstrings_handlers") is None, reason="needs the extra docs")
 def test_the_site_builds(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", tmp_path / "site"],
@@ -29,6 +27,7 @@ def test_the_site_builds(tmp_path):
         "train": "from_pretrained",
         "reference": "ContinuumMemory",
         "results/equal-time": "figures/results/equal-time",
+        "notebooks/layer": "goes on with another ring",  # printed
     }.items():
         assert said in (tmp_path / "site" / page / "index.html").read_text(), page
 
@@ -36,7 +35,17 @@ def test_the_site_builds(tmp_path):
 def test_every_page_is_in_the_nav():
     nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
-    assert set(nav) == pages | {"layers.md", "train.md"}  # these two are the README's
+    pages |= {"layers.md", "train.md"}  # these two are the README's
+    assert set(nav) == pages | {f"notebooks/{path.stem}.md" for path in NOTEBOOKS}
+
+
+def test_the_code_of_every_page_is_run_by_a_test():
+    """A page with Python that is new here needs one."""
+    pages = {p for p in PAGES if "```python" in p.read_text()}
+    assert {page.name for page in pages} == {
+        "README.md", "huggingface.md", "index.md",  # test_readme.py
+        "optimizers.md", "stacking.md", "serve.md",  # those of optim, hf and serve
+    }  # fmt: skip
 
 
 def test_the_version_is_said_alike():
@@ -45,7 +54,6 @@ def test_the_version_is_said_alike():
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.skipif(find_spec("hatchling") is None, reason="needs hatchling, the build's backend")
 def test_wheel_and_sdist_hold_the_package_and_nothing_else(tmp_path):
     for kind in ("wheel", "sdist"):
         build = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", tmp_path]

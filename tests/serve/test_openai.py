@@ -1,5 +1,8 @@
 """OpenAI's own client, against the server."""
 
+import re
+from pathlib import Path
+
 import pytest
 from served import client, learned
 
@@ -33,3 +36,17 @@ def test_the_client_talks(tmp_path):
         assert refused.value.code == "memory_not_found"
         with pytest.raises(openai.BadRequestError, match="max_tokens"):
             api.completions.create(model="tiny", prompt="a", max_tokens=0)
+
+
+def test_the_pages_code_runs(tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    with client(tmp_path) as asks:
+        learned(asks, "mine")
+        here = block.replace("http://127.0.0.1:8000", str(asks.base_url).rstrip("/"))
+        here = here.replace("stacked:mine", "tiny:mine").replace(
+            "messages=", "max_tokens=4, messages="
+        )
+        exec(here, {})
+        assert asks.get("/v1/memories/mine").json()["position"] > len("Who keeps the lighthouse?")
+    assert capsys.readouterr().out
