@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,15 +134,13 @@ def _read(
 
 def _table(found: list[dict[str, Any]], about: str) -> str:
     from nestlearn.experiments.readers import ROWS
+    from nestlearn.experiments.tables import markdown
 
-    lines = [
-        "| row | setting | bits per byte | first tenth | last tenth | tokens/s |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("row", "setting", "bits per byte", "first tenth", "last tenth", "tokens/s")
+    rows: list[Sequence[str]] = [head]
     for row in found:
         dial = ROWS[row["row"]].dial
         bits = (row["bits_per_byte"], row["tenths"][0], row["tenths"][-1])
-        told = " | ".join(f"{value:.4f}" for value in bits)
-        speed = f"{row['tokens_per_second']:,.0f}"
-        lines.append(f"| {row['title']} | {dial} {row[dial]:g} | {told} | {speed} |")
-    return "\n".join([*lines, "", about])
+        told, speed = (f"{value:.4f}" for value in bits), f"{row['tokens_per_second']:,.0f}"
+        rows.append((row["title"], f"{dial} {row[dial]:g}", *told, speed))
+    return f"{markdown(rows)}\n\n{about}"

@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import Record, closed_book
+from nestlearn.evals import closed_book
 from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document
 from nestlearn.evals.last_words import lambada, last_words
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.retrieval import BM25
-from nestlearn.experiments.tables import Column, detail, mean, model, words
+from nestlearn.experiments.tables import detail, mean, model, words
 
 ROWS = {
     "nothing read": "",

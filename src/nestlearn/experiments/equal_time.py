@@ -7,16 +7,13 @@ steps alone on their card, without evaluation.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import (
     PARAMETERS,
     RATE,
@@ -103,27 +100,29 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """Validation loss against tokens and seconds, at both lengths; a file for each size."""
+    there = [r for r in records if r.detail.get("curve")]
+    there.sort(key=lambda r: list(FAMILIES).index(r.model))
     for size in dict.fromkeys(r.task for r in records):
-        panels = []
-        for axis, x in enumerate(("Tokens", "Seconds on one card")):
-            for column, where in ((2, "trained length"), (3, "four times it")):
-                lines = {}
-                for name in FAMILIES:
-                    own = [
-                        r.detail["curve"]
-                        for r in records
-                        if (r.task, r.model) == (size, name) and r.detail.get("curve")
-                    ]
-                    if own:
-                        at = [
-                            statistics.mean(p)
-                            for p in zip(*([row[axis] for row in c] for c in own))
-                        ]
-                        lines[name] = (at, [[row[column] for row in c] for c in own])
-                panels.append(
-                    Panel(f"{size}, {where}", x, "Validation loss (nats per byte)", lines)
-                )
+        own = [r for r in there if r.task == size]
+        panels = [
+            Panel(
+                f"{size}, {where}", x, "Validation loss (nats per byte)",
+                lines(own, curve_of(axis, column)),
+            )
+            for axis, x in enumerate(("Tokens", "Seconds on one card"))
+            for column, where in ((2, "trained length"), (3, "four times it"))
+        ]  # fmt: skip
         curves(panels, path.with_stem(f"{path.stem}-{size}"), marker=True)
+
+
+def curve_of(axis: int, column: int) -> Callable[[Record], Along]:
+    """A column of what `books.trained` measured on the way, along tokens (0) or seconds (1)."""
+
+    def along(r: Record) -> Along:
+        rows = r.detail["curve"]
+        return [row[axis] for row in rows], [row[column] for row in rows]
+
+    return along
 
 
 EXPERIMENT = Experiment(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Work
+from nestlearn.experiments.cells import Cell, Tell, Work
 from nestlearn.experiments.tables import Below, Column
 
 VALIDATION = "validation data"
@@ -102,3 +102,8 @@ def chosen(asked: Iterable[str], known: Sequence[str], what: str) -> tuple[str, 
     if unknown:
         raise ValueError(f"{what} {unknown[0]!r} is unknown: use {', '.join(known)}")
     return asked or tuple(known)
+
+
+__all__ = [  # the noun, and what it is made of
+    "Cell", "Column", "Experiment", "Options", "Record", "Tell", "chosen", "sorted_by",
+]  # fmt: skip

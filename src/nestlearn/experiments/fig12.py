@@ -22,10 +22,8 @@ import torch
 from torch import nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.tables import Column, words
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.tables import model, words
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
 
 SIZES = {"5": (256, 6), "50": (640, 10), "140": (1024, 11)}  # millions: width, layers
@@ -145,7 +143,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     """Medians over rounds, with the quartiles of the ratio."""
     return [
         words("parameters", lambda r: f"{r.parameters / 1e6:.0f} M"),
-        words("optimizer", lambda r: r.model),
+        model("optimizer"),
         words("ms a step", lambda r: f"{1e3 * r.value:.1f}"),
         words("× torch's Muon (quartiles)", _ratio),
         words("state, B/parameter", lambda r: f"{r.detail['state_bytes_per_parameter']:.1f}"),

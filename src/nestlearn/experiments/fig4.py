@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options
-from nestlearn.experiments.tables import Column, words
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell
+from nestlearn.experiments.tables import model, words
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
 
 LANDSCAPES = ((1.0, 1.0, 2.0), (0.1, 1.0, 2.0), (1.0, 1.0, 1.0), (10.0, 0.5, 1.0))  # k, α, ω
@@ -128,7 +126,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     usual = f"steps to ψ < {REACHED:g} at momentum {USUAL} (lr)"
     return [
         words("k, α, ω", lambda r: r.task),
-        words("method", lambda r: r.model),
+        model("method"),
         words(usual, lambda r: _steps(r, "usual", ("lr",))),
         words("momentum chosen (lr, momentum)", lambda r: _steps(r, "chosen", ("lr", "momentum"))),
         words("settings that arrive", lambda r: f"{r.value:.0f} of {r.detail['tried']}"),

@@ -21,14 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import Record, classes
+from nestlearn.evals import classes
 from nestlearn.evals.classes import Group, Text
-from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
-from nestlearn.experiments.tables import Column, detail, mean, model, words
+from nestlearn.experiments.tables import detail, mean, model, words
 
 DELTAS = (5e-4, 2e-3, 8e-3)  # Adam's rates
 ROWS: dict[str, tuple[str, tuple[float, ...]]] = {  # how, and the values of its dial
@@ -195,14 +194,15 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """Accuracy over all groups seen so far, along the groups."""
+
+    def along(r: Record) -> Along:
+        seen = [100 * statistics.fmean(row) for row in r.detail["matrix"]]
+        return range(1, len(seen) + 1), seen
+
     panels = []
     for name in dict.fromkeys(r.task for r in records):
-        lines: dict[str, tuple[Sequence[float], list[list[float]]]] = {}
-        for r in records:
-            if r.task == name:
-                seen = [100 * statistics.fmean(row) for row in r.detail["matrix"]]
-                lines.setdefault(r.model, (range(1, len(seen) + 1), []))[1].append(seen)
-        panels.append(Panel(name, "groups seen", "accuracy (%)", lines))
+        drawn = lines((r for r in records if r.task == name), along)
+        panels.append(Panel(name, "groups seen", "accuracy (%)", drawn))
     curves(panels, path, ylim=(0, 100))
 
 

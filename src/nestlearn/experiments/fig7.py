@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nestlearn.evals import Record, needles
+from nestlearn.evals import needles
 from nestlearn.evals.tasks import stream
-from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.learners import padded
-from nestlearn.experiments.tables import Column, at, mean, model
+from nestlearn.experiments.tables import at, mean, model
 
 LENGTH, WINDOW, SAID = 4096, 1024, 24
 RATES = (0.02, 0.1, 0.3)

@@ -17,15 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestlearn.evals import Record
 from nestlearn.evals.classes import Group, Text
 from nestlearn.evals.tasks import stream
-from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.learners import Learner, Reader
 from nestlearn.experiments.retrieval import BM25
-from nestlearn.experiments.tables import Column, detail, mean, metric, model, words
+from nestlearn.experiments.tables import detail, mean, metric, model, words
 
 LANGUAGES = {"Teop": "teop", "Kalamang": "kalamang"}
 ORDERS = {"alone": (("Teop",), ("Kalamang",)), "one after the other": (("Teop", "Kalamang"),)}

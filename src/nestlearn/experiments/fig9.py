@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from nestlearn.evals import Record, babilong
+from nestlearn.evals import babilong
 from nestlearn.evals.haystack import Asked, Row, cut
 from nestlearn.experiments import books, recall
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.recall import ROWS
-from nestlearn.experiments.tables import Column
 
 LESSONS = (  # 32,768 bytes a step; drills are stories without a book
     Lesson(512, 64, 1.0, 0.3), Lesson(1024, 32, 0.6, 0.5),

@@ -25,12 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nestlearn.disk import atomic_write
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell, run_cells
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.cells import run_cells
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.frontier_lines import at_cost, front, line_of, untouched
 from nestlearn.experiments.methods import BLOCK, EIGHT, METHODS, Reader, base, rates, stacked
-from nestlearn.experiments.tables import Column, spread
+from nestlearn.experiments.tables import spread
 from nestlearn.train.plots import new_figure, write_figure
 
 TEXTS = ("novel", "dictionary")

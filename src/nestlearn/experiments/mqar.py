@@ -15,14 +15,22 @@ from typing import Any
 import torch
 
 from nestlearn import state
-from nestlearn.evals import Record, mqar
+from nestlearn.evals import mqar
 from nestlearn.experiments.accuracy import TITLE
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen, sorted_by
+from nestlearn.experiments.experiment import (
+    Cell,
+    Column,
+    Experiment,
+    Options,
+    Record,
+    Tell,
+    chosen,
+    sorted_by,
+)
 from nestlearn.experiments.figures import Panel, curves
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, build, contender
-from nestlearn.experiments.tables import PARAMETERS, Column, at, mean, words
+from nestlearn.experiments.tables import PARAMETERS, at, mean, words
 from nestlearn.options import Attention
 
 PAIRS = (4, 8, 16, 32)

@@ -21,11 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import RATE, SEEDS, Column, detail, mean, metric, model
+from nestlearn.experiments.tables import RATE, SEEDS, detail, markdown, mean, metric, model
 
 Build = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 PLAIN: dict[str, Any] = {"weight_decay": 0.0}
@@ -144,13 +142,10 @@ def traces(records: Sequence[Record]) -> dict[str, list[float]]:
 
 def notes(records: Sequence[Record]) -> str:
     """The traces."""
-    rows = [
-        "| optimizer | update along A at the change | steps until a tenth of it |",
-        "|---|---|---|",
-    ]
-    for name, curve in traces(records).items():
-        rows.append(f"| {name} | {curve[0]:.3f} | {steps_to(curve)} |")
-    return "\n".join(rows)
+    head = ("optimizer", "update along A at the change", "steps until a tenth of it")
+    found = traces(records).items()
+    rows = [(name, f"{curve[0]:.3f}", str(steps_to(curve))) for name, curve in found]
+    return markdown([head, *rows])
 
 
 def figure(records: Sequence[Record], path: Path) -> None:

@@ -32,8 +32,8 @@ from nestlearn.experiments.tables import (
     Column,
     mean,
     spread,
-    words,
 )
+from nestlearn.experiments.tables import model as name_of
 from nestlearn.layers.linear import StaticProjections
 from nestlearn.layers.parts import logit
 from nestlearn.models.hope import HopeConfig, HopeLM
@@ -191,7 +191,7 @@ def columns(records: Sequence[Record], names: Sequence[str]) -> list[Column]:
     lengths = sorted({_length(r) for r in records})
     state = mean("state, kB", lambda r: r.detail.get("state_bytes", 0) / 1e3 or None, digits=0)
     each = [column(name, length) for name in names for length in lengths]
-    return [words("model", lambda r: r.model), PARAMETERS, state, RATE, SEEDS, *each]
+    return [name_of(), PARAMETERS, state, RATE, SEEDS, *each]
 
 
 def notes(records: Sequence[Record]) -> str:

@@ -23,15 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn.evals import Record
 from nestlearn.evals.streams import Text, bits_per_byte, nats, tenths
-from nestlearn.experiments import figures, readers
-from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments import readers
 from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Panel, curves, lines
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.readers import ROWS, Opened
-from nestlearn.experiments.tables import RATE, Column, detail, mean, metric, words
+from nestlearn.experiments.tables import RATE, detail, mean, metric, words
 
 LETTERS, QUICK_LETTERS = 200_000, 1500  # of a book
 TESTED, VALIDATED = 8, 2  # books
@@ -154,11 +153,12 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """Bits per byte along the books."""
-    lines = {
-        ROWS[r.model].title: (list(range(1, len(r.detail["tenths"]) + 1)), [r.detail["tenths"]])
-        for r in records
-    }
-    figures.curves([figures.Panel("", "tenth of a book", "bits per byte", lines)], path)
+    drawn = lines(
+        records,
+        lambda r: (range(1, len(r.detail["tenths"]) + 1), r.detail["tenths"]),
+        lambda r: ROWS[r.model].title,
+    )
+    curves([Panel("", "tenth of a book", "bits per byte", drawn)], path)
 
 
 EXPERIMENT = Experiment(

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.equal_time import FAMILIES, config_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.tables import RATE, SEEDS, Column, mean, metric, model, words
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.tables import RATE, SEEDS, mean, metric, model, words
 from nestlearn.models.hope import HopeLM
 from nestlearn.train import TrainConfig, train
 

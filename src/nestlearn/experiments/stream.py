@@ -17,11 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.tables import Column, detail, mean, metric, model
+from nestlearn.experiments.tables import detail, mean, metric, model
 from nestlearn.models.hope import HopeLM
 from nestlearn.train import load_text, stdlib_text
 

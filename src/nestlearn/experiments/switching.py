@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.models import parameter_count, with_parameters
-from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, Column, mean, metric, model
+from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric, model
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Channel, Continuum, DeltaNet, Mixer, SwiGLU, Titans
 from nestlearn.train import Corpus, TrainConfig, train

@@ -18,15 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from nestlearn.evals import Record, needles, ruler
+from nestlearn.evals import needles, ruler
 from nestlearn.evals.haystack import Asked, Row, cut
 from nestlearn.experiments import books, recall
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.recall import ROWS
-from nestlearn.experiments.tables import Column
 
 LESSONS = (  # 32,768 bytes a step
     Lesson(128, 256, 1.0, 0.2), Lesson(256, 128, 0.3, 0.35), Lesson(512, 64, 0.15, 0.5),

@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.evals import Record, Task, mad
+from nestlearn.evals import Task, mad
 from nestlearn.experiments.accuracy import Accuracies
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen, sorted_by
+from nestlearn.experiments.experiment import (
+    Cell,
+    Experiment,
+    Options,
+    Record,
+    Tell,
+    chosen,
+    sorted_by,
+)
 from nestlearn.experiments.figures import grid as picture
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, RIVALS, contender

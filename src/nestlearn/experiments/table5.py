@@ -11,10 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals import Record, formal
+from nestlearn.evals import formal
 from nestlearn.experiments.accuracy import Accuracies
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen, sorted_by
+from nestlearn.experiments.experiment import (
+    Cell,
+    Experiment,
+    Options,
+    Record,
+    Tell,
+    chosen,
+    sorted_by,
+)
 from nestlearn.experiments.figures import grid as picture
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import ABLATIONS, CONTENDERS, RIVALS
