@@ -18,7 +18,6 @@ from nestlearn.experiments.tables import (
     PARAMETERS,
     RATE,
     SEEDS,
-    Column,
     detail,
     mean,
     metric,
@@ -86,18 +85,6 @@ def windows(model: str) -> int:
     return int(words[words.index("of") + 1]) if "of" in words else 1
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Test losses at both lengths, with tokens and seconds."""
-    return [
-        words("size", lambda r: r.task), model(), PARAMETERS, RATE, SEEDS,
-        words("tokens", lambda r: f"{r.tokens:,}"),
-        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
-        mean("tokens/s", detail("tokens_per_second"), digits=0),
-        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
-        mean("gradient norm", detail("grad_norm", "median"), digits=2),
-    ]  # fmt: skip
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Validation loss against tokens and seconds, at both lengths; a file for each size."""
     there = [r for r in records if r.detail.get("curve")]
@@ -125,6 +112,15 @@ def curve_of(axis: int, column: int) -> Callable[[Record], Along]:
     return along
 
 
+COLUMNS = [
+    words("size", lambda r: r.task), model(), PARAMETERS, RATE, SEEDS,
+    words("tokens", lambda r: f"{r.tokens:,}"),
+    mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
+    mean("tokens/s", detail("tokens_per_second"), digits=0),
+    mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
+    mean("gradient norm", detail("grad_norm", "median"), digits=2),
+]  # fmt: skip
+
 EXPERIMENT = Experiment(
     name="equal-time",
     shows="losses on books along tokens and along seconds",
@@ -133,7 +129,7 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.task, r.model),
     figure=figure,
     sources=("experiments/books.py",),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
 from nestlearn.train import TrainConfig
@@ -194,15 +194,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Losses and accuracy."""
-    return [
-        model("optimizer"), RATE, SEEDS, mean("training loss", detail("train_loss"), digits=4),
-        mean("test loss", metric("test loss"), digits=4),
-        mean("test accuracy (%)", metric("test accuracy (%)"), digits=2),
-    ]  # fmt: skip
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Training loss by step."""
 
@@ -216,6 +207,12 @@ def figure(records: Sequence[Record], path: Path) -> None:
     drawn = lines((r for r in records if r.detail), along, label)
     curves([Panel("", "Optimizer step", "Training loss", drawn)], path, log="y")
 
+
+COLUMNS = [
+    model("optimizer"), RATE, SEEDS, mean("training loss", detail("train_loss"), digits=4),
+    mean("test loss", metric("test loss"), digits=4),
+    mean("test accuracy (%)", metric("test accuracy (%)"), digits=2),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="fig11",
@@ -231,6 +228,6 @@ EXPERIMENT = Experiment(
     search=(100, 101),
     seeds=5,
     quick_seeds=2,
-    columns=columns,
+    columns=COLUMNS,
     figure=figure,
 )

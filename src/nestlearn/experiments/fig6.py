@@ -23,8 +23,8 @@ from torch import Tensor
 
 from nestlearn.evals import classes
 from nestlearn.evals.classes import Group, Text
-from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments import pretrained
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
 from nestlearn.experiments.tables import detail, mean, model, words
@@ -46,10 +46,10 @@ ROWS: dict[str, tuple[str, tuple[float, ...]]] = {  # how, and the values of its
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each set and row."""
-    weights = fingerprint_of(asked)
+    base = pretrained.part(asked)
     return [
         {
-            "task": name, "model": row, "folder": asked.data, "weights": weights,
+            "task": name, "model": row, **base,
             "sizes": asked.pick({"train": 4, "validation": 1, "test": 2, "most": 2}, {}),
         }
         for name in chosen(asked.only, tuple(classes.SETS), "set")
@@ -179,19 +179,6 @@ class Probe(Reader):
         return [self.labels[i] for i in (x @ self.weight.T).argmax(-1).tolist()]
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Accuracy after the last group, what later groups did to earlier ones, and bytes."""
-    return [
-        words("set", lambda r: r.task),
-        model("row"),
-        mean("accuracy", lambda r: r.value, digits=1),
-        mean("backward transfer", detail("transfer"), digits=1),
-        mean("forgetting", detail("forgetting"), digits=1),
-        mean("MB", detail("megabytes"), digits=2),
-        mean("seconds", lambda r: r.seconds, digits=0),
-    ]
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Accuracy over all groups seen so far, along the groups."""
 
@@ -206,6 +193,16 @@ def figure(records: Sequence[Record], path: Path) -> None:
     curves(panels, path, ylim=(0, 100))
 
 
+COLUMNS = [
+    words("set", lambda r: r.task),
+    model("row"),
+    mean("accuracy", lambda r: r.value, digits=1),
+    mean("backward transfer", detail("transfer"), digits=1),
+    mean("forgetting", detail("forgetting"), digits=1),
+    mean("MB", detail("megabytes"), digits=2),
+    mean("seconds", lambda r: r.seconds, digits=0),
+]
+
 EXPERIMENT = Experiment(
     name="fig6",
     shows="classes that arrive in groups: CLINC150, Banking77, DBpedia",
@@ -215,8 +212,8 @@ EXPERIMENT = Experiment(
     work=work,
     rates=lambda cell: ROWS[cell["model"]][1],
     seeds=5,
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.task, r.model),
     figure=figure,
-    sources=("hf", "learn", "evals/classes.py", "experiments/learners.py"),
+    sources=(*pretrained.SOURCES, "learn", "evals/classes.py", "experiments/learners.py"),
 )

@@ -10,8 +10,6 @@ three excerpts, and its line is the best of them at each cost.
 
 from __future__ import annotations
 
-import gzip
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nestlearn.disk import atomic_write
+from nestlearn.evals.files import rows_of, text_of
 from nestlearn.experiments.cells import run_cells
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.frontier_lines import at_cost, front, line_of, untouched
@@ -47,12 +46,11 @@ def text(data: Path, kind: str, seed: int) -> Tensor:
 
     tokenizer = Llama2cTokenizer(data / "models" / "tok512.bin")
     if kind == "dictionary":
-        raw = unpacked(data / "novel_languages" / "teop_wordlist.jsonl.gz")
-        entries = [json.loads(line) for line in raw.splitlines()]
+        entries = rows_of(data / "novel_languages" / "teop_wordlist.jsonl.gz")
         whole = "\n".join(f"{e['word']} ({e['pos']}): {e['en']}" for e in entries)
     else:
         name = NOVELS[seed % len(NOVELS)] if kind == "novel" else kind
-        whole = unpacked(data / "books" / f"{name}.txt.gz")
+        whole = text_of(data / "books" / f"{name}.txt.gz")
     size = READ + LATER
     start = torch.Generator().manual_seed(seed)
     at = int(torch.randint(0, max(1, len(whole) - 5 * size), (), generator=start))
@@ -60,11 +58,6 @@ def text(data: Path, kind: str, seed: int) -> Tensor:
     if len(ids) < size:
         raise ValueError(f"{kind}: the excerpt has {len(ids)} tokens, {size} are wanted")
     return torch.tensor([ids])
-
-
-def unpacked(path: Path) -> str:
-    """The text of a gzip file."""
-    return gzip.decompress(path.read_bytes()).decode()
 
 
 def own_texts(data: Path, out: Path) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from typing import Any
 from nestlearn.disk import atomic_write
 from nestlearn.evals import closed_book
 from nestlearn.evals.closed_book import DIRECT, HELD_OUT, PARAPHRASE
-from nestlearn.experiments.closed_book import fingerprint_of, loaded, said
+from nestlearn.experiments import pretrained
+from nestlearn.experiments.closed_book import loaded, said
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import detail, mean, model
@@ -30,10 +31,10 @@ FORMS = (DIRECT, PARAPHRASE)
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each way of studying."""
-    weights = fingerprint_of(asked)
+    base = pretrained.part(asked)
     return [
         {
-            "task": "pages in a row", "model": name, "folder": asked.data, "weights": weights,
+            "task": "pages in a row", "model": name, **base,
             "pages": asked.pick(QUICK_PAGES, PAGES),
             "short": asked.quick, "out": str(asked.out.resolve()),
         }
@@ -130,5 +131,5 @@ EXPERIMENT = Experiment(
     seeds=1,
     columns=columns,
     figure=figure,
-    sources=("hf", "learn", "evals/closed_book.py", "experiments/closed_book.py"),
+    sources=(*pretrained.SOURCES, "learn", "evals/closed_book.py", "experiments/closed_book.py"),
 )

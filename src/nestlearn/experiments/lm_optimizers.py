@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nestlearn import optim
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.language import corpus_of, matched, quick_models, settings
 from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
@@ -84,16 +84,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Losses and speed."""
-    return [
-        model("optimizer"), RATE, SEEDS, mean(LOSS, metric(LOSS), digits=4),
-        mean("bits per byte", detail("bits_per_byte"), digits=4),
-        mean("training loss, last tenth", detail("train_loss"), digits=4),
-        mean("tokens/s", detail("tokens_per_second"), digits=0),
-    ]  # fmt: skip
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Training loss by step, a panel for each model."""
 
@@ -111,6 +101,13 @@ def figure(records: Sequence[Record], path: Path) -> None:
     curves(panels, path, log="y")
 
 
+COLUMNS = [
+    model("optimizer"), RATE, SEEDS, mean(LOSS, metric(LOSS), digits=4),
+    mean("bits per byte", detail("bits_per_byte"), digits=4),
+    mean("training loss, last tenth", detail("train_loss"), digits=4),
+    mean("tokens/s", detail("tokens_per_second"), digits=0),
+]  # fmt: skip
+
 EXPERIMENT = Experiment(
     name="lm-optimizers",
     shows="Hope and a Transformer under four optimizers",
@@ -121,7 +118,7 @@ EXPERIMENT = Experiment(
     work=work,
     rates=lambda cell: GRIDS[cell["model"].split(", ")[1]],
     search=(100,),
-    columns=columns,
+    columns=COLUMNS,
     figure=figure,
     sources=("experiments/language.py",),
 )
