@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from nestlearn.cli.options import Device
+
 
 def doctor(
     model: Annotated[
@@ -17,7 +19,7 @@ def doctor(
             metavar="DIR", help="A model's folder: the memory that it needs to read and to learn."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Show versions, device and backends, and test the laws on this machine.
 

@@ -6,55 +6,52 @@ Like `nestlearn.cli`, this imports the library inside the command, so that help 
 from __future__ import annotations
 
 import re
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from nestlearn.cli.commands import say
-
-_who = partial(typer.Option, rich_help_panel="Who and where")
-_limit = partial(typer.Option, rich_help_panel="Limits", min=1)
+from nestlearn.cli.options import (
+    Beside,
+    BodySize,
+    Host,
+    Learners,
+    Memories,
+    MemoryCount,
+    Points,
+    Port,
+    PromptTokens,
+    Requests,
+    Seconds,
+    Served,
+    ServingDevice,
+    TextTokens,
+    TokensFile,
+    UploadSize,
+)  # fmt: skip
 
 CHUNKS, RATE = (64, 512), 0.05  # levels of a plain model, those of `nestlearn stack`
 
 
 def serve(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A stacked model's folder, a Hope's (or a run's), or a plain Hugging Face model, "
-            "on which the levels of `nestlearn stack` are put.",
-        ),
-    ],
-    memories: Annotated[
-        Path | None,
-        _who(help="For memories (default: MODEL/memories; with --tokens MODEL/users)."),
-    ] = None,
-    host: Annotated[str, _who(help="Where to listen; others than this machine need --tokens.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, _who(min=0, max=65535, help="0: any that is free.")] = 8000,
-    tokens: Annotated[
-        Path | None,
-        _who(help="A file of lines `user token` (or `user sha256:HEX`): each has own memories."),
-    ] = None,
-    device: Annotated[str, _who(help="auto, cpu, cuda ...")] = "auto",
-    max_tokens: Annotated[int, _limit(help="Of a prompt with its answer.")] = 4096,
-    max_text: Annotated[int, _limit(help="Tokens of a text to learn.")] = 200_000,
-    max_body: Annotated[int, _limit(help="Kilobytes of a request.")] = 1024,
-    max_upload: Annotated[int, _limit(help="Megabytes of a memory's file.")] = 256,
-    max_requests: Annotated[int, _limit(help="A minute, of one user.")] = 240,
-    max_beside: Annotated[
-        int, _limit(help="Answers that are made in turns; of one user, half of them.")
-    ] = 32,
-    max_learners: Annotated[int, _limit(help="Texts that are learned at once.")] = 1,
-    max_memories: Annotated[int, _limit(help="Of one user.")] = 100,
-    max_points: Annotated[int, _limit(help="Earlier states that a memory keeps.")] = 20,
-    max_seconds: Annotated[int, _limit(help="Of any request.")] = 300,
+    model: Served,
+    memories: Memories = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    tokens: TokensFile = None,
+    device: ServingDevice = "auto",
+    max_tokens: PromptTokens = 4096,
+    max_text: TextTokens = 200_000,
+    max_body: BodySize = 1024,
+    max_upload: UploadSize = 256,
+    max_requests: Requests = 240,
+    max_beside: Beside = 32,
+    max_learners: Learners = 1,
+    max_memories: MemoryCount = 100,
+    max_points: Points = 20,
+    max_seconds: Seconds = 300,
 ) -> None:
     """Serve a model that remembers: a web page, and an endpoint for OpenAI's clients.
 

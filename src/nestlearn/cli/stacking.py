@@ -15,6 +15,7 @@ from nestlearn.cli.commands import say
 from nestlearn.cli.options import (
     AnchorStrength,
     Chunks,
+    Device,
     Drift,
     Keep,
     Layers,
@@ -40,7 +41,6 @@ Data = Annotated[
     list[Path],
     typer.Option(help="A text file (.gz too) or a folder of them; repeat the option for more."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
 
 
 class _NewByDefault(TyperGroup):
