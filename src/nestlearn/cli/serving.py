@@ -12,46 +12,29 @@ from typing import Any
 
 import typer
 
+from nestlearn.cli import options
 from nestlearn.cli.commands import say
-from nestlearn.cli.options import (
-    Beside,
-    BodySize,
-    Host,
-    Learners,
-    Memories,
-    MemoryCount,
-    Points,
-    Port,
-    PromptTokens,
-    Requests,
-    Seconds,
-    Served,
-    ServingDevice,
-    TextTokens,
-    TokensFile,
-    UploadSize,
-)  # fmt: skip
 
 CHUNKS, RATE = (64, 512), 0.05  # levels of a plain model, those of `nestlearn stack`
 
 
 def serve(
-    model: Served,
-    memories: Memories = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    tokens: TokensFile = None,
-    device: ServingDevice = "auto",
-    max_tokens: PromptTokens = 4096,
-    max_text: TextTokens = 200_000,
-    max_body: BodySize = 1024,
-    max_upload: UploadSize = 256,
-    max_requests: Requests = 240,
-    max_beside: Beside = 32,
-    max_learners: Learners = 1,
-    max_memories: MemoryCount = 100,
-    max_points: Points = 20,
-    max_seconds: Seconds = 300,
+    model: options.Served,
+    memories: options.Memories = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    tokens: options.TokensFile = None,
+    device: options.ServingDevice = "auto",
+    max_tokens: options.PromptTokens = 4096,
+    max_text: options.TextTokens = 200_000,
+    max_body: options.BodySize = 1024,
+    max_upload: options.UploadSize = 256,
+    max_requests: options.Requests = 240,
+    max_beside: options.Beside = 32,
+    max_learners: options.Learners = 1,
+    max_memories: options.MemoryCount = 100,
+    max_points: options.Points = 20,
+    max_seconds: options.Seconds = 300,
 ) -> None:
     """Serve a model that remembers: a web page, and an endpoint for OpenAI's clients.
 

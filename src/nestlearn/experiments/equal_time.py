@@ -14,6 +14,7 @@ from typing import Any
 from nestlearn.experiments import books
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
+from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import (
     PARAMETERS,
     RATE,
@@ -25,19 +26,13 @@ from nestlearn.experiments.tables import (
     words,
 )
 from nestlearn.models.hope import HopeConfig
-from nestlearn.options import Attention, DeltaNet, SwiGLU, Titans
+from nestlearn.options import Attention
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Hope-Attention": {"mixer": Attention()},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
-    "Transformer, twice the steps": {"mixer": Attention(), "channel": SwiGLU()},
-    "Static projections with levels": {"mixer": Titans(adapt=())},
-    "Hope, streams of 8 windows": {},
-    "Hope, static MLP": {"channel": SwiGLU()},
-    "DeltaNet with levels, streams of 8 windows": {"mixer": DeltaNet()},
-}
+FAMILIES = families(
+    "Hope", "Hope-Attention", "DeltaNet with levels", "Transformer", "Transformer, twice the steps",
+    "Static projections with levels", "Hope, streams of 8 windows", "Hope, static MLP",
+    "DeltaNet with levels, streams of 8 windows",
+)  # fmt: skip
 MODELS = tuple(FAMILIES)[:7]
 SIZES = {"6M": (256, 6, 4), "25M": (512, 8, 8)}
 STEPS, BATCH, LENGTH = 300, 64, 512

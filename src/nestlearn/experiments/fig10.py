@@ -23,17 +23,15 @@ from nestlearn.experiments import books
 from nestlearn.experiments.equal_time import windows
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
+from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
 from nestlearn.models.hope import HopeLM
-from nestlearn.options import Attention, DeltaNet, SwiGLU
+from nestlearn.options import Attention
 
-ROWS: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Hope, streams of 8 windows": {},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "DeltaNet with levels, streams of 8 windows": {"mixer": DeltaNet()},
-    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
-}
+ROWS = families(
+    "Hope", "Hope, streams of 8 windows", "DeltaNet with levels",
+    "DeltaNet with levels, streams of 8 windows", "Transformer",
+)  # fmt: skip
 SIZE, STEPS, BATCH, LENGTH = (320, 7, 5), 600, 16, 2048
 LENGTHS = {"131,072": (131_072, 8), "1,000,000": (1_000_000, 1)}  # tokens, and texts of so many
 FIRST = 64  # tokens of the first place

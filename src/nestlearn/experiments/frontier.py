@@ -26,7 +26,7 @@ from nestlearn.disk import atomic_write
 from nestlearn.evals.files import rows_of, text_of
 from nestlearn.experiments.cells import run_cells
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.frontier_lines import at_cost, front, line_of, untouched
+from nestlearn.experiments.frontier_lines import front, later_at, untouched
 from nestlearn.experiments.methods import BLOCK, EIGHT, METHODS, Reader, base, rates, stacked
 from nestlearn.experiments.tables import spread
 from nestlearn.train.plots import new_figure, write_figure
@@ -204,10 +204,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     def at(cost: float) -> Column:
         def text(rows: Sequence[Record]) -> str:
             every = [r for r in records if r.task == rows[0].task]
-            seeds = sorted({r.seed for r in rows})
-            return spread(
-                [at_cost(line_of(rows, every, s), untouched(every, s)[1] + cost) for s in seeds]
-            )
+            return spread(later_at(cost, rows[0].model, every))
 
         return Column(f"at +{cost:g}", text)
 
@@ -221,15 +218,9 @@ def columns(records: Sequence[Record]) -> list[Column]:
 def best_first(records: Sequence[Record]) -> list[Record]:
     """The methods by their loss at the second cost."""
     place = {}
-    for r in records:
-        if (r.task, r.model) not in place:
-            every = [x for x in records if x.task == r.task]
-            own = [x for x in every if x.model == r.model]
-            costs = (
-                at_cost(line_of(own, every, s), untouched(every, s)[1] + COSTS[1])
-                for s in sorted({x.seed for x in own})
-            )
-            place[r.task, r.model] = (r.task, statistics.mean(costs), METHODS[r.model].title)
+    for task, name in dict.fromkeys((r.task, r.model) for r in records):
+        found = later_at(COSTS[1], name, [r for r in records if r.task == task])
+        place[task, name] = (task, statistics.mean(found), METHODS[name].title)
     return sorted(records, key=lambda r: place[r.task, r.model])
 
 

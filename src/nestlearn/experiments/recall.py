@@ -24,22 +24,18 @@ from nestlearn.experiments.asked import Elsewhere, answers, read
 from nestlearn.experiments.experiment import Cell, Column, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves
 from nestlearn.experiments.lessons import Lesson, Make, teach
+from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, spread
 from nestlearn.experiments.tables import model as name_of
 from nestlearn.layers.linear import StaticProjections
 from nestlearn.layers.parts import logit
 from nestlearn.models.hope import HopeConfig, HopeLM
-from nestlearn.options import Attention, DeltaNet, SwiGLU, Titans
+from nestlearn.options import Attention, Titans
 
 SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
 RETAINED = 0.9999
-ROWS: dict[str, dict[str, Any]] = {
-    "Hope": {"mixer": Titans(half_life=None)},  # one of 2,048 has lost a needle by 16,384
-    "Hope-Attention": {"mixer": Attention()},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "DeltaNet": {"mixer": DeltaNet(), "channel": SwiGLU()},
-    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
-}
+ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Transformer")
+ROWS["Hope"] = {"mixer": Titans(half_life=None)}  # one of 2,048 has lost a needle by 16,384
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too

@@ -17,17 +17,11 @@ from nestlearn.experiments import books
 from nestlearn.experiments.equal_time import curve_of
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves, lines
+from nestlearn.experiments.models import FAMILIES, families
 from nestlearn.experiments.tables import words
-from nestlearn.options import Attention, DeltaNet, StaticTitans, SwiGLU
 
-ROWS: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Hope-Attention": {"mixer": Attention()},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "DeltaNet": {"mixer": DeltaNet(), "channel": SwiGLU()},
-    "Titans": {"mixer": StaticTitans(), "channel": SwiGLU()},
-    "Transformer++": {"mixer": Attention(), "channel": SwiGLU()},
-}
+ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Titans")
+ROWS["Transformer++"] = FAMILIES["Transformer"]
 # Parameters are those of the blocks with bytes: pieces have an embedding and a head beside them.
 SIZES = {"10M": (320, 7, 5), "50M": (640, 10, 10)}  # width, layers, heads
 VOCABULARIES = {"bytes": books.BYTES, "pieces": 8192}
