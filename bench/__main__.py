@@ -34,75 +34,82 @@ app = typer.Typer(
 _console = Console(stderr=True)
 PARTS, LIMITS = "What is measured", "How"
 
+Out = Annotated[
+    Path, typer.Option(help="For bench.json, table.md, bench.png; replaces those there.")
+]
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="Seconds: T = 256, one round; no evidence, a trial."),
+]
+Layers = Annotated[
+    bool, typer.Option(help="One layer, forward and backward.", rich_help_panel=PARTS)
+]
+Decode = Annotated[bool, typer.Option(help="One token at a time.", rich_help_panel=PARTS)]
+Memory = Annotated[
+    bool | None,
+    typer.Option(
+        "--memory/--no-memory",
+        help="Peak memory of a training step, each in a fresh process (default: on; off "
+        "with --quick).",
+        rich_help_panel=PARTS,
+    ),
+]
+Model = Annotated[
+    bool,
+    typer.Option(help="Training steps of the quickstart's models.", rich_help_panel=PARTS),
+]
+Compiled = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Ours after compile() too (default: on; off with --quick).",
+        rich_help_panel=PARTS,
+    ),
+]
+Flat = Annotated[
+    bool,
+    typer.Option(
+        "--flat",
+        help="Too: ours at 65,536 tokens against 1,024, and memory of streams of up to a "
+        "million (batch 1, recomputed chunks; many minutes more).",
+        rich_help_panel=PARTS,
+    ),
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(help="Tokens (default: 256,1024,4096,16384).", rich_help_panel=LIMITS),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(min=1, help="Default 4; even: each order has its mirror.", rich_help_panel=LIMITS),
+]
+Limit = Annotated[
+    float, typer.Option(min=0, help="Seconds per run; slower: —.", rich_help_panel=LIMITS)
+]
+Batch = Annotated[int, typer.Option(min=1, help="Of a layer.", rich_help_panel=LIMITS)]
+ModelBatch = Annotated[int, typer.Option(min=1, help="Of a training step.", rich_help_panel=LIMITS)]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of torch (default: its own).", rich_help_panel=LIMITS)
+]
+
 
 @app.callback(invoke_without_command=True)
 def measure(
     context: typer.Context,
-    out: Annotated[
-        Path, typer.Option(help="For bench.json, table.md, bench.png; replaces those there.")
-    ] = Path("bench", "results"),
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Seconds: T = 256, one round; no evidence, a trial."),
-    ] = False,
-    layers: Annotated[
-        bool, typer.Option(help="One layer, forward and backward.", rich_help_panel=PARTS)
-    ] = True,
-    decode: Annotated[
-        bool, typer.Option(help="One token at a time.", rich_help_panel=PARTS)
-    ] = True,
-    memory: Annotated[
-        bool | None,
-        typer.Option(
-            "--memory/--no-memory",
-            help="Peak memory of a training step, each in a fresh process (default: on; off "
-            "with --quick).",
-            rich_help_panel=PARTS,
-        ),
-    ] = None,
-    model: Annotated[
-        bool,
-        typer.Option(help="Training steps of the quickstart's models.", rich_help_panel=PARTS),
-    ] = True,
-    compiled: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Ours after compile() too (default: on; off with --quick).",
-            rich_help_panel=PARTS,
-        ),
-    ] = None,
-    flat: Annotated[
-        bool,
-        typer.Option(
-            "--flat",
-            help="Too: ours at 65,536 tokens against 1,024, and memory of streams of up to a "
-            "million (batch 1, recomputed chunks; many minutes more).",
-            rich_help_panel=PARTS,
-        ),
-    ] = False,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Tokens (default: 256,1024,4096,16384).", rich_help_panel=LIMITS),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Default 4; even: each order has its mirror.", rich_help_panel=LIMITS
-        ),
-    ] = None,
-    limit: Annotated[
-        float, typer.Option(min=0, help="Seconds per run; slower: —.", rich_help_panel=LIMITS)
-    ] = Settings.limit,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Of a layer.", rich_help_panel=LIMITS)
-    ] = Settings.batch,
-    model_batch: Annotated[
-        int, typer.Option(min=1, help="Of a training step.", rich_help_panel=LIMITS)
-    ] = Settings.model_batch,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch (default: its own).", rich_help_panel=LIMITS)
-    ] = None,
+    out: Out = Path("bench", "results"),
+    quick: Quick = False,
+    layers: Layers = True,
+    decode: Decode = True,
+    memory: Memory = None,
+    model: Model = True,
+    compiled: Compiled = None,
+    flat: Flat = False,
+    lengths: Lengths = None,
+    rounds: Rounds = None,
+    limit: Limit = Settings.limit,
+    batch: Batch = Settings.batch,
+    model_batch: ModelBatch = Settings.model_batch,
+    threads: Threads = None,
 ) -> None:
     """Measure nestlearn's layers beside their peers: tokens/s, latency, memory, share of the peak.
 

@@ -5,8 +5,16 @@ import time
 import pytest
 import torch
 
-from nestlearn import DeltaLevel, HopeConfig, HopeLM, Level, options, stack_levels, state
-from nestlearn.cli import doctor
+from nestlearn import (
+    DeltaLevel,
+    HopeConfig,
+    HopeLM,
+    Level,
+    options,
+    selftest,
+    stack_levels,
+    state,
+)
 from nestlearn.scan import fused
 
 
@@ -15,7 +23,7 @@ def test_it_passes_here_in_ten_seconds(call, unchecked):
     code, out, err = call("doctor", "--device", "cpu")
     assert code == 0, out + err
     assert time.process_time() - began < 10
-    assert out.count("holds  ") == len(doctor.LAWS) == 5
+    assert out.count("holds  ") == len(selftest.LAWS) == 5
     for said in ("python", "torch", "triton", "transformers", "disk", "fused         chosen"):
         assert said in out
     assert "card          no: " in out
@@ -56,31 +64,31 @@ def _fused(*args, update=fused.update, **more):
 )
 def test_a_broken_law_is_seen(owner, name, broken, law, call, monkeypatch, unchecked):
     monkeypatch.setattr(owner, name, broken)
-    only = {each: test for each, test in doctor.LAWS.items() if each.startswith(law)}
-    monkeypatch.setattr(doctor, "LAWS", only)
+    only = {each: test for each, test in selftest.LAWS.items() if each.startswith(law)}
+    monkeypatch.setattr(selftest, "LAWS", only)
     code, out, _ = call("doctor", "--device", "cpu")
     assert code == 1
     assert f"FAILS  {law}" in out
 
 
 def test_the_callers_random_state_stays(call, monkeypatch):
-    monkeypatch.setattr(doctor, "LAWS", {"nothing": lambda place: ""})
+    monkeypatch.setattr(selftest, "LAWS", {"nothing": lambda place: ""})
     before = torch.get_rng_state()
     assert call("doctor", "--device", "cpu")[0] == 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_memory_of_a_hope(tmp_path, call, monkeypatch):
-    monkeypatch.setattr(doctor, "LAWS", {})
+    monkeypatch.setattr(selftest, "LAWS", {})
     levels = options.Continuum((Level(chunk=4), Level()))
     lm = HopeLM(HopeConfig(64, 32, 1, 2, options.Titans(chunk=8), levels))
     lm.save_pretrained(tmp_path)
-    said = dict(doctor.needs(tmp_path))
-    reader = doctor._size(state.nbytes(lm.init_state(1)))
+    said = dict(selftest.needs(tmp_path))
+    reader = selftest._size(state.nbytes(lm.init_state(1)))
     assert f"{reader} of state for each reader" in said["to read"]
-    assert f"{doctor._size(16 * lm.parameter_count())} with AdamW" in said["to train"]
-    monkeypatch.setattr(doctor, "available", lambda: 1000)
-    assert "what a window keeps" in dict(doctor.needs(tmp_path))["to train"]
+    assert f"{selftest._size(16 * lm.parameter_count())} with AdamW" in said["to train"]
+    monkeypatch.setattr(selftest, "available", lambda: 1000)
+    assert "what a window keeps" in dict(selftest.needs(tmp_path))["to train"]
     code, out, _ = call("doctor", "--device", "cpu", "--model", tmp_path)
     assert code == 0
     assert f"Memory of {tmp_path}" in out
@@ -97,10 +105,10 @@ def test_the_memory_of_a_stack(tmp_path):
     )  # fmt: skip
     model = stack_levels(LlamaForCausalLM(config), levels=[DeltaLevel(chunk=16, lr=0.1)])
     save_stack(model, tmp_path / "stacked")
-    said = dict(doctor.needs(tmp_path / "stacked"))
-    assert f"{doctor._size(model.memory_bytes())} of memory" in said["to read"]
+    said = dict(selftest.needs(tmp_path / "stacked"))
+    assert f"{selftest._size(model.memory_bytes())} of memory" in said["to read"]
     assert "16 tokens" in said["to learn"]
-    assert "nestlearn stack" in dict(doctor.needs(tmp_path / "stacked" / "base"))["to learn"]
+    assert "nestlearn stack" in dict(selftest.needs(tmp_path / "stacked" / "base"))["to learn"]
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path, call):

@@ -25,6 +25,7 @@ from nestlearn.cli import (
     training,
 )
 from nestlearn.cli.commands import say as _say
+from nestlearn.cli.options import Device
 
 app = typer.Typer(
     name="nestlearn",
@@ -140,7 +141,7 @@ def generate(
         int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Continue a prompt with a trained model.
 

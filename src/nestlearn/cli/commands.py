@@ -131,13 +131,18 @@ def reproduce(
 
 
 def _print_result(run: Callable[[], str]) -> None:
-    from rich.markdown import Markdown
-
     try:
         text = run()
     except KeyboardInterrupt:
         say("Stopped: the same command goes on with what is missing.", "yellow")
         raise typer.Exit(130) from None
+    show(text)
+
+
+def show(text: str) -> None:
+    """Markdown, drawn where somebody looks."""
+    from rich.markdown import Markdown
+
     console = Console()
     console.print(Markdown(text)) if console.is_terminal else typer.echo(text)
 

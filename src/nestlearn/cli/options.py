@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+
 # ------------------------------------------------------------------------------------ train
 
 _place = partial(typer.Option, rich_help_panel="Data and place")
@@ -160,3 +162,38 @@ Questions = Annotated[
     int | None,
     typer.Option(min=1, help="With --study: how many it asks itself, at most (default: 24)."),
 ]
+
+# ------------------------------------------------------------------------------------ serve
+
+_who = partial(typer.Option, rich_help_panel="Who and where")
+_limit = partial(typer.Option, rich_help_panel="Limits", min=1)
+
+ServingDevice = Annotated[str, _who(help="auto, cpu, cuda ...")]
+Served = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A stacked model's folder, a Hope's (or a run's), or a plain Hugging Face model, "
+        "on which the levels of `nestlearn stack` are put. Default: the package's own Hope.",
+    ),
+]
+Memories = Annotated[
+    Path | None,
+    _who(help="For memories (default: memories in MODEL, else here; with --tokens users)."),
+]
+Host = Annotated[str, _who(help="Where to listen; others than this machine need --tokens.")]
+Port = Annotated[int, _who(min=0, max=65535, help="0: any that is free.")]
+TokensFile = Annotated[
+    Path | None,
+    _who(help="A file of lines `user token` (or `user sha256:HEX`): each has own memories."),
+]
+PromptTokens = Annotated[int, _limit(help="Of a prompt with its answer.")]
+TextTokens = Annotated[int, _limit(help="Tokens of a text to learn.")]
+BodySize = Annotated[int, _limit(help="Kilobytes of a request.")]
+UploadSize = Annotated[int, _limit(help="Megabytes of a memory's file.")]
+Requests = Annotated[int, _limit(help="A minute, of one user.")]
+Beside = Annotated[int, _limit(help="Answers that are made in turns; of one user, half of them.")]
+Learners = Annotated[int, _limit(help="Texts that are learned at once.")]
+MemoryCount = Annotated[int, _limit(help="Of one user.")]
+Points = Annotated[int, _limit(help="Earlier states that a memory keeps.")]
+Seconds = Annotated[int, _limit(help="Of any request.")]

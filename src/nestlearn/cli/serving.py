@@ -6,55 +6,35 @@ Like `nestlearn.cli`, this imports the library inside the command, so that help 
 from __future__ import annotations
 
 import re
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from nestlearn.cli import options
 from nestlearn.cli.commands import say
-
-_who = partial(typer.Option, rich_help_panel="Who and where")
-_limit = partial(typer.Option, rich_help_panel="Limits", min=1)
 
 CHUNKS, RATE = (64, 512), 0.05  # levels of a plain model, those of `nestlearn stack`
 
 
 def serve(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A stacked model's folder, a Hope's (or a run's), or a plain Hugging Face model, "
-            "on which the levels of `nestlearn stack` are put. Default: the package's own Hope.",
-        ),
-    ] = "nestlearn/tiny",
-    memories: Annotated[
-        Path | None,
-        _who(help="For memories (default: memories in MODEL, else here; with --tokens users)."),
-    ] = None,
-    host: Annotated[str, _who(help="Where to listen; others than this machine need --tokens.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, _who(min=0, max=65535, help="0: any that is free.")] = 8000,
-    tokens: Annotated[
-        Path | None,
-        _who(help="A file of lines `user token` (or `user sha256:HEX`): each has own memories."),
-    ] = None,
-    device: Annotated[str, _who(help="auto, cpu, cuda ...")] = "auto",
-    max_tokens: Annotated[int, _limit(help="Of a prompt with its answer.")] = 4096,
-    max_text: Annotated[int, _limit(help="Tokens of a text to learn.")] = 200_000,
-    max_body: Annotated[int, _limit(help="Kilobytes of a request.")] = 1024,
-    max_upload: Annotated[int, _limit(help="Megabytes of a memory's file.")] = 256,
-    max_requests: Annotated[int, _limit(help="A minute, of one user.")] = 240,
-    max_beside: Annotated[
-        int, _limit(help="Answers that are made in turns; of one user, half of them.")
-    ] = 32,
-    max_learners: Annotated[int, _limit(help="Texts that are learned at once.")] = 1,
-    max_memories: Annotated[int, _limit(help="Of one user.")] = 100,
-    max_points: Annotated[int, _limit(help="Earlier states that a memory keeps.")] = 20,
-    max_seconds: Annotated[int, _limit(help="Of any request.")] = 300,
+    model: options.Served = "nestlearn/tiny",
+    memories: options.Memories = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    tokens: options.TokensFile = None,
+    device: options.ServingDevice = "auto",
+    max_tokens: options.PromptTokens = 4096,
+    max_text: options.TextTokens = 200_000,
+    max_body: options.BodySize = 1024,
+    max_upload: options.UploadSize = 256,
+    max_requests: options.Requests = 240,
+    max_beside: options.Beside = 32,
+    max_learners: options.Learners = 1,
+    max_memories: options.MemoryCount = 100,
+    max_points: options.Points = 20,
+    max_seconds: options.Seconds = 300,
 ) -> None:
     """Serve a model that remembers: a web page, and an endpoint for OpenAI's clients.
 

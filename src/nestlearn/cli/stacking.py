@@ -11,27 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from nestlearn.cli import options
 from nestlearn.cli.commands import say
-from nestlearn.cli.options import (
-    AnchorStrength,
-    Chunks,
-    Drift,
-    Keep,
-    Layers,
-    OldTokenizer,
-    Pretrained,
-    Questions,
-    Rank,
-    Rates,
-    RuleName,
-    Spread,
-    StackFolder,
-    Study,
-    Tokens,
-    Tolerance,
-    VariantName,
-    Window,
-)  # fmt: skip
 from nestlearn.cli.stacked import encode, open_session, place, pretrained, words_of
 
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="A stacked model's folder.")]
@@ -40,7 +21,6 @@ Data = Annotated[
     list[Path],
     typer.Option(help="A text file (.gz too) or a folder of them; repeat the option for more."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
 
 
 class _NewByDefault(TyperGroup):
@@ -62,17 +42,17 @@ stack = typer.Typer(
 
 @stack.command("new")
 def stack_new(
-    model: Pretrained,
-    out: StackFolder,
-    chunk: Chunks = None,
-    lr: Rates = None,
-    rule: RuleName = "gd",
-    variant: VariantName = "sequential",
-    spread: Spread = "block",
-    layer: Layers = None,
-    rank: Rank = None,
-    window: Window = None,
-    tokenizer: OldTokenizer = None,
+    model: options.Pretrained,
+    out: options.StackFolder,
+    chunk: options.Chunks = None,
+    lr: options.Rates = None,
+    rule: options.RuleName = "gd",
+    variant: options.VariantName = "sequential",
+    spread: options.Spread = "block",
+    layer: options.Layers = None,
+    rank: options.Rank = None,
+    window: options.Window = None,
+    tokenizer: options.OldTokenizer = None,
 ) -> None:
     """Make a stacked model of a pretrained one (the default command: `new` may be left out).
 
@@ -170,14 +150,14 @@ def learn(
     folder: Dir,
     data: Data,
     memory: MemoryName,
-    tokens: Tokens = None,
-    keep: Keep = None,
-    tolerance: Tolerance = None,
-    drift: Drift = None,
-    anchor: AnchorStrength = 0.0,
-    study: Study = False,
-    questions: Questions = None,
-    device: Device = "auto",
+    tokens: options.Tokens = None,
+    keep: options.Keep = None,
+    tolerance: options.Tolerance = None,
+    drift: options.Drift = None,
+    anchor: options.AnchorStrength = 0.0,
+    study: options.Study = False,
+    questions: options.Questions = None,
+    device: options.Device = "auto",
 ) -> None:
     """Read a text, learn from it, and remember it under a name.
 
@@ -235,7 +215,7 @@ def chat(
     tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed draws the same replies.")] = 0,
-    device: Device = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Talk with a model that remembers; every exchange is saved. An empty line ends it.
 
@@ -255,9 +235,9 @@ def chat(
     words = {"user": "your words", "assistant": "its own words", "both": "all that is said"}
     say(f"{introduction(session, memory)} It learns from {words.get(side, 'nothing')}.")
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
+    drawing: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
-        options["temperature"] = temperature
+        drawing["temperature"] = temperature
     while True:
         try:
             message = input("> ").strip()
@@ -266,7 +246,7 @@ def chat(
         if not message:
             break
         try:
-            typer.echo(session.chat(message, learn=side, **options))
+            typer.echo(session.chat(message, learn=side, **drawing))
         except ValueError as error:  # such as a message that is too long: the talk goes on
             say(f"Error: {error}", "bold red")
             continue

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
 if TYPE_CHECKING:
     from nestlearn.evals.streams import Text
     from nestlearn.experiments.readers import Opened
 
-Tell = Callable[[int, int], None]
 ASIS = ("windows", "carried")  # with nothing to choose, they read at temperature 1
 
 
@@ -57,6 +54,7 @@ def stream(
 
     Example:  nestlearn eval stream --model runs/first --text book.txt
     """
+    from nestlearn.cli.commands import show
     from nestlearn.cli.stacked import quiet
     from nestlearn.experiments import readers
     from nestlearn.experiments.experiment import chosen
@@ -69,22 +67,13 @@ def stream(
         opened.text(_joined(paths), tokens) if paths else None for paths in (text, choose)
     )
     assert read is not None
-    found: list[dict[str, Any]] = []
-    try:
-        _read(opened, asked, read, held, found)
-    except KeyboardInterrupt:
-        if not found:
-            raise
+    found = _read(opened, asked, read, held)
     size = int(read.sizes.sum())
     if as_json is not None:
         said = {"model": str(model), "text": [str(path) for path in text], "bytes": size,
                 "tokens": len(read.ids), "window": opened.window, "rows": found}  # fmt: skip
         as_json.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    table = _table(
-        found, f"{size:,} bytes, {len(read.ids):,} tokens, windows of {opened.window:,}."
-    )
-    console = Console()
-    console.print(Markdown(table)) if console.is_terminal else typer.echo(table)
+    show(_table(found, f"{size:,} bytes, {len(read.ids):,} tokens, windows of {opened.window:,}."))
 
 
 def _joined(paths: list[Path]) -> str:
@@ -95,54 +84,66 @@ def _joined(paths: list[Path]) -> str:
 
 
 def _read(
-    opened: Opened, rows: tuple[str, ...], text: Text, held: Text | None,
-    found: list[dict[str, Any]],
-) -> None:  # fmt: skip
-    """Into `found`, row by row, what each came to; with progress on stderr."""
+    opened: Opened, rows: tuple[str, ...], text: Text, held: Text | None
+) -> list[dict[str, Any]]:
+    """What each row came to, those before a Ctrl-C, if any; with progress on stderr."""
     from nestlearn.cli.reading import progress
-    from nestlearn.evals.streams import bits_per_byte, nats, tenths
     from nestlearn.experiments.readers import ROWS
 
+    found: list[dict[str, Any]] = []
     of = len(text.ids) + (3 * len(held.ids) if held else 0)
     with progress("tokens", measured=False) as board:
         task = board.add_task("", total=of * len(rows), rate="")
-        for place, row in enumerate(rows):
-            board.update(task, description=ROWS[row].title)
-            done, began = place * of, time.perf_counter()
+        try:
+            for row in rows:
+                board.update(task, description=ROWS[row].title)
+                done, began = len(found) * of, time.perf_counter()
 
-            def told(read: int, _: int) -> None:
-                rate = (done + read - place * of) / (time.perf_counter() - began)  # noqa: B023
-                board.update(task, completed=done + read, rate=f"{rate:,.0f} tokens/s")  # noqa: B023
+                def told(read: int) -> None:
+                    rate = read / (time.perf_counter() - began)  # noqa: B023
+                    board.update(task, completed=done + read, rate=f"{rate:,.0f} tokens/s")  # noqa: B023
 
-            dial = 1.0 if row in ASIS else ROWS[row].values[1]
-            if held is not None:
-                tried = {}
-                for value in ROWS[row].values:
-                    some = nats(opened.reader(row, value), held.ids, told)
-                    tried[value] = bits_per_byte(some, held.sizes)
-                    done += len(held.ids)
-                dial = min(tried, key=tried.__getitem__)
-            start = time.perf_counter()
-            losses = nats(opened.reader(row, dial), text.ids, told)
-            found.append({
-                "row": row, "title": ROWS[row].title, ROWS[row].dial: dial,
-                "bits_per_byte": bits_per_byte(losses, text.sizes),
-                "tenths": tenths(losses, text.sizes),
-                "tokens_per_second": len(text.ids) / (time.perf_counter() - start),
-            })  # fmt: skip
+                found.append(_measured(opened, row, text, held, told))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+    return found
+
+
+def _measured(
+    opened: Opened, row: str, text: Text, held: Text | None, tell: Callable[[int], None]
+) -> dict[str, Any]:
+    """One row's figures, at the best of its dial's values on the held text."""
+    from nestlearn.evals.streams import bits_per_byte, nats, tenths
+    from nestlearn.experiments.readers import ROWS
+
+    about, done = ROWS[row], 0
+    dial = 1.0 if row in ASIS else about.values[1]
+    if held is not None:
+        tried = {}
+        for value in about.values:
+            some = nats(opened.reader(row, value), held.ids, lambda read, _: tell(done + read))  # noqa: B023
+            tried[value] = bits_per_byte(some, held.sizes)
+            done += len(held.ids)
+        dial = min(tried, key=tried.__getitem__)
+    start = time.perf_counter()
+    losses = nats(opened.reader(row, dial), text.ids, lambda read, _: tell(done + read))
+    return {
+        "row": row, "title": about.title, about.dial: dial,
+        "bits_per_byte": bits_per_byte(losses, text.sizes), "tenths": tenths(losses, text.sizes),
+        "tokens_per_second": len(text.ids) / (time.perf_counter() - start),
+    }  # fmt: skip
 
 
 def _table(found: list[dict[str, Any]], about: str) -> str:
     from nestlearn.experiments.readers import ROWS
+    from nestlearn.experiments.tables import markdown
 
-    lines = [
-        "| row | setting | bits per byte | first tenth | last tenth | tokens/s |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("row", "setting", "bits per byte", "first tenth", "last tenth", "tokens/s")
+    rows: list[Sequence[str]] = [head]
     for row in found:
         dial = ROWS[row["row"]].dial
         bits = (row["bits_per_byte"], row["tenths"][0], row["tenths"][-1])
-        told = " | ".join(f"{value:.4f}" for value in bits)
-        speed = f"{row['tokens_per_second']:,.0f}"
-        lines.append(f"| {row['title']} | {dial} {row[dial]:g} | {told} | {speed} |")
-    return "\n".join([*lines, "", about])
+        told, speed = (f"{value:.4f}" for value in bits), f"{row['tokens_per_second']:,.0f}"
+        rows.append((row["title"], f"{dial} {row[dial]:g}", *told, speed))
+    return f"{markdown(rows)}\n\n{about}"

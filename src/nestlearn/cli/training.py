@@ -11,54 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestlearn.cli import processes
+from nestlearn.cli import options, processes
 from nestlearn.cli.commands import say as _say
-from nestlearn.cli.options import (
-    Accumulate,
-    AnyDevice,
-    Batch,
-    ChannelName,
-    CheckpointEvery,
-    DtypeName,
-    Length,
-    MixerName,
-    Parallel,
-    Profile,
-    Rate,
-    Resume,
-    RunFolder,
-    Seed,
-    Size,
-    Steps,
-    TokenizerFile,
-    TrainingText,
-    Windows,
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from nestlearn.train import Corpus, TrainConfig
 
 
 def train(
-    data: TrainingText,
-    out: RunFolder,
-    resume: Resume = False,
-    tokenizer: TokenizerFile = None,
-    size: Size = "tiny",
-    mixer: MixerName = "hope",
-    channel: ChannelName = "cms",
-    steps: Steps = 500,
-    batch: Batch = 8,
-    length: Length = 256,
-    stream: Windows = 1,
-    lr: Rate = 3e-3,
-    seed: Seed = 0,
-    dtype: DtypeName = "float32",
-    device: AnyDevice = "auto",
-    parallel: Parallel = "auto",
-    accumulate: Accumulate = 1,
-    checkpoint_every: CheckpointEvery = 100,
-    profile: Profile = False,
+    data: options.TrainingText,
+    out: options.RunFolder,
+    resume: options.Resume = False,
+    tokenizer: options.TokenizerFile = None,
+    size: options.Size = "tiny",
+    mixer: options.MixerName = "hope",
+    channel: options.ChannelName = "cms",
+    steps: options.Steps = 500,
+    batch: options.Batch = 8,
+    length: options.Length = 256,
+    stream: options.Windows = 1,
+    lr: options.Rate = 3e-3,
+    seed: options.Seed = 0,
+    dtype: options.DtypeName = "float32",
+    device: options.AnyDevice = "auto",
+    parallel: options.Parallel = "auto",
+    accumulate: options.Accumulate = 1,
+    checkpoint_every: options.CheckpointEvery = 100,
+    profile: options.Profile = False,
 ) -> None:
     """Train a model on text.
 
@@ -143,7 +122,7 @@ def _introduce(corpus: Corpus, model: Any, say: Callable[..., None]) -> None:
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")],
     out: Annotated[Path, typer.Option(help="The model's new folder.")],
-    tokenizer: TokenizerFile = None,
+    tokenizer: options.TokenizerFile = None,
 ) -> None:
     """Write the model of a run's newest whole checkpoint, one file of weights, for use.
 

@@ -7,7 +7,7 @@ folder that holds `clinc150/`, `banking77/` and `dbpedia14/` as their publishers
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import text_of
 from .tasks import stream
 
 Pairs = Iterable[tuple[str, str]]  # text, class
@@ -38,23 +39,22 @@ class Group:
 
 
 def _clinc(folder: Path) -> tuple[Pairs, Pairs]:
-    with gzip.open(folder / "clinc150" / "data_full.json.gz", "rt", encoding="utf-8") as file:
-        found = json.load(file)
+    found = json.loads(text_of(folder / "clinc150" / "data_full.json.gz"))
     return found["train"], found["test"]
 
 
 def _banking(folder: Path) -> tuple[Pairs, Pairs]:
     def read(name: str) -> Pairs:
-        with open(folder / "banking77" / name, encoding="utf-8", newline="") as file:
-            return [(row["text"].strip(), row["category"]) for row in csv.DictReader(file)]
+        rows = csv.DictReader(io.StringIO(text_of(folder / "banking77" / name), newline=""))
+        return [(row["text"].strip(), row["category"]) for row in rows]
 
     return read("train.csv"), read("test.csv")
 
 
 def _dbpedia(folder: Path) -> tuple[Pairs, Pairs]:
-    names = (folder / "dbpedia14" / "classes.txt").read_text(encoding="utf-8").split()
-    with gzip.open(folder / "dbpedia14" / "train14k.csv.gz", "rt", encoding="utf-8") as file:
-        rows = [line.split(",", 1) for line in file]  # the text has commas, unquoted
+    names = text_of(folder / "dbpedia14" / "classes.txt").split()
+    lines = text_of(folder / "dbpedia14" / "train14k.csv.gz").rstrip("\n").split("\n")
+    rows = [line.split(",", 1) for line in lines]  # the text has commas, unquoted
     pairs = [(" ".join(text.split()[:40]), names[int(label)]) for label, text in rows]
     return pairs[::2], pairs[1::2]
 

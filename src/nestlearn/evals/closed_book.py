@@ -19,7 +19,6 @@ from .tasks import stream
 
 DIRECT, PARAPHRASE, TWO_STEP, ABSENT = "direct", "paraphrase", "two-step", "absent"
 FORMS = (DIRECT, PARAPHRASE, TWO_STEP, ABSENT)
-PER_PAGE = 12  # direct questions
 
 
 class Question(NamedTuple):

@@ -6,26 +6,23 @@ Paperno et al. 2016, in the form of OpenAI's test set: lines of JSON with `conte
 
 from __future__ import annotations
 
-import gzip
-import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .files import rows_of
+
 Passage = tuple[list[int], list[int]]  # ids of the passage, and of its last word
 
 
 def lambada(file: Path, tokenizer: Any, count: int | None = None) -> list[Passage]:
     """The first `count` passages (None: all) of a gzipped file; ValueError where it has others."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        try:
-            rows = [json.loads(line) for line in islice(lines, count)]
-            texts = [(row["context"], row["continuation"]) for row in rows]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} holds no lines of context and continuation") from error
+    try:
+        texts = [(row["context"], row["continuation"]) for row in rows_of(file)[:count]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no lines of context and continuation") from error
     return [
         (tokenizer.encode(context), tokenizer.encode(f" {word}", add_special_tokens=False))
         for context, word in texts

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from .haystack import Asked
 from .tasks import stream
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -113,9 +114,9 @@ def sample(name: str, length: int, words: Words, count: Count, seed: int, text: 
     return Sample(before, context, question, answers, depths)
 
 
-def score(sample: Sample, said: str) -> float:
+def score(asked: Sample | Asked, said: str) -> float:
     """The share of the answers that occur in what was said, whatever the case."""
-    return sum(a.lower() in said.lower() for a in sample.answers) / len(sample.answers)
+    return sum(a.lower() in said.lower() for a in asked.answers) / len(asked.answers)
 
 
 def draw_keys(rng: np.random.Generator, words: Words, count: int) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .haystack import Asked, Bytes, Piece, Row, cut, hide, repeated
-from .needles import NOISE, TASKS, Task, Words, draw_keys, draw_value, sentence, wording
+from .needles import NOISE, TASKS, Task, Words, draw_keys, draw_value, score, sentence, wording
 from .tasks import stream
 
 NAMES = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")  # of table 1
@@ -180,6 +180,4 @@ def drill(length: int, words: Words, rng: np.random.Generator, most: int = 5) ->
     return Row(ids, np.concatenate(asked)[:length])
 
 
-def score(asked: Asked, said: str) -> float:
-    """The share of the answers that occur in what was said, whatever the case."""
-    return sum(answer.lower() in said.lower() for answer in asked.answers) / len(asked.answers)
+__all__ = ["NAMES", "SAID", "drill", "parted", "row", "sample", "score"]

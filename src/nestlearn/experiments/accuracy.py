@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from nestlearn.evals import Record
-from nestlearn.experiments.figures import Values
+from nestlearn.experiments.figures import grid
 from nestlearn.experiments.models import contender
 from nestlearn.experiments.tables import PARAMETERS, Column, at, mean, number, table, words
 
@@ -16,10 +17,13 @@ TITLE = words("model", lambda r: contender(r.model).title)
 
 @dataclass(frozen=True)
 class Accuracies:
-    """heads: of columns, with the pairs in their cells. paper: by row of its table, then pair."""
+    """heads: of columns, with the pairs in their cells. paper: by row of its table, then pair.
+    names: of the pairs in the picture.
+    """
 
     heads: Mapping[str, Sequence[Pair]]
     paper: Mapping[str, Mapping[Pair, float]]
+    names: Mapping[Pair, str] = field(default_factory=dict)
 
     def columns(self, records: Sequence[Record]) -> list[Column]:
         """The model's title, then accuracies in percent, where there is a record."""
@@ -51,18 +55,16 @@ class Accuracies:
             columns.append(Column(c.head, text))
         return f"Best learning rates:\n\n{table(records, columns)}"
 
-    def values(
-        self, records: Sequence[Record], names: Mapping[Pair, str]
-    ) -> tuple[dict[str, Values], dict[str, dict[str, float]]]:
-        """For a picture: ours by title and name of the pair, and the paper's likewise."""
+    def figure(self, records: Sequence[Record], path: Path) -> None:
+        """A grid of colours, the paper's rows below ours."""
         ours: dict[str, dict[str, list[float]]] = {}
         paper: dict[str, dict[str, float]] = {}
         for r in records:
-            if (name := names.get((r.task, r.setting))) is None:
+            pair, about = (r.task, r.setting), contender(r.model)
+            if (name := self.names.get(pair)) is None:
                 continue
-            about = contender(r.model)
             ours.setdefault(about.title, {}).setdefault(name, []).append(r.value)
             told = self.paper.get(about.paper or "", {})
-            if (r.task, r.setting) in told:
-                paper.setdefault(about.title, {})[name] = told[r.task, r.setting]
-        return dict(ours), paper
+            if pair in told:
+                paper.setdefault(about.title, {})[name] = told[pair]
+        grid(ours, path, paper=paper)

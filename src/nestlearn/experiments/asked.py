@@ -13,11 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nestlearn import state as tree
 from nestlearn.models.hope import HopeLM
@@ -55,11 +53,7 @@ def answers(lm: HopeLM, state: Any, questions: Sequence[bytes], most: int) -> li
             logits, state = lm(new, state)
         new = logits[:, -1:].argmax(-1)
         told.append(new)
-    return [bytes(row).decode(errors="replace") for row in _rows(torch.cat(told, 1))]
-
-
-def _rows(ids: Tensor) -> list[list[int]]:
-    return ids.cpu().tolist()
+    return [bytes(row).decode(errors="replace") for row in torch.cat(told, 1).tolist()]
 
 
 class Elsewhere:
@@ -74,12 +68,7 @@ class Elsewhere:
     def __enter__(self) -> Elsewhere:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.process.terminate()
         self.process.communicate()
 

@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import Record, closed_book
+from nestlearn.evals import closed_book
 from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document
 from nestlearn.evals.last_words import lambada, last_words
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.retrieval import BM25
-from nestlearn.experiments.tables import Column, detail, mean, model, words
+from nestlearn.experiments import pretrained
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.pretrained import BM25
+from nestlearn.experiments.tables import detail, mean, model, words
 
 ROWS = {
     "nothing read": "",
@@ -51,24 +50,16 @@ COSTS = (("own", "nats", 3), ("wikitext", "nats", 3), ("lambada", "points", 1))
 LORA_RATE, LORA_STEPS = 1e-3, 170  # about a study's operations
 
 
-def fingerprint_of(asked: Options) -> str:
-    """The pretrained model's weights; ValueError where there are none."""
-    files = sorted((Path(asked.data or "") / "model").glob("*.safetensors"))
-    if asked.data is None or not files:
-        raise ValueError(f"--data {asked.data}: give a folder with a pretrained model in model/")
-    return fingerprint(files)
-
-
 def grid(asked: Options) -> list[Cell]:
     """A cell for each page and way of reading."""
-    weights = fingerprint_of(asked)
+    base = pretrained.part(asked)
     kinds = chosen(asked.only, tuple(KINDS), "kind")
     pages = asked.pick(QUICK_PAGES, PAGES)
     return [
         {
-            "task": kinds[n % len(kinds)], "model": name, "page": n, "folder": asked.data,
+            "task": kinds[n % len(kinds)], "model": name, "page": n,
             "setting": "kept apart" if kinds[n % len(kinds)] in HELD_OUT else "developed on",
-            "weights": weights, "kinds": kinds, "pages": pages,
+            **base, "kinds": kinds, "pages": pages,
             "short": asked.quick,
         }
         for n in range(pages)
@@ -78,14 +69,11 @@ def grid(asked: Options) -> list[Cell]:
 
 @cache
 def loaded(folder: Path, device: str, count: int = 2) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from nestlearn import DeltaLevel, stack_levels
 
-    base: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    base, words = pretrained.opened(folder, device)
     levels = [DeltaLevel(chunk, lr=0.05, rule="gd") for chunk in (64, 512)[-count:]]
-    stacked = stack_levels(base.to(device), levels, rank=8, window=128, cache_dtype="bfloat16")
-    return stacked, AutoTokenizer.from_pretrained(folder / "model")
+    return stack_levels(base, levels, rank=8, window=128, cache_dtype="bfloat16"), words
 
 
 class _Elsewhere(NamedTuple):
@@ -209,14 +197,11 @@ def _read(
 def _lora(words_of: Any, text: str, cell: Cell, tell: Tell, rank: int = 8) -> tuple[Any, float]:
     """The model with adapters that learned the page's next tokens, and their bytes."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(cell["seed"])
-    plain: Any = AutoModelForCausalLM.from_pretrained(
-        Path(cell["folder"]) / "model", dtype=torch.float32
-    )
+    plain, _ = pretrained.opened(Path(cell["folder"]), cell["device"])
     asked = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    reader: Any = get_peft_model(plain.to(cell["device"]), asked)
+    reader: Any = get_peft_model(plain, asked)
     mine = [p for p in reader.parameters() if p.requires_grad]
     adam = torch.optim.Adam(mine, LORA_RATE)
     ids = torch.tensor([words_of.encode(text)], device=cell["device"])
@@ -296,5 +281,5 @@ EXPERIMENT = Experiment(
     seeds=1,
     columns=columns,
     by=lambda r: (r.setting, r.model),
-    sources=("hf", "learn", "evals/closed_book.py"),
+    sources=(*pretrained.SOURCES, "learn", "evals/closed_book.py"),
 )

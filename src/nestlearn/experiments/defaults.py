@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from nestlearn.evals import Record, formal, mad, mqar
+from nestlearn.evals import formal, mad, mqar
 from nestlearn.experiments import books, table4
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import build
-from nestlearn.experiments.tables import Column, model
+from nestlearn.experiments.tables import model
 from nestlearn.options import Level
 from nestlearn.train import TrainConfig, train
 

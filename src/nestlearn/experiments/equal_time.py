@@ -7,21 +7,18 @@ steps alone on their card, without evaluation.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Along, Panel, curves, lines
+from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import (
     PARAMETERS,
     RATE,
     SEEDS,
-    Column,
     detail,
     mean,
     metric,
@@ -29,19 +26,13 @@ from nestlearn.experiments.tables import (
     words,
 )
 from nestlearn.models.hope import HopeConfig
-from nestlearn.options import Attention, DeltaNet, SwiGLU, Titans
+from nestlearn.options import Attention
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Hope-Attention": {"mixer": Attention()},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
-    "Transformer, twice the steps": {"mixer": Attention(), "channel": SwiGLU()},
-    "Static projections with levels": {"mixer": Titans(adapt=())},
-    "Hope, streams of 8 windows": {},
-    "Hope, static MLP": {"channel": SwiGLU()},
-    "DeltaNet with levels, streams of 8 windows": {"mixer": DeltaNet()},
-}
+FAMILIES = families(
+    "Hope", "Hope-Attention", "DeltaNet with levels", "Transformer", "Transformer, twice the steps",
+    "Static projections with levels", "Hope, streams of 8 windows", "Hope, static MLP",
+    "DeltaNet with levels, streams of 8 windows",
+)  # fmt: skip
 MODELS = tuple(FAMILIES)[:7]
 SIZES = {"6M": (256, 6, 4), "25M": (512, 8, 8)}
 STEPS, BATCH, LENGTH = 300, 64, 512
@@ -89,42 +80,41 @@ def windows(model: str) -> int:
     return int(words[words.index("of") + 1]) if "of" in words else 1
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Test losses at both lengths, with tokens and seconds."""
-    return [
-        words("size", lambda r: r.task), model(), PARAMETERS, RATE, SEEDS,
-        words("tokens", lambda r: f"{r.tokens:,}"),
-        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
-        mean("tokens/s", detail("tokens_per_second"), digits=0),
-        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
-        mean("gradient norm", detail("grad_norm", "median"), digits=2),
-    ]  # fmt: skip
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Validation loss against tokens and seconds, at both lengths; a file for each size."""
+    there = [r for r in records if r.detail.get("curve")]
+    there.sort(key=lambda r: list(FAMILIES).index(r.model))
     for size in dict.fromkeys(r.task for r in records):
-        panels = []
-        for axis, x in enumerate(("Tokens", "Seconds on one card")):
-            for column, where in ((2, "trained length"), (3, "four times it")):
-                lines = {}
-                for name in FAMILIES:
-                    own = [
-                        r.detail["curve"]
-                        for r in records
-                        if (r.task, r.model) == (size, name) and r.detail.get("curve")
-                    ]
-                    if own:
-                        at = [
-                            statistics.mean(p)
-                            for p in zip(*([row[axis] for row in c] for c in own))
-                        ]
-                        lines[name] = (at, [[row[column] for row in c] for c in own])
-                panels.append(
-                    Panel(f"{size}, {where}", x, "Validation loss (nats per byte)", lines)
-                )
+        own = [r for r in there if r.task == size]
+        panels = [
+            Panel(
+                f"{size}, {where}", x, "Validation loss (nats per byte)",
+                lines(own, curve_of(axis, column)),
+            )
+            for axis, x in enumerate(("Tokens", "Seconds on one card"))
+            for column, where in ((2, "trained length"), (3, "four times it"))
+        ]  # fmt: skip
         curves(panels, path.with_stem(f"{path.stem}-{size}"), marker=True)
 
+
+def curve_of(axis: int, column: int) -> Callable[[Record], Along]:
+    """A column of what `books.trained` measured on the way, along tokens (0) or seconds (1)."""
+
+    def along(r: Record) -> Along:
+        rows = r.detail["curve"]
+        return [row[axis] for row in rows], [row[column] for row in rows]
+
+    return along
+
+
+COLUMNS = [
+    words("size", lambda r: r.task), model(), PARAMETERS, RATE, SEEDS,
+    words("tokens", lambda r: f"{r.tokens:,}"),
+    mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
+    mean("tokens/s", detail("tokens_per_second"), digits=0),
+    mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
+    mean("gradient norm", detail("grad_norm", "median"), digits=2),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="equal-time",
@@ -134,7 +124,7 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.task, r.model),
     figure=figure,
     sources=("experiments/books.py",),

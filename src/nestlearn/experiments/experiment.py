@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Work
+from nestlearn.experiments.cells import Cell, Tell, Work
 from nestlearn.experiments.tables import Below, Column
 
 VALIDATION = "validation data"
@@ -52,9 +52,9 @@ class Experiment:
     chooses: the data that choose; "": every rate is shown. search: the seeds on which rates are
     tried. seeds: those that are reported. prepare: makes what must stand before the first cell.
 
-    columns, by: of the table, from its records, a row for each `by`. order: sorts them (default: as
-    in the grid). below: what stands below a row. notes: what follows the table. figure: draws at a
-    path. sources: files and rooms that results depend on, beside those of every training.
+    columns, by: of the table, or from its records; a row for each `by`. order: sorts them (default:
+    as in the grid). below: what stands below a row. notes: what follows the table. figure: draws
+    at a path. sources: files and rooms that results depend on, beside those of every training.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Experiment:
     price: tuple[str, str]
     grid: Callable[[Options], list[Cell]]
     work: Work
-    columns: Callable[[Sequence[Record]], Sequence[Column]]
+    columns: Sequence[Column] | Callable[[Sequence[Record]], Sequence[Column]]
     takes: tuple[str, ...] = ("seeds", "steps", "only", "models", "workers", "device")
     rates: Callable[[Cell], Sequence[float]] | Sequence[float] = ()
     quick_rates: tuple[int, int | None] = (1, 2)
@@ -79,6 +79,10 @@ class Experiment:
     prepare: Callable[[Options], None] | None = None
     sources: tuple[str, ...] = ()
 
+    def heads(self, records: Sequence[Record]) -> Sequence[Column]:
+        """The columns of these records' table."""
+        return self.columns(records) if callable(self.columns) else self.columns
+
     @property
     def file(self) -> str:
         """Where its work is written."""
@@ -90,11 +94,6 @@ class Experiment:
         return tuple(rates)[slice(*self.quick_rates)] if quick else tuple(rates)
 
 
-def sorted_by(key: Callable[[Record], Any]) -> Callable[[Sequence[Record]], list[Record]]:
-    """An experiment's order: by that key."""
-    return lambda records: sorted(records, key=key)
-
-
 def chosen(asked: Iterable[str], known: Sequence[str], what: str) -> tuple[str, ...]:
     """The asked ones, all if none is; ValueError lists the known."""
     asked = tuple(dict.fromkeys(asked))
@@ -102,3 +101,8 @@ def chosen(asked: Iterable[str], known: Sequence[str], what: str) -> tuple[str, 
     if unknown:
         raise ValueError(f"{what} {unknown[0]!r} is unknown: use {', '.join(known)}")
     return asked or tuple(known)
+
+
+__all__ = [  # the noun, and what it is made of
+    "Cell", "Column", "Experiment", "Options", "Record", "Tell", "chosen",
+]  # fmt: skip

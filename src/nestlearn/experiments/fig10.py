@@ -19,23 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.equal_time import windows
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import RATE, SEEDS, Column, detail, mean, metric, model
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Along, Panel, curves, lines
+from nestlearn.experiments.models import families
+from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
 from nestlearn.models.hope import HopeLM
-from nestlearn.options import Attention, DeltaNet, SwiGLU
+from nestlearn.options import Attention
 
-ROWS: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Hope, streams of 8 windows": {},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "DeltaNet with levels, streams of 8 windows": {"mixer": DeltaNet()},
-    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
-}
+ROWS = families(
+    "Hope", "Hope, streams of 8 windows", "DeltaNet with levels",
+    "DeltaNet with levels, streams of 8 windows", "Transformer",
+)  # fmt: skip
 SIZE, STEPS, BATCH, LENGTH = (320, 7, 5), 600, 16, 2048
 LENGTHS = {"131,072": (131_072, 8), "1,000,000": (1_000_000, 1)}  # tokens, and texts of so many
 FIRST = 64  # tokens of the first place
@@ -93,15 +89,19 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """Loss along the place in the stream."""
-    panels = []
-    for name in dict.fromkeys(r.metric for r in records):
-        lines: dict[str, tuple[list[float], list[list[float]]]] = {}
-        for r in records:
-            if r.metric == name:
-                at, nats = zip(*r.detail["places"][name])
-                lines.setdefault(r.model, (list(at), []))[1].append(list(nats))
-        panels.append(Panel(f"streams of {name} bytes", "place", "nats a byte", lines))
+    panels = [
+        Panel(
+            f"streams of {name} bytes", "place", "nats a byte",
+            lines((r for r in records if r.metric == name), _along),
+        )
+        for name in dict.fromkeys(r.metric for r in records)
+    ]  # fmt: skip
     curves(panels, path, marker=True, log="x")
+
+
+def _along(record: Record) -> Along:
+    place, nats = zip(*record.detail["places"][record.metric])
+    return place, nats
 
 
 EXPERIMENT = Experiment(

@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options
-from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import RATE, SEEDS, Column, detail, mean, metric, model
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
+from nestlearn.experiments.figures import Along, Panel, curves, lines
+from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
 from nestlearn.train import TrainConfig
 from nestlearn.train.optimize import adamw, schedule
 
@@ -196,26 +194,25 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Losses and accuracy."""
-    return [
-        model("optimizer"), RATE, SEEDS, mean("training loss", detail("train_loss"), digits=4),
-        mean("test loss", metric("test loss"), digits=4),
-        mean("test accuracy (%)", metric("test accuracy (%)"), digits=2),
-    ]  # fmt: skip
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Training loss by step."""
-    lines: dict[str, tuple[list[float], list[list[float]]]] = {}
-    for r in records:
-        if r.detail:
-            log = r.detail["log"]
-            at = [r.steps * (i + 0.5) / len(log) for i in range(len(log))]
-            label = f"{r.model}, lr {r.config['lr']:g}"
-            lines.setdefault(label, (at, []))[1].append(log)
-    curves([Panel("", "Optimizer step", "Training loss", lines)], path, log="y")
 
+    def along(r: Record) -> Along:
+        log = r.detail["log"]
+        return [r.steps * (i + 0.5) / len(log) for i in range(len(log))], log
+
+    def label(r: Record) -> str:
+        return f"{r.model}, lr {r.config['lr']:g}"
+
+    drawn = lines((r for r in records if r.detail), along, label)
+    curves([Panel("", "Optimizer step", "Training loss", drawn)], path, log="y")
+
+
+COLUMNS = [
+    model("optimizer"), RATE, SEEDS, mean("training loss", detail("train_loss"), digits=4),
+    mean("test loss", metric("test loss"), digits=4),
+    mean("test accuracy (%)", metric("test accuracy (%)"), digits=2),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="fig11",
@@ -231,6 +228,6 @@ EXPERIMENT = Experiment(
     search=(100, 101),
     seeds=5,
     quick_seeds=2,
-    columns=columns,
+    columns=COLUMNS,
     figure=figure,
 )

@@ -22,10 +22,8 @@ import torch
 from torch import nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.tables import Column, words
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.tables import model, words
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
 
 SIZES = {"5": (256, 6), "50": (640, 10), "140": (1024, 11)}  # millions: width, layers
@@ -141,17 +139,6 @@ def _ratio(record: Record) -> str:
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Medians over rounds, with the quartiles of the ratio."""
-    return [
-        words("parameters", lambda r: f"{r.parameters / 1e6:.0f} M"),
-        words("optimizer", lambda r: r.model),
-        words("ms a step", lambda r: f"{1e3 * r.value:.1f}"),
-        words("× torch's Muon (quartiles)", _ratio),
-        words("state, B/parameter", lambda r: f"{r.detail['state_bytes_per_parameter']:.1f}"),
-    ]
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Step time by size, as a ratio to torch's Muon."""
     picture, (axes,) = new_figure("Parameters (millions)", "Step time ÷ torch.optim.Muon")
@@ -169,6 +156,14 @@ def figure(records: Sequence[Record], path: Path) -> None:
     write_figure(picture, path)
 
 
+COLUMNS = [
+    words("parameters", lambda r: f"{r.parameters / 1e6:.0f} M"),
+    model("optimizer"),
+    words("ms a step", lambda r: f"{1e3 * r.value:.1f}"),
+    words("× torch's Muon (quartiles)", _ratio),
+    words("state, B/parameter", lambda r: f"{r.detail['state_bytes_per_parameter']:.1f}"),
+]
+
 EXPERIMENT = Experiment(
     name="fig12",
     shows="time of a step under Muon, AdaMuon, M3 and AdamW",
@@ -178,7 +173,7 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     seeds=1,
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.task, r.model),
     figure=figure,
 )

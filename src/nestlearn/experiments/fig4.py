@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options
-from nestlearn.experiments.tables import Column, words
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
+from nestlearn.experiments.tables import model, words
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
 
 LANDSCAPES = ((1.0, 1.0, 2.0), (0.1, 1.0, 2.0), (1.0, 1.0, 1.0), (10.0, 0.5, 1.0))  # k, α, ω
@@ -123,18 +121,6 @@ def _steps(record: Record, key: str, names: Sequence[str]) -> str:
     return f"{best['steps']} ({', '.join(f'{best[name]:.2g}' for name in names)})"
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Steps to the minimum at each method's best settings, and how many settings get there."""
-    usual = f"steps to ψ < {REACHED:g} at momentum {USUAL} (lr)"
-    return [
-        words("k, α, ω", lambda r: r.task),
-        words("method", lambda r: r.model),
-        words(usual, lambda r: _steps(r, "usual", ("lr",))),
-        words("momentum chosen (lr, momentum)", lambda r: _steps(r, "chosen", ("lr", "momentum"))),
-        words("settings that arrive", lambda r: f"{r.value:.0f} of {r.detail['tried']}"),
-    ]
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """The paths at momentum 0.9 over the first landscape's contours, and ψ along them."""
     rows = [r for r in records if r.task == records[0].task]
@@ -161,6 +147,17 @@ def figure(records: Sequence[Record], path: Path) -> None:
     write_figure(picture, path)
 
 
+COLUMNS = [
+    words("k, α, ω", lambda r: r.task),
+    model("method"),
+    words(
+        f"steps to ψ < {REACHED:g} at momentum {USUAL} (lr)",
+        lambda r: _steps(r, "usual", ("lr",)),
+    ),
+    words("momentum chosen (lr, momentum)", lambda r: _steps(r, "chosen", ("lr", "momentum"))),
+    words("settings that arrive", lambda r: f"{r.value:.0f} of {r.detail['tried']}"),
+]
+
 EXPERIMENT = Experiment(
     name="fig4",
     shows="momentum and delta momentum in the landscape of eq. 53",
@@ -170,7 +167,7 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     seeds=1,
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.task, r.model),
     figure=figure,
 )

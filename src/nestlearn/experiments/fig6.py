@@ -21,14 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import Record, classes
+from nestlearn.evals import classes
 from nestlearn.evals.classes import Group, Text
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments import pretrained
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
-from nestlearn.experiments.tables import Column, detail, mean, model, words
+from nestlearn.experiments.tables import detail, mean, model, words
 
 DELTAS = (5e-4, 2e-3, 8e-3)  # Adam's rates
 ROWS: dict[str, tuple[str, tuple[float, ...]]] = {  # how, and the values of its dial
@@ -47,10 +46,10 @@ ROWS: dict[str, tuple[str, tuple[float, ...]]] = {  # how, and the values of its
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each set and row."""
-    weights = fingerprint_of(asked)
+    base = pretrained.part(asked)
     return [
         {
-            "task": name, "model": row, "folder": asked.data, "weights": weights,
+            "task": name, "model": row, **base,
             "sizes": asked.pick({"train": 4, "validation": 1, "test": 2, "most": 2}, {}),
         }
         for name in chosen(asked.only, tuple(classes.SETS), "set")
@@ -180,31 +179,29 @@ class Probe(Reader):
         return [self.labels[i] for i in (x @ self.weight.T).argmax(-1).tolist()]
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Accuracy after the last group, what later groups did to earlier ones, and bytes."""
-    return [
-        words("set", lambda r: r.task),
-        model("row"),
-        mean("accuracy", lambda r: r.value, digits=1),
-        mean("backward transfer", detail("transfer"), digits=1),
-        mean("forgetting", detail("forgetting"), digits=1),
-        mean("MB", detail("megabytes"), digits=2),
-        mean("seconds", lambda r: r.seconds, digits=0),
-    ]
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Accuracy over all groups seen so far, along the groups."""
+
+    def along(r: Record) -> Along:
+        seen = [100 * statistics.fmean(row) for row in r.detail["matrix"]]
+        return range(1, len(seen) + 1), seen
+
     panels = []
     for name in dict.fromkeys(r.task for r in records):
-        lines: dict[str, tuple[Sequence[float], list[list[float]]]] = {}
-        for r in records:
-            if r.task == name:
-                seen = [100 * statistics.fmean(row) for row in r.detail["matrix"]]
-                lines.setdefault(r.model, (range(1, len(seen) + 1), []))[1].append(seen)
-        panels.append(Panel(name, "groups seen", "accuracy (%)", lines))
+        drawn = lines((r for r in records if r.task == name), along)
+        panels.append(Panel(name, "groups seen", "accuracy (%)", drawn))
     curves(panels, path, ylim=(0, 100))
 
+
+COLUMNS = [
+    words("set", lambda r: r.task),
+    model("row"),
+    mean("accuracy", lambda r: r.value, digits=1),
+    mean("backward transfer", detail("transfer"), digits=1),
+    mean("forgetting", detail("forgetting"), digits=1),
+    mean("MB", detail("megabytes"), digits=2),
+    mean("seconds", lambda r: r.seconds, digits=0),
+]
 
 EXPERIMENT = Experiment(
     name="fig6",
@@ -215,8 +212,8 @@ EXPERIMENT = Experiment(
     work=work,
     rates=lambda cell: ROWS[cell["model"]][1],
     seeds=5,
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.task, r.model),
     figure=figure,
-    sources=("hf", "learn", "evals/classes.py", "experiments/learners.py"),
+    sources=(*pretrained.SOURCES, "learn", "evals/classes.py", "experiments/learners.py"),
 )

@@ -11,24 +11,19 @@ is asked with what is in the window still there. The step size is chosen on vali
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from nestlearn.evals import Record, needles
+from nestlearn.evals import needles
+from nestlearn.evals.files import rows_of, text_of
 from nestlearn.evals.tasks import stream
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments import pretrained
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
 from nestlearn.experiments.learners import padded
-from nestlearn.experiments.tables import Column, at, mean, model
+from nestlearn.experiments.tables import at, mean, model
 
 LENGTH, WINDOW, SAID = 4096, 1024, 24
 RATES = (0.02, 0.1, 0.3)
@@ -57,26 +52,16 @@ class Asked(NamedTuple):
     answer: str
 
 
-@cache
-def _read(file: Path) -> str:
-    with gzip.open(file, "rt", encoding="utf-8") as opened:
-        return opened.read()
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _read(file).splitlines()]
-
-
 def _needles(folder: Path, count: Callable[[str], int], length: int, seed: int) -> list[Asked]:
     words = needles.Words.read(folder / "ruler_words")
     books = sorted((folder / "books").glob("*.txt.gz"))
-    told = _read(books[seed % len(books)]).split()[2000 : 2000 + length]  # a word, a token or more
+    told = text_of(books[seed % len(books)]).split()[2000:][:length]  # a word, a token or more
     found = needles.sample("MK-NIAH-1", length, words, count, seed, " ".join(told))
     return [Asked(f"{found.before}\n{found.context}", found.question, found.answers[0])]
 
 
 def _papers(folder: Path, count: Callable[[str], int], length: int, seed: int) -> list[Asked]:
-    rows = _rows(folder / "qasper_subset" / "qasper_79papers.jsonl.gz")
+    rows = rows_of(folder / "qasper_subset" / "qasper_79papers.jsonl.gz")
     row = rows[seed % len(rows)]
     return [
         Asked(row["text"], f"Question: {qa['question']}\nAnswer:", qa["answer"])
@@ -86,7 +71,7 @@ def _papers(folder: Path, count: Callable[[str], int], length: int, seed: int) -
 
 
 def _abstracts(folder: Path, count: Callable[[str], int], length: int, seed: int) -> list[Asked]:
-    rows = _rows(folder / "lm_eval" / "pubmed_qa_labeled.jsonl.gz")
+    rows = rows_of(folder / "lm_eval" / "pubmed_qa_labeled.jsonl.gz")
     some = [rows[(4 * seed + i) % len(rows)] for i in range(4)]
     texts, questions = zip(*(row["context"].split("\nQuestion: ") for row in some))
     which = seed % 4
@@ -126,10 +111,10 @@ def right(answer: str, said: str) -> bool:
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each set and row."""
-    weights = fingerprint_of(asked)
+    base = pretrained.part(asked)
     return [
         {
-            "task": name, "model": row, "folder": asked.data, "weights": weights,
+            "task": name, "model": row, **base,
             "count": asked.pick(QUICK_ASKED, ASKED), "length": asked.pick(400, LENGTH),
         }
         for name in chosen(asked.only, tuple(SETS), "set")
@@ -139,16 +124,13 @@ def grid(asked: Options) -> list[Cell]:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Every question of a set, asked in one way."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from nestlearn import DeltaLevel, stack_levels
 
     folder, (window, chunks) = Path(cell["folder"]), ROWS[cell["model"]]
-    base: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    base, tokenizer = pretrained.opened(folder, cell["device"])
     window = min(window, base.config.max_position_embeddings - SAID, cell["length"])
     stacked = stack_levels(
-        base.to(cell["device"]),
+        base,
         [DeltaLevel(chunk, lr=cell["lr"], rule="gd") for chunk in chunks or (512,)],
         rank=8, window=min(window, WINDOW), cache_dtype="bfloat16",
     )  # fmt: skip
@@ -187,11 +169,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Percent of questions answered, by set."""
-    return [model("memory"), *(mean(name, at(name), digits=1) for name in SETS)]
-
-
+COLUMNS = [model("memory"), *(mean(name, at(name), digits=1) for name in SETS)]
 EXPERIMENT = Experiment(
     name="fig7",
     shows="questions about long texts, by number and period of levels",
@@ -200,6 +178,6 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=RATES,
-    columns=columns,
-    sources=("hf", "evals/needles.py", "experiments/learners.py"),
+    columns=COLUMNS,
+    sources=(*pretrained.SOURCES, "evals/needles.py", "experiments/learners.py"),
 )

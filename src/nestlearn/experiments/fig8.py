@@ -10,22 +10,19 @@ sacrebleu. Every row has one dial, of three values, chosen on validation sentenc
 
 from __future__ import annotations
 
-import gzip
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestlearn.evals import Record
 from nestlearn.evals.classes import Group, Text
+from nestlearn.evals.files import rows_of
 from nestlearn.evals.tasks import stream
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments import pretrained
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
 from nestlearn.experiments.learners import Learner, Reader
-from nestlearn.experiments.retrieval import BM25
-from nestlearn.experiments.tables import Column, detail, mean, metric, model, words
+from nestlearn.experiments.pretrained import BM25
+from nestlearn.experiments.tables import detail, mean, metric, model, words
 
 LANGUAGES = {"Teop": "teop", "Kalamang": "kalamang"}
 ORDERS = {"alone": (("Teop",), ("Kalamang",)), "one after the other": (("Teop", "Kalamang"),)}
@@ -52,9 +49,7 @@ def language(folder: Path, name: str, seed: int, short: bool = False) -> Languag
     """One language, its sentences of at most LONGEST words, split by the seed."""
 
     def lines(what: str) -> list[dict[str, str]]:
-        file = folder / "novel_languages" / f"{LANGUAGES[name]}_{what}.jsonl.gz"
-        with gzip.open(file, "rt", encoding="utf-8") as rows:
-            return [json.loads(row) for row in rows]
+        return rows_of(folder / "novel_languages" / f"{LANGUAGES[name]}_{what}.jsonl.gz")
 
     found = {row["src"].strip(): row["en"].strip() for row in lines("pairs")}
     pairs = [Text(a, b) for a, b in found.items() if b and 2 < len(a.split()) <= LONGEST]
@@ -111,10 +106,10 @@ class Translator(Learner):
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each order and row."""
-    weights = fingerprint_of(asked)
+    base = pretrained.part(asked)
     return [
         {
-            "task": order, "model": row, "folder": asked.data, "weights": weights,
+            "task": order, "model": row, **base,
             "short": asked.quick,
         }
         for order in chosen(asked.only, tuple(ORDERS), "order")
@@ -152,16 +147,13 @@ def _chrf(reader: Any, texts: Sequence[Text]) -> float:
     return sacrebleu.corpus_chrf(said, [[t.label for t in texts]]).score
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """chrF in each language."""
-    return [
-        words("order", lambda r: r.task),
-        model("row"),
-        *(mean(f"{name}, chrF", metric(name), digits=1) for name in LANGUAGES),
-        mean("MB", detail("megabytes"), digits=2),
-        mean("seconds", lambda r: r.seconds, digits=0),
-    ]
-
+COLUMNS = [
+    words("order", lambda r: r.task),
+    model("row"),
+    *(mean(f"{name}, chrF", metric(name), digits=1) for name in LANGUAGES),
+    mean("MB", detail("megabytes"), digits=2),
+    mean("seconds", lambda r: r.seconds, digits=0),
+]
 
 EXPERIMENT = Experiment(
     name="fig8",
@@ -171,7 +163,7 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=lambda cell: ROWS[cell["model"]][1],
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.task, r.model),
-    sources=("hf", "learn", "evals/classes.py", "experiments/learners.py"),
+    sources=(*pretrained.SOURCES, "learn", "evals/classes.py", "experiments/learners.py"),
 )

@@ -10,59 +10,44 @@ bytes; what was trained is not trained again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nestlearn.evals import Record, babilong
+from nestlearn.evals import babilong
 from nestlearn.evals.haystack import Asked, Row, cut
 from nestlearn.experiments import books, recall
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
 from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.recall import ROWS
-from nestlearn.experiments.tables import Column
 
 LESSONS = (  # 32,768 bytes a step; drills are stories without a book
     Lesson(512, 64, 1.0, 0.3), Lesson(1024, 32, 0.6, 0.5),
     Lesson(2048, 16, 0.4, 0.75), Lesson(4096, 8, 0.2, 1.0),
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(256, 2, 1.0, 0.4), Lesson(512, 2, 0.5, 1.0))
+MILLION = 1_048_576
 STEPS, PLAIN, LANGUAGE, TRIES = 3000, 0.1, 0.1, 20
-LENGTHS = (4096, 16_384, 65_536, 262_144, 1_048_576)
-FURTHER = (10_485_760,)
+LENGTHS = (4096, 16_384, 65_536, 262_144, MILLION, 10_485_760)  # the last one if it is named
 SAMPLES, FEW, FEWER = 40, 10, 4  # texts of a task and length, of long ones, of those over a million
 
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each model."""
-    data = _data(asked.data)
-    known = [f"{length:,}" for length in (*LENGTHS, *FURTHER)]
-    lengths = chosen(asked.only, known, "length") if asked.only else known[: len(LENGTHS)]
-    return [
-        {
-            "task": "stories", "model": name, "steps": asked.steps or asked.pick(4, STEPS),
-            "size": asked.pick(recall.QUICK_SIZE, recall.SIZE), "language": LANGUAGE,
-            "lessons": asked.pick(QUICK_LESSONS, LESSONS),
-            "lengths": asked.pick([2048], [int(length.replace(",", "")) for length in lengths]),
-            "validated": asked.pick(2048, LENGTHS[0]), "said": asked.pick(4, babilong.SAID),
-            "samples": asked.pick(1, SAMPLES),
-            "setting": " ".join(lengths), "out": str(asked.out.resolve()), **data,
-        }
-        for name in chosen(asked.models, tuple(ROWS), "model")
-    ]  # fmt: skip
+    return recall.cells(
+        asked, "stories", _data(asked.data), (QUICK_LESSONS, LESSONS), LENGTHS, usual=5, short=2048,
+        steps=asked.steps or asked.pick(4, STEPS), language=LANGUAGE,
+        samples=asked.pick(1, SAMPLES), said=asked.pick(4, babilong.SAID),
+    )  # fmt: skip
 
 
-def _data(data: str | None) -> dict[str, str]:
+def _data(data: str | None) -> Cell:
     files = [Path(data or "") / "babi" / name for name in babilong.FILES]
     if data is None or not files[-1].is_file():
         raise ValueError(f"--data {data}: give a folder with gutenberg/ and babi/{files[-1].name}")
-    found = books.text_of(str(Path(data) / "gutenberg"))
-    told = fingerprint(file for file in files if file.is_file())
-    return {"folder": data, "books": found["books"], "stories": told}
+    text = books.text_of(str(Path(data) / "gutenberg"))
+    return {**text, "folder": data, "stories": fingerprint(f for f in files if f.is_file())}
 
 
 def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
@@ -94,7 +79,7 @@ def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[
     told = babilong.stories(
         Path(cell["folder"]) / "babi", name, "test" if split == "test" else "train"
     )
-    most = SAMPLES if length <= recall.LONG else FEW if length <= LENGTHS[-1] else FEWER
+    most = SAMPLES if length <= recall.LONG else FEW if length <= MILLION else FEWER
     count = min(most, cell["samples"])
     return [babilong.sample(name, length, told, text, seed, ahead=ahead) for seed in range(count)]
 
@@ -104,34 +89,20 @@ def _score(asked: Asked, said: str) -> float:
     return babilong.score(asked, said, name)
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Percent of the questions answered, by task and length."""
-    return recall.columns(records, babilong.NAMES)
-
-
-def figure(records: Sequence[Record], path: Path) -> None:
-    """By length, strictly asked: the mean over tasks, and each task."""
-    panels: dict[str, Sequence[str]] = {"qa1 to qa5": babilong.NAMES}
-    recall.figure(records, panels | {name: (name,) for name in babilong.NAMES}, path)
-
+PANELS = {"qa1 to qa5": babilong.NAMES, **{name: (name,) for name in babilong.NAMES}}
 
 EXPERIMENT = Experiment(
     name="fig9",
     shows="BABILong: questions about facts in books, by length to 10 million bytes",
     price=("–", "~2 hours"),
-    takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
+    takes=recall.TAKES,
     grid=grid,
     work=work,
     rates=(3e-3, 6e-3),
     quick_rates=(0, 1),
     seeds=1,
-    columns=columns,
+    columns=lambda records: recall.columns(records, babilong.NAMES),
     notes=recall.notes,
-    figure=figure,
-    sources=(
-        "experiments/recall.py",
-        "experiments/lessons.py",
-        "experiments/asked.py",
-        "experiments/books.py",
-    ),
+    figure=lambda records, path: recall.figure(records, PANELS, path),
+    sources=recall.SOURCES,
 )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nestlearn.evals import Record
 from nestlearn.train.plots import COLOURS, MARKERS, new_figure, write_figure
 
 DASHES = ("-", "--", ":")
 Values = Mapping[str, Sequence[float]]  # of the seeds, by column
+Along = tuple[Sequence[float], Sequence[float]]  # where, and what was there
+Lines = Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]  # where, and what seeds had
 
 
 def grid(
@@ -62,12 +65,27 @@ def grid(
 
 @dataclass(frozen=True)
 class Panel:
-    """title, labels of the axes, and by name a line: where, and what each seed had there."""
+    """title, labels of the axes, and a line for each name."""
 
     title: str
     x: str
     y: str
-    lines: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
+    lines: Lines
+
+
+def lines(
+    records: Iterable[Record],
+    along: Callable[[Record], Along],
+    name: Callable[[Record], str] = lambda r: r.model,
+) -> Lines:
+    """A line for each name, of what its records say; a place is the mean of theirs."""
+    found: dict[str, list[Along]] = {}
+    for r in records:
+        found.setdefault(name(r), []).append(along(r))
+    return {
+        name: (list(map(statistics.mean, zip(*(x for x, _ in some)))), [y for _, y in some])
+        for name, some in found.items()
+    }
 
 
 def curves(

@@ -10,8 +10,6 @@ three excerpts, and its line is the best of them at each cost.
 
 from __future__ import annotations
 
-import gzip
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nestlearn.disk import atomic_write
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell, run_cells
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.frontier_lines import at_cost, front, line_of, untouched
+from nestlearn.evals.files import rows_of, text_of
+from nestlearn.experiments.cells import run_cells
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.frontier_lines import front, later_at, untouched
 from nestlearn.experiments.methods import BLOCK, EIGHT, METHODS, Reader, base, rates, stacked
-from nestlearn.experiments.tables import Column, spread
+from nestlearn.experiments.tables import spread
 from nestlearn.train.plots import new_figure, write_figure
 
 TEXTS = ("novel", "dictionary")
@@ -48,12 +46,11 @@ def text(data: Path, kind: str, seed: int) -> Tensor:
 
     tokenizer = Llama2cTokenizer(data / "models" / "tok512.bin")
     if kind == "dictionary":
-        raw = unpacked(data / "novel_languages" / "teop_wordlist.jsonl.gz")
-        entries = [json.loads(line) for line in raw.splitlines()]
+        entries = rows_of(data / "novel_languages" / "teop_wordlist.jsonl.gz")
         whole = "\n".join(f"{e['word']} ({e['pos']}): {e['en']}" for e in entries)
     else:
         name = NOVELS[seed % len(NOVELS)] if kind == "novel" else kind
-        whole = unpacked(data / "books" / f"{name}.txt.gz")
+        whole = text_of(data / "books" / f"{name}.txt.gz")
     size = READ + LATER
     start = torch.Generator().manual_seed(seed)
     at = int(torch.randint(0, max(1, len(whole) - 5 * size), (), generator=start))
@@ -61,11 +58,6 @@ def text(data: Path, kind: str, seed: int) -> Tensor:
     if len(ids) < size:
         raise ValueError(f"{kind}: the excerpt has {len(ids)} tokens, {size} are wanted")
     return torch.tensor([ids])
-
-
-def unpacked(path: Path) -> str:
-    """The text of a gzip file."""
-    return gzip.decompress(path.read_bytes()).decode()
 
 
 def own_texts(data: Path, out: Path) -> dict[str, Tensor]:
@@ -212,10 +204,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     def at(cost: float) -> Column:
         def text(rows: Sequence[Record]) -> str:
             every = [r for r in records if r.task == rows[0].task]
-            seeds = sorted({r.seed for r in rows})
-            return spread(
-                [at_cost(line_of(rows, every, s), untouched(every, s)[1] + cost) for s in seeds]
-            )
+            return spread(later_at(cost, rows[0].model, every))
 
         return Column(f"at +{cost:g}", text)
 
@@ -229,15 +218,9 @@ def columns(records: Sequence[Record]) -> list[Column]:
 def best_first(records: Sequence[Record]) -> list[Record]:
     """The methods by their loss at the second cost."""
     place = {}
-    for r in records:
-        if (r.task, r.model) not in place:
-            every = [x for x in records if x.task == r.task]
-            own = [x for x in every if x.model == r.model]
-            costs = (
-                at_cost(line_of(own, every, s), untouched(every, s)[1] + COSTS[1])
-                for s in sorted({x.seed for x in own})
-            )
-            place[r.task, r.model] = (r.task, statistics.mean(costs), METHODS[r.model].title)
+    for task, name in dict.fromkeys((r.task, r.model) for r in records):
+        found = later_at(COSTS[1], name, [r for r in records if r.task == task])
+        place[task, name] = (task, statistics.mean(found), METHODS[name].title)
     return sorted(records, key=lambda r: place[r.task, r.model])
 
 

@@ -39,3 +39,12 @@ def untouched(records: Sequence[Record], seed: int) -> tuple[float, float]:
     plain = [r for r in records if r.seed == seed and r.model != "meta-starts"]
     later, own = (plain or [r for r in records if r.seed == seed])[0].detail["before"]
     return later, own
+
+
+def later_at(cost: float, name: str, every: Sequence[Record]) -> list[float]:
+    """A method's later loss at that cost, on each excerpt. every: all records of its text."""
+    own = [r for r in every if r.model == name]
+    return [
+        at_cost(line_of(own, every, seed), untouched(every, seed)[1] + cost)
+        for seed in sorted({r.seed for r in own})
+    ]

@@ -9,20 +9,20 @@ all questions are asked again. A training that was killed goes on after its last
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nestlearn.disk import atomic_write
-from nestlearn.evals import Record, closed_book
+from nestlearn.evals import closed_book
 from nestlearn.evals.closed_book import DIRECT, HELD_OUT, PARAPHRASE
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.closed_book import fingerprint_of, loaded, said
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import Column, detail, mean, model
+from nestlearn.experiments import pretrained
+from nestlearn.experiments.closed_book import loaded, said
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Along, Panel, curves, lines
+from nestlearn.experiments.tables import detail, mean, model
 
 ROWS = {"studied, earlier ones rehearsed": 4, "studied": 0}
 PAGES, QUICK_PAGES = 100, 2
@@ -31,10 +31,10 @@ FORMS = (DIRECT, PARAPHRASE)
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each way of studying."""
-    weights = fingerprint_of(asked)
+    base = pretrained.part(asked)
     return [
         {
-            "task": "pages in a row", "model": name, "folder": asked.data, "weights": weights,
+            "task": "pages in a row", "model": name, **base,
             "pages": asked.pick(QUICK_PAGES, PAGES),
             "short": asked.quick, "out": str(asked.out.resolve()),
         }
@@ -110,13 +110,14 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """The share of direct questions answered, by page, at once and at the end."""
+
+    def along(which: str) -> Callable[[Record], Along]:
+        return lambda r: (range(1, r.detail["pages"] + 1), [page[0] for page in r.detail[which]])
+
     panels = [
-        Panel(name, "page", "direct questions answered", {
-            r.model: (range(1, r.detail["pages"] + 1), [[page[0] for page in r.detail[which]]])
-            for r in records
-        })
+        Panel(name, "page", "direct questions answered", lines(records, along(which)))
         for which, name in (("after", "at once"), ("last", "after the last page"))
-    ]  # fmt: skip
+    ]
     curves(panels, path, ylim=(0, 1))
 
 
@@ -130,5 +131,5 @@ EXPERIMENT = Experiment(
     seeds=1,
     columns=columns,
     figure=figure,
-    sources=("hf", "learn", "evals/closed_book.py", "experiments/closed_book.py"),
+    sources=(*pretrained.SOURCES, "learn", "evals/closed_book.py", "experiments/closed_book.py"),
 )

@@ -20,11 +20,9 @@ from typing import Any
 import torch
 
 from nestlearn.disk import atomic_write
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.models import parameter_count, with_parameters
-from nestlearn.experiments.tables import PARAMETERS, Column, detail, mean, model
+from nestlearn.experiments.tables import PARAMETERS, detail, mean, model
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Attention, DeltaNet, SwiGLU
 from nestlearn.train import Corpus, TrainConfig, evaluate, load_text, stdlib_text, train

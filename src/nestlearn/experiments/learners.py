@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.evals.classes import Group, Text
+from nestlearn.experiments.pretrained import opened
 
 RANK, BATCH, EPOCHS, EWC, KEPT = 8, 32, 2, 1e4, 5
 WIDE = 256  # texts that are read side by side
@@ -27,13 +28,8 @@ class Reader:
     bytes = 0.0
 
     def __init__(self, folder: Path, device: str, how: str, dial: float, seed: int):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.how, self.dial, self.draw = how, dial, random.Random(seed)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-        self.base, self.words = model.to(device).eval(), AutoTokenizer.from_pretrained(
-            folder / "model"
-        )  # fmt: skip
+        self.base, self.words = opened(folder, device)
         self.labels: list[str] = []
 
     def learn(self, group: Group) -> None:

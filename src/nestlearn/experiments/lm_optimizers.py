@@ -17,12 +17,10 @@ import torch
 from torch import nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.language import corpus_of, matched, quick_models, settings
-from nestlearn.experiments.tables import RATE, SEEDS, Column, detail, mean, metric, model
+from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
 from nestlearn.models.hope import HopeLM
 from nestlearn.train import TrainConfig, train
 
@@ -86,35 +84,29 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Losses and speed."""
-    return [
-        model("optimizer"), RATE, SEEDS, mean(LOSS, metric(LOSS), digits=4),
-        mean("bits per byte", detail("bits_per_byte"), digits=4),
-        mean("training loss, last tenth", detail("train_loss"), digits=4),
-        mean("tokens/s", detail("tokens_per_second"), digits=0),
-    ]  # fmt: skip
-
-
-def smoothed(log: Sequence[float], size: int) -> list[float]:
-    """The means of so many steps each."""
-    return [sum(part) / len(part) for part in (log[i : i + size] for i in range(0, len(log), size))]
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Training loss by step, a panel for each model."""
+
+    def along(r: Record) -> Along:
+        parts = torch.tensor(r.detail["log"], dtype=torch.float64).split(SMOOTH)
+        return [SMOOTH * (i + 0.5) for i in range(len(parts))], [float(p.mean()) for p in parts]
+
     panels = []
     for name in MODELS:
-        lines: dict[str, tuple[list[float], list[list[float]]]] = {}
-        for r in records:
-            if r.model.startswith(f"{name}, "):
-                log = smoothed(r.detail["log"], SMOOTH)
-                at = [SMOOTH * (i + 0.5) for i in range(len(log))]
-                lines.setdefault(r.model.split(", ")[1], (at, []))[1].append(log)
-        if lines:
-            panels.append(Panel(name, "Optimizer step", "Loss (nats per byte)", lines))
+        own = [r for r in records if r.model.startswith(f"{name}, ")]
+        if not own:
+            continue
+        drawn = lines(own, along, lambda r: r.model.split(", ")[1])
+        panels.append(Panel(name, "Optimizer step", "Loss (nats per byte)", drawn))
     curves(panels, path, log="y")
 
+
+COLUMNS = [
+    model("optimizer"), RATE, SEEDS, mean(LOSS, metric(LOSS), digits=4),
+    mean("bits per byte", detail("bits_per_byte"), digits=4),
+    mean("training loss, last tenth", detail("train_loss"), digits=4),
+    mean("tokens/s", detail("tokens_per_second"), digits=0),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="lm-optimizers",
@@ -126,7 +118,7 @@ EXPERIMENT = Experiment(
     work=work,
     rates=lambda cell: GRIDS[cell["model"].split(", ")[1]],
     search=(100,),
-    columns=columns,
+    columns=COLUMNS,
     figure=figure,
     sources=("experiments/language.py",),
 )

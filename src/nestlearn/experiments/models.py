@@ -114,6 +114,23 @@ CONTENDERS |= {
     for name, (title, change) in ABLATIONS.items()
 }
 
+FAMILIES: dict[str, dict[str, Any]] = {  # of language models, as changes of Hope's configuration
+    "Hope": {},
+    "Hope-Attention": {"mixer": Attention()},
+    "DeltaNet with levels": {"mixer": DeltaNet()},
+    "DeltaNet": {"mixer": DeltaNet(), "channel": MLP()},
+    "Titans": {"mixer": StaticTitans(), "channel": MLP()},
+    "Transformer": {"mixer": Attention(), "channel": MLP()},
+    "Static projections with levels": {"mixer": Titans(adapt=())},
+    "Hope, static MLP": {"channel": MLP()},
+}
+
+
+def families(*names: str) -> dict[str, dict[str, Any]]:
+    """These families; what follows in a name is how they train: "Hope, streams of 8 windows"."""
+    return {name: FAMILIES.get(name) or FAMILIES[name.split(",")[0]] for name in names}
+
+
 RIVALS = (  # whom every table of sequence models has beside Hope
     "hope-attention",
     "titans",

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from nestlearn import state
-from nestlearn.evals import Record, mqar
+from nestlearn.evals import mqar
 from nestlearn.experiments.accuracy import TITLE
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen, sorted_by
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, build, contender
-from nestlearn.experiments.tables import PARAMETERS, Column, at, mean, words
+from nestlearn.experiments.tables import PARAMETERS, at, mean, words
 from nestlearn.options import Attention
 
 PAIRS = (4, 8, 16, 32)
@@ -129,6 +128,10 @@ def _count(task: str) -> int:
     return int(task.removeprefix("K="))
 
 
+def _place(record: Record) -> tuple[float, int]:
+    return _kib(record.setting), list(CONTENDERS).index(record.model)
+
+
 EXPERIMENT = Experiment(
     name="mqar",
     shows="associative recall by number of pairs and size of state",
@@ -137,7 +140,7 @@ EXPERIMENT = Experiment(
     work=work,
     rates=(3e-3, 1e-2),
     quick_rates=(0, 1),
-    order=sorted_by(lambda r: (_kib(r.setting), list(CONTENDERS).index(r.model))),
+    order=lambda records: sorted(records, key=_place),
     columns=columns,
     by=lambda r: (_kib(r.setting), r.model),
     figure=figure,

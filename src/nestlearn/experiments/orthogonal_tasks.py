@@ -21,11 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import RATE, SEEDS, Column, detail, mean, metric, model
+from nestlearn.experiments.tables import RATE, SEEDS, detail, markdown, mean, metric, model
 
 Build = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 PLAIN: dict[str, Any] = {"weight_decay": 0.0}
@@ -37,6 +35,7 @@ OPTIMIZERS: dict[str, Build] = {
     "M3": lambda p, lr: optim.M3(p, lr, **PLAIN),
     "M3, α = 1": lambda p, lr: optim.M3(p, lr, alpha=1.0, **PLAIN),
 }
+LOSSES = ("loss of A, learnt", "of A after B", "of B after B")
 GRIDS = {
     name: tuple(start * 10 ** (i / 2) for i in range(5))
     for name, start in zip(OPTIMIZERS, (0.01, 0.03, 3e-4, 1e-3, 1e-3, 1e-3))
@@ -109,10 +108,9 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
                 break
         after.append((loss_on(0), loss_on(1)))
         tell((part + 1) / 3, f"loss {after[-1][task]:.4f}")
-    names = ("loss of A, learnt", "of A after B", "of B after B")
     return {
         "value": -sum(online) / len(online),
-        "scores": dict(zip(names, (after[0][0], after[1][0], after[1][1]))),
+        "scores": dict(zip(LOSSES, (after[0][0], after[1][0], after[1][1]))),
         "relearn": relearn,
         "headline": f"A {after[0][0]:.4f}, after B {after[1][0]:.4f}",
     }
@@ -127,15 +125,6 @@ def grid(asked: Options) -> list[Cell]:
     ]
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """What was learned of A and of B, and how soon A again."""
-    keys = ("loss of A, learnt", "of A after B", "of B after B")
-    return [
-        model("optimizer"), RATE, SEEDS, *(mean(key, metric(key), digits=4) for key in keys),
-        mean("steps to relearn A", detail("relearn"), digits=0),
-    ]  # fmt: skip
-
-
 def traces(records: Sequence[Record]) -> dict[str, list[float]]:
     """The trace of every optimizer: it depends on no seed and no rate."""
     steps = {r.model: r.config["traced"] for r in records}
@@ -144,13 +133,10 @@ def traces(records: Sequence[Record]) -> dict[str, list[float]]:
 
 def notes(records: Sequence[Record]) -> str:
     """The traces."""
-    rows = [
-        "| optimizer | update along A at the change | steps until a tenth of it |",
-        "|---|---|---|",
-    ]
-    for name, curve in traces(records).items():
-        rows.append(f"| {name} | {curve[0]:.3f} | {steps_to(curve)} |")
-    return "\n".join(rows)
+    head = ("optimizer", "update along A at the change", "steps until a tenth of it")
+    found = traces(records).items()
+    rows = [(name, f"{curve[0]:.3f}", str(steps_to(curve))) for name, curve in found]
+    return markdown([head, *rows])
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
@@ -159,6 +145,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
     labels = ("Steps since the gradients turned", "Share of the update along A")
     curves([Panel("", *labels, lines)], path)
 
+
+COLUMNS = [
+    model("optimizer"), RATE, SEEDS, *(mean(key, metric(key), digits=4) for key in LOSSES),
+    mean("steps to relearn A", detail("relearn"), digits=0),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="orthogonal-tasks",
@@ -173,7 +164,7 @@ EXPERIMENT = Experiment(
     chooses="the mean loss over the first two parts",
     search=(100, 101),
     seeds=5,
-    columns=columns,
+    columns=COLUMNS,
     notes=notes,
     figure=figure,
 )

@@ -8,7 +8,7 @@ another process, which has the model and that file, is told the question
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,42 +18,53 @@ from typing import Any
 import torch
 
 from nestlearn import state as tree
-from nestlearn.evals import Record
 from nestlearn.evals.haystack import Asked
 from nestlearn.experiments import books
 from nestlearn.experiments.asked import Elsewhere, answers, read
-from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.experiment import Cell, Column, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.lessons import Make, teach
-from nestlearn.experiments.tables import (
-    PARAMETERS,
-    RATE,
-    SEEDS,
-    Column,
-    mean,
-    spread,
-    words,
-)
+from nestlearn.experiments.lessons import Lesson, Make, teach
+from nestlearn.experiments.models import families
+from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, spread
+from nestlearn.experiments.tables import model as name_of
 from nestlearn.layers.linear import StaticProjections
 from nestlearn.layers.parts import logit
 from nestlearn.models.hope import HopeConfig, HopeLM
-from nestlearn.options import Attention, DeltaNet, SwiGLU, Titans
+from nestlearn.options import Attention, Titans
 
 SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
 RETAINED = 0.9999
-ROWS: dict[str, dict[str, Any]] = {
-    "Hope": {"mixer": Titans(half_life=None)},  # one of 2,048 has lost a needle by 16,384
-    "Hope-Attention": {"mixer": Attention()},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "DeltaNet": {"mixer": DeltaNet(), "channel": SwiGLU()},
-    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
-}
+ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Transformer")
+ROWS["Hope"] = {"mixer": Titans(half_life=None)}  # one of 2,048 has lost a needle by 16,384
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
 
 
+TAKES = ("seeds", "steps", "only", "models", "data", "workers", "device")
+SOURCES = tuple(f"experiments/{name}.py" for name in ("recall", "lessons", "asked", "books"))
 Ask = Callable[[Cell, str, int, str, bool], list[Asked]]  # cell, task, length, split, ahead
+
+
+def cells(
+    asked: Options, task: str, data: Cell, lessons: Sequence[Sequence[Lesson]],
+    lengths: Sequence[int], usual: int, short: int, **own: Any,
+) -> list[Cell]:  # fmt: skip
+    """A cell for each model. data, own: what else it holds. lessons: of a quick run, and the usual
+    ones. lengths: that may be asked for, the first `usual` where none is; short: of a quick run.
+    """
+    known = {f"{length:,}": length for length in lengths}
+    names = chosen(asked.only or tuple(known)[:usual], tuple(known), "length")
+    return [
+        {
+            "task": task, "model": name, "size": asked.pick(QUICK_SIZE, SIZE),
+            "lessons": asked.pick(*lessons), "setting": " ".join(names),
+            "lengths": asked.pick([short], [known[length] for length in names]),
+            "validated": asked.pick(short, lengths[0]), "out": str(asked.out.resolve()),
+            **own, **data,
+        }
+        for name in chosen(asked.models, tuple(ROWS), "model")
+    ]  # fmt: skip
 
 
 def config_of(name: str, size: tuple[int, int, int]) -> HopeConfig:
@@ -183,15 +194,14 @@ def columns(records: Sequence[Record], names: Sequence[str]) -> list[Column]:
 
     def column(name: str, length: int) -> Column:
         def text(rows: Sequence[Record]) -> str:
-            found = [_of(rows, (name,), length, reading) for reading in READINGS]
-            return " / ".join(spread(values, 0) if values else "–" for values in found)
+            return " / ".join(spread(_of(rows, (name,), length, kind), 0) for kind in READINGS)
 
         return Column(f"{name}, {length:,}", text)
 
     lengths = sorted({_length(r) for r in records})
     state = mean("state, kB", lambda r: r.detail.get("state_bytes", 0) / 1e3 or None, digits=0)
     each = [column(name, length) for name in names for length in lengths]
-    return [words("model", lambda r: r.model), PARAMETERS, state, RATE, SEEDS, *each]
+    return [name_of(), PARAMETERS, state, RATE, SEEDS, *each]
 
 
 def notes(records: Sequence[Record]) -> str:
@@ -203,7 +213,7 @@ def notes(records: Sequence[Record]) -> str:
     )
 
 
-def figure(records: Sequence[Record], panels: dict[str, Sequence[str]], path: Path) -> None:
+def figure(records: Sequence[Record], panels: Mapping[str, Sequence[str]], path: Path) -> None:
     """By length, strictly asked; a panel for each group of tasks."""
     drawn = []
     lengths = sorted({_length(r) for r in records})

@@ -262,7 +262,7 @@ def _kept(path: Path) -> list[Record]:
 
 def report(about: Experiment, records: Sequence[Record]) -> str:
     """The table, what follows it, and by which rule its numbers were chosen."""
-    parts = [table(records, about.columns(records), about.by, about.below)]
+    parts = [table(records, about.heads(records), about.by, about.below)]
     if about.notes:
         parts.append(about.notes(records))
     rules = sorted({r.rule for r in records} - {"", "nothing is chosen"})

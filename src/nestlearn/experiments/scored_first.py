@@ -11,8 +11,6 @@ be learned by. Each row has one dial of three values, chosen on the validation b
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn.evals import Record
+from nestlearn.evals.files import text_of
 from nestlearn.evals.streams import Text, bits_per_byte, nats, tenths
-from nestlearn.experiments import figures, readers
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.closed_book import fingerprint_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments import pretrained, readers
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Panel, curves, lines
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.readers import ROWS, Opened
-from nestlearn.experiments.tables import RATE, Column, detail, mean, metric, words
+from nestlearn.experiments.tables import RATE, detail, mean, metric, words
 
 LETTERS, QUICK_LETTERS = 200_000, 1500  # of a book
 TESTED, VALIDATED = 8, 2  # books
@@ -40,11 +37,11 @@ PLAIN = "windows"  # what the other rows are compared with
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each row that the model has."""
-    weights, folder = fingerprint_of(asked), Path(asked.data or "")
+    base, folder = pretrained.part(asked), Path(asked.data or "")
     known = [r for r in ROWS if r != "carried" or readers.is_hope(folder / "model")]
     return [
         {
-            "task": "books", "model": row, "folder": asked.data, "weights": weights,
+            "task": "books", "model": row, **base,
             "text": fingerprint(files(folder, "valid") + files(folder, "test")),
             "letters": asked.pick(QUICK_LETTERS, LETTERS), "validated": asked.pick(1, VALIDATED),
             "tested": asked.pick(1, TESTED),
@@ -68,13 +65,10 @@ def files(folder: Path, split: str) -> list[Path]:
 
 def books(folder: Path, split: str, count: int, letters: int) -> list[str]:
     """The beginnings of the first books of a split."""
-    texts: list[str] = []
+    found = []
     for file in files(folder, split):
-        if file.suffix == ".xz":
-            texts += lzma.decompress(file.read_bytes()).decode().split("\f")
-        else:
-            texts.append(gzip.decompress(file.read_bytes()).decode())
-    found = [text.strip()[:letters] for text in texts]
+        texts = text_of(file).split("\f") if file.suffix == ".xz" else [text_of(file)]
+        found += [text.strip()[:letters] for text in texts]
     return [text for text in found if text][:count]
 
 
@@ -154,11 +148,12 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """Bits per byte along the books."""
-    lines = {
-        ROWS[r.model].title: (list(range(1, len(r.detail["tenths"]) + 1)), [r.detail["tenths"]])
-        for r in records
-    }
-    figures.curves([figures.Panel("", "tenth of a book", "bits per byte", lines)], path)
+    drawn = lines(
+        records,
+        lambda r: (range(1, len(r.detail["tenths"]) + 1), r.detail["tenths"]),
+        lambda r: ROWS[r.model].title,
+    )
+    curves([Panel("", "tenth of a book", "bits per byte", drawn)], path)
 
 
 EXPERIMENT = Experiment(

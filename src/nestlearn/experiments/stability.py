@@ -7,18 +7,15 @@ that diverges, or whose gradient norm after the warm-up goes beyond 1, is what t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.equal_time import FAMILIES, config_of
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.tables import RATE, SEEDS, Column, mean, metric, model, words
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Tell, chosen
+from nestlearn.experiments.tables import RATE, SEEDS, mean, metric, model, words
 from nestlearn.models.hope import HopeLM
 from nestlearn.train import TrainConfig, train
 
@@ -67,14 +64,11 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Loss and gradient norms."""
-    return [
-        model(), words("windows of", lambda r: f"{int(r.task):,}"), RATE, SEEDS,
-        mean(LOSS, metric(LOSS)), mean(MEDIAN, metric(MEDIAN), digits=2),
-        Column(LARGEST, lambda rows: f"{max(r.value for r in rows if r.metric == LARGEST):.2f}"),
-    ]  # fmt: skip
-
+COLUMNS = [
+    model(), words("windows of", lambda r: f"{int(r.task):,}"), RATE, SEEDS,
+    mean(LOSS, metric(LOSS)), mean(MEDIAN, metric(MEDIAN), digits=2),
+    Column(LARGEST, lambda rows: f"{max(r.value for r in rows if r.metric == LARGEST):.2f}"),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="stability",
@@ -85,7 +79,7 @@ EXPERIMENT = Experiment(
     work=work,
     rates=(1.2e-2, 2.4e-2),
     chooses="",
-    columns=columns,
+    columns=COLUMNS,
     by=lambda r: (r.model, r.task, r.config["lr"]),
     sources=("experiments/equal_time.py", "experiments/books.py"),
 )

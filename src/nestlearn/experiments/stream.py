@@ -9,7 +9,6 @@ tokens. --data is the finished run's folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.tables import Column, detail, mean, metric, model
+from nestlearn.experiments.tables import detail, mean, metric, model
 from nestlearn.models.hope import HopeLM
 from nestlearn.train import load_text, stdlib_text
 
@@ -74,11 +71,10 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     return {"scores": {"nats per byte": loss}, "tenths": tenths, "headline": f"{loss:.3f}"}
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """The loss in each tenth of the stream, and in all of it."""
-    tenths = [mean(str(i + 1), detail("tenths", i)) for i in range(10)]
-    return [model("memories"), *tenths, mean("all", metric("nats per byte"))]
-
+COLUMNS = [
+    model("memories"), *(mean(str(i + 1), detail("tenths", i)) for i in range(10)),
+    mean("all", metric("nats per byte")),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="stream",
@@ -89,5 +85,5 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     seeds=1,
-    columns=columns,
+    columns=COLUMNS,
 )

@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.models import parameter_count, with_parameters
-from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, Column, mean, metric, model
+from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric, model
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Channel, Continuum, DeltaNet, Mixer, SwiGLU, Titans
 from nestlearn.train import Corpus, TrainConfig, train
@@ -144,20 +142,16 @@ def _losses(model: HopeLM, w: Walks, settings: TrainConfig) -> dict[str, float]:
     return found | {"tables known": float(w.surprise[:, 1:].mean())}
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Losses of all symbols, and by how long ago the table changed."""
-    keys = [f"{a}–{b}" for a, b in SINCE]
-    return [
-        model("model; channel"), PARAMETERS, RATE, SEEDS, mean("all symbols", metric("all")),
-        *(mean(f"{key} after a change", metric(key)) for key in keys),
-    ]  # fmt: skip
-
-
 def notes(records: Sequence[Record]) -> str:
     """The least loss that there is."""
     floor = next(r.value for r in records if r.metric == "tables known")
     return f"Nats per symbol. Whoever knows the tables has {floor:.3f}."
 
+
+COLUMNS = [
+    model("model; channel"), PARAMETERS, RATE, SEEDS, mean("all symbols", metric("all")),
+    *(mean(f"{a}–{b} after a change", metric(f"{a}–{b}")) for a, b in SINCE),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="switching",
@@ -167,6 +161,6 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=columns,
+    columns=COLUMNS,
     notes=notes,
 )

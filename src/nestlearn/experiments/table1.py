@@ -11,22 +11,18 @@ before the text, too. --only names the lengths, in bytes; what was trained is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nestlearn.evals import Record, needles, ruler
+from nestlearn.evals import needles, ruler
 from nestlearn.evals.haystack import Asked, Row, cut
 from nestlearn.experiments import books, recall
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
 from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.recall import ROWS
-from nestlearn.experiments.tables import Column
 
 LESSONS = (  # 32,768 bytes a step
     Lesson(128, 256, 1.0, 0.2), Lesson(256, 128, 0.3, 0.35), Lesson(512, 64, 0.15, 0.5),
@@ -34,37 +30,26 @@ LESSONS = (  # 32,768 bytes a step
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(400, 2, 0.2, 1.0))
 STEPS, DENSE, PLAIN, LANGUAGE = 3000, 0.6, 0.1, 0.1
-LENGTHS = (4096, 8192, 16_384)
-FURTHER = (65_536, 262_144, 1_048_576)
+LENGTHS = (4096, 8192, 16_384, 65_536, 262_144, 1_048_576)
 DEPTHS, SAMPLES, FEW = 5, 8, 2  # places of a needle, texts for each, and of validation or long ones
 
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each model."""
-    data = _data(asked.data)
-    known = [f"{length:,}" for length in (*LENGTHS, *FURTHER)]
-    lengths = chosen(asked.only, known, "length") if asked.only else known[: len(LENGTHS)]
-    return [
-        {
-            "task": "needles", "model": name, "steps": asked.steps or asked.pick(4, STEPS),
-            "size": asked.pick(recall.QUICK_SIZE, recall.SIZE), "language": LANGUAGE,
-            "lessons": asked.pick(QUICK_LESSONS, LESSONS),
-            "lengths": asked.pick([600], [int(length.replace(",", "")) for length in lengths]),
-            "validated": asked.pick(600, LENGTHS[0]), "depths": asked.pick(1, DEPTHS),
-            "samples": asked.pick(1, SAMPLES), "setting": " ".join(lengths),
-            "said": asked.pick(4, ruler.SAID),
-            "out": str(asked.out.resolve()), **data,
-        }
-        for name in chosen(asked.models, tuple(ROWS), "model")
-    ]  # fmt: skip
+    return recall.cells(
+        asked, "needles", _data(asked.data), (QUICK_LESSONS, LESSONS), LENGTHS, usual=3, short=600,
+        steps=asked.steps or asked.pick(4, STEPS), language=LANGUAGE,
+        depths=asked.pick(1, DEPTHS), samples=asked.pick(1, SAMPLES),
+        said=asked.pick(4, ruler.SAID),
+    )  # fmt: skip
 
 
-def _data(data: str | None) -> dict[str, str]:
+def _data(data: str | None) -> Cell:
     if data is None or not (Path(data) / "ruler_words" / "nounlist.txt").is_file():
         raise ValueError(f"--data {data}: give a folder with gutenberg/ and ruler_words/")
     lists = [Path(data) / "ruler_words" / f"{name}list.txt" for name in ("adjective", "noun")]
-    found = books.text_of(str(Path(data) / "gutenberg"))
-    return {"folder": data, "books": found["books"], "words": fingerprint(lists)}
+    text = books.text_of(str(Path(data) / "gutenberg"))
+    return {**text, "folder": data, "words": fingerprint(lists)}
 
 
 @cache
@@ -104,33 +89,18 @@ def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[
     ]  # fmt: skip
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Percent of the answers said, by task and length."""
-    return recall.columns(records, ruler.NAMES)
-
-
-def figure(records: Sequence[Record], path: Path) -> None:
-    """By length, strictly asked, a panel for each task."""
-    recall.figure(records, {name: (name,) for name in ruler.NAMES}, path)
-
-
 EXPERIMENT = Experiment(
     name="table1",
     shows="RULER's needles by length, asked of a saved state in another process",
     price=("–", "~1.5 hours"),
-    takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
+    takes=recall.TAKES,
     grid=grid,
     work=work,
     rates=(3e-3, 6e-3),
     quick_rates=(0, 1),
     seeds=1,
-    columns=columns,
+    columns=lambda records: recall.columns(records, ruler.NAMES),
     notes=recall.notes,
-    figure=figure,
-    sources=(
-        "experiments/recall.py",
-        "experiments/lessons.py",
-        "experiments/asked.py",
-        "experiments/books.py",
-    ),
+    figure=lambda records, path: recall.figure(records, {n: (n,) for n in ruler.NAMES}, path),
+    sources=recall.SOURCES,
 )

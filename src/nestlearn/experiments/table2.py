@@ -13,22 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import Column, words
-from nestlearn.options import Attention, DeltaNet, StaticTitans, SwiGLU
+from nestlearn.experiments.equal_time import curve_of
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Panel, curves, lines
+from nestlearn.experiments.models import FAMILIES, families
+from nestlearn.experiments.tables import words
 
-ROWS: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Hope-Attention": {"mixer": Attention()},
-    "DeltaNet with levels": {"mixer": DeltaNet()},
-    "DeltaNet": {"mixer": DeltaNet(), "channel": SwiGLU()},
-    "Titans": {"mixer": StaticTitans(), "channel": SwiGLU()},
-    "Transformer++": {"mixer": Attention(), "channel": SwiGLU()},
-}
+ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Titans")
+ROWS["Transformer++"] = FAMILIES["Transformer"]
 # Parameters are those of the blocks with bytes: pieces have an embedding and a head beside them.
 SIZES = {"10M": (320, 7, 5), "50M": (640, 10, 10)}  # width, layers, heads
 VOCABULARIES = {"bytes": books.BYTES, "pieces": 8192}
@@ -73,19 +66,16 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """Bits a byte of validation books at the trained length, along tokens and along seconds."""
-    panels = []
-    for setting in dict.fromkeys(r.task for r in records):
-        for axis, label in enumerate(("tokens", "seconds on one card")):
-            lines = {}
-            for name in ROWS:
-                own = [
-                    r.detail["curve"] for r in records
-                    if (r.task, r.model, r.metric) == (setting, name, books.NEAR)
-                ]  # fmt: skip
-                if own:
-                    at = [sum(p) / len(p) for p in zip(*([row[axis] for row in c] for c in own))]
-                    lines[name] = (at, [[row[2] for row in c] for c in own])
-            panels.append(Panel(setting, label, "validation (bits a byte)", lines))
+    there = [r for r in records if r.metric == books.NEAR]
+    there.sort(key=lambda r: list(ROWS).index(r.model))
+    panels = [
+        Panel(
+            setting, label, "validation (bits a byte)",
+            lines((r for r in there if r.task == setting), curve_of(axis, 2)),
+        )
+        for setting in dict.fromkeys(r.task for r in records)
+        for axis, label in enumerate(("tokens", "seconds on one card"))
+    ]  # fmt: skip
     curves(panels, path, marker=True)
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nestlearn.evals import Record, Task, mad
+from nestlearn.evals import Task, mad
 from nestlearn.experiments.accuracy import Accuracies
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen, sorted_by
-from nestlearn.experiments.figures import grid as picture
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, RIVALS, contender
 
@@ -43,7 +40,11 @@ PAIRS = {
     for task, name in NAMES.items()
     for setting in mad.settings(task)
 }
-ACCURACIES = Accuracies({head: [pair] for pair, head in PAIRS.items()}, PAPER)
+ACCURACIES = Accuracies(
+    {head: [pair] for pair, head in PAIRS.items()},
+    PAPER,
+    {pair: head.replace(" ", "\n") for pair, head in PAIRS.items()},
+)
 
 _VARIANTS = ("hope-dot", "hope-slow", "hope-mlp", "hope-attention-dot", "hope-attention-slow")
 MODELS = ("hope", *RIVALS, *_VARIANTS)
@@ -140,14 +141,6 @@ def notes(records: Sequence[Record]) -> str:
     )
 
 
-def figure(records: Sequence[Record], path: Path) -> None:
-    """A grid of colours, the paper's rows below ours."""
-    values, paper = ACCURACIES.values(
-        records, {pair: head.replace(" ", "\n") for pair, head in PAIRS.items()}
-    )
-    picture(values, path, paper=paper)
-
-
 EXPERIMENT = Experiment(
     name="table4",
     shows="MAD: compression, recall, copying, memorization",
@@ -155,9 +148,9 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=(1e-3, 3e-3, 8e-3),
-    order=sorted_by(lambda r: list(CONTENDERS).index(r.model)),
+    order=lambda records: sorted(records, key=lambda r: list(CONTENDERS).index(r.model)),
     columns=ACCURACIES.columns,
     below=ACCURACIES.below,
     notes=notes,
-    figure=figure,
+    figure=ACCURACIES.figure,
 )

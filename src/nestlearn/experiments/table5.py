@@ -7,15 +7,11 @@ string, of every model that has chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from nestlearn.evals import Record, formal
+from nestlearn.evals import formal
 from nestlearn.experiments.accuracy import Accuracies
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen, sorted_by
-from nestlearn.experiments.figures import grid as picture
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import ABLATIONS, CONTENDERS, RIVALS
 
@@ -43,9 +39,15 @@ ACCURACIES = Accuracies(
         for language, title in NAMES.items()
     },
     PAPER,
+    {
+        (language, name): f"{title}\n{'longer' if name == BINS[1] else 'trained'}"
+        for language, title in NAMES.items()
+        for name in BINS
+    },
 )
 
 MODELS = ("hope", "hope-deep", *RIVALS, *(f"hope-{name}" for name in ABLATIONS))
+_PLACES = list(dict.fromkeys((*MODELS, *CONTENDERS)))
 STEPS = dict.fromkeys(NAMES, 1500) | {"shuffle2": 3000}  # which has two counters at once
 QUICK_STEPS = 8
 SKELETON: dict[str, Any] = {
@@ -83,16 +85,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     return train_cell(cell, formal.task(cell["task"], **cell["data"]), tell)
 
 
-def figure(records: Sequence[Record], path: Path) -> None:
-    """A grid of colours, the paper's rows below ours."""
-    names = {
-        (language, name): f"{NAMES[language]}\n{'longer' if name == BINS[1] else 'trained'}"
-        for language, name in PAIRS
-    }
-    values, paper = ACCURACIES.values(records, names)
-    picture(values, path, paper=paper)
-
-
 EXPERIMENT = Experiment(
     name="table5",
     shows="formal languages, within and beyond trained lengths",
@@ -100,9 +92,9 @@ EXPERIMENT = Experiment(
     grid=grid,
     work=work,
     rates=(3e-3, 1e-2),
-    order=sorted_by(lambda r: list(dict.fromkeys((*MODELS, *CONTENDERS))).index(r.model)),
+    order=lambda records: sorted(records, key=lambda r: _PLACES.index(r.model)),
     columns=ACCURACIES.columns,
     below=ACCURACIES.below,
     notes=ACCURACIES.rates,
-    figure=figure,
+    figure=ACCURACIES.figure,
 )

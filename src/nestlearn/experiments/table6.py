@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
 from nestlearn.options import Continuum, Level, SwiGLU, Titans
 
 FAST, SLOW, NEVER = Level(chunk=4), Level(chunk=16), Level()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,9 +97,9 @@ PARAMETERS = Column("parameters", parameters)
 SEEDS = Column("seeds", lambda rows: str(len({r.seed for r in rows})))
 
 
-def model(head: str = "model", titles: Mapping[str, str] | None = None) -> Column:
-    """The model's title."""
-    return words(head, lambda r: (titles or {}).get(r.model, r.model))
+def model(head: str = "model") -> Column:
+    """The model's name."""
+    return words(head, lambda r: r.model)
 
 
 def table(

@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nestlearn import optim
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options
-from nestlearn.experiments.figures import Panel, curves
-from nestlearn.experiments.tables import Column, words
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell
+from nestlearn.experiments.figures import Panel, curves, lines
+from nestlearn.experiments.tables import words
 
 LR = 1e-3
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -99,9 +97,9 @@ def figure(records: Sequence[Record], path: Path) -> None:
     labels = ("Optimizer step", "rms of the update ÷ learning rate")
     panels = []
     for stream in STREAMS:
-        own = [r for r in records if r.task == stream]
-        lines = {r.model: ([i + 1 for i in r.detail["at"]], [r.detail["rms"]]) for r in own}
-        panels.append(Panel(stream.capitalize(), *labels, lines))
+        own = (r for r in records if r.task == stream)
+        drawn = lines(own, lambda r: ([i + 1 for i in r.detail["at"]], r.detail["rms"]))
+        panels.append(Panel(stream.capitalize(), *labels, drawn))
     curves(panels, path, log="xy")
 
 

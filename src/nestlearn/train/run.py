@@ -76,8 +76,7 @@ def train(
     memory = Carried(model, config, ranks) if config.stream > 1 else None
     carried = memory.state if memory else None
     folder, step, log = _open(model, run, corpus, config, out, resume, carried)
-    model.train()
-    gradients = _Gradients(model, config, memory, ranks)
+    gradients = _Gradients(model.train(), config, memory, ranks)
     display = Display(config, step, progress and ranks.first, meters)
     with _fork_rng(device), Interrupt(ranks) as interrupt, meters.traced(out), display:
         try:
@@ -102,9 +101,7 @@ def train(
             path = folder.save(step, model, run, carried)
             raise KeyboardInterrupt(_STOPPED.format(step, config.steps, path)) from None
     if folder:
-        if kept is not model and ranks.first:  # it stands at the start
-            kept.load_state_dict(weights(folder.path(step)))
-        ranks.first_says(lambda: _finish(kept, corpus, config, folder, log))
+        ranks.first_says(lambda: _finish(kept, corpus, config, folder, log, kept is not model))
     return log
 
 
@@ -309,9 +306,14 @@ def _evaluate_shares(
 
 
 def _finish(
-    model: Any, corpus: Corpus, config: TrainConfig, folder: RunFolder, log: list[Record]
-) -> None:
-    """Write what a whole run leaves: the model and the picture of its losses."""
+    model: Any, corpus: Corpus, config: TrainConfig, folder: RunFolder, log: list[Record],
+    apart: bool,
+) -> None:  # fmt: skip
+    """Write what a whole run leaves: the model and the picture of its losses. apart: another one
+    was trained, and this one stands at the start.
+    """
+    if apart:
+        model.load_state_dict(weights(folder.path(log[-1]["step"])))
     _write_model(model, corpus, config, log, folder.out / "model")
     loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
 

@@ -1,0 +1,25 @@
+"""Published data as they are shipped: text, packed or not, and lines of JSON."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_OPENS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+
+
+@cache
+def text_of(file: Path) -> str:
+    """The text of a file, as it is or packed (.gz, .xz)."""
+    with _OPENS.get(file.suffix, open)(file, "rb") as opened:
+        return opened.read().decode()
+
+
+def rows_of(file: Path) -> list[Any]:
+    """What stands in a file's lines of JSON."""
+    return [json.loads(line) for line in text_of(file).split("\n") if line]
