@@ -139,7 +139,7 @@ def trained(
     )  # fmt: skip
     torch.manual_seed(cell["seed"])
     model = HopeLM(config)
-    windows = 2 if batch < 8 else 16
+    windows = 16 if batch >= 8 else batch
     curve: list[list[float]] = []
     seconds = 0.0
 
