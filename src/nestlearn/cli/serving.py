@@ -73,7 +73,7 @@ def serve(
 def _opened(name: str, device: str) -> tuple[Any, Any, Path | None]:
     """The model, its tokenizer, and the folder that it is in."""
     from nestlearn.cli.stacked import pretrained, quiet, words_of
-    from nestlearn.models.config import TYPE
+    from nestlearn.models.config import TYPE, model_type
     from nestlearn.train.run import resolve_device
 
     place, folder = resolve_device(device), Path(name)
@@ -83,7 +83,7 @@ def _opened(name: str, device: str) -> tuple[Any, Any, Path | None]:
 
         quiet()
         return load_stack(folder, place), words_of(folder), folder
-    if _kind(inner) == TYPE:
+    if model_type(inner) == TYPE:
         from nestlearn.models.hope import HopeLM
         from nestlearn.train.data import load_tokenizer
 
@@ -91,7 +91,7 @@ def _opened(name: str, device: str) -> tuple[Any, Any, Path | None]:
         return hope, load_tokenizer(inner, hope.config.vocab_size), folder
     if (folder / "checkpoints").is_dir():
         raise ValueError(f"the run in {folder} is not finished: nestlearn train ... --resume")
-    if folder.is_dir() and _kind(folder) is None and not any(folder.glob("*.gguf")):
+    if folder.is_dir() and model_type(folder) is None and not any(folder.glob("*.gguf")):
         raise FileNotFoundError(f"no model in {folder}: it has no stack.json and no config.json")
     base, words = pretrained(name, None)
     if words is None:
@@ -102,17 +102,6 @@ def _opened(name: str, device: str) -> tuple[Any, Any, Path | None]:
     stacked = stack_levels(base.to(place), levels)
     say(f"Levels of {' and '.join(map(str, CHUNKS))} tokens stand on {name}, which stays as it is.")
     return stacked, words, folder if folder.is_dir() else None
-
-
-def _kind(folder: Path) -> str | None:
-    """The model_type of a folder's config.json; None where there is none."""
-    import json
-
-    try:
-        data = json.loads((folder / "config.json").read_bytes())
-        return str(data.get("model_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _name(model: str) -> str:

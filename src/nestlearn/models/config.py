@@ -161,6 +161,15 @@ def saved_config(data: dict[str, Any]) -> HopeConfig:
     return HopeConfig.from_dict(own)
 
 
+def model_type(folder: Path) -> str | None:
+    """The model_type of a folder's config.json; None where there is none that can be read."""
+    try:
+        data = json.loads((folder / "config.json").read_bytes())
+        return str(data.get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The one file of the weights, or the several of a large model."""
     for name in ("config.json", WEIGHTS):
