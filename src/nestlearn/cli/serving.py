@@ -71,7 +71,7 @@ def serve(
 def _opened(name: str, device: str) -> tuple[Any, Any, Path]:
     """The model, its tokenizer, and a folder for memories: the model's, if it is the user's."""
     from nestlearn.cli.stacked import pretrained, quiet, words_of
-    from nestlearn.models.config import TYPE, model_folder
+    from nestlearn.models.config import TYPE, model_folder, model_type
     from nestlearn.train.run import resolve_device
 
     place, folder = resolve_device(device), model_folder(name)
@@ -82,7 +82,7 @@ def _opened(name: str, device: str) -> tuple[Any, Any, Path]:
 
         quiet()
         return load_stack(folder, place), words_of(folder), home
-    if _kind(inner) == TYPE:
+    if model_type(inner) == TYPE:
         from nestlearn.models.hope import HopeLM
         from nestlearn.train.data import load_tokenizer
 
@@ -90,7 +90,7 @@ def _opened(name: str, device: str) -> tuple[Any, Any, Path]:
         return hope, load_tokenizer(inner, hope.config.vocab_size), home
     if (folder / "checkpoints").is_dir():
         raise ValueError(f"the run in {folder} is not finished: nestlearn train ... --resume")
-    if folder.is_dir() and _kind(folder) is None and not any(folder.glob("*.gguf")):
+    if folder.is_dir() and model_type(folder) is None and not any(folder.glob("*.gguf")):
         raise FileNotFoundError(f"no model in {folder}: it has no stack.json and no config.json")
     base, words = pretrained(name, None)
     if words is None:
@@ -101,17 +101,6 @@ def _opened(name: str, device: str) -> tuple[Any, Any, Path]:
     stacked = stack_levels(base.to(place), levels)
     say(f"Levels of {' and '.join(map(str, CHUNKS))} tokens stand on {name}, which stays as it is.")
     return stacked, words, home
-
-
-def _kind(folder: Path) -> str | None:
-    """The model_type of a folder's config.json; None where there is none."""
-    import json
-
-    try:
-        data = json.loads((folder / "config.json").read_bytes())
-        return str(data.get("model_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _name(model: str) -> str:

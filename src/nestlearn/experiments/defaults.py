@@ -18,11 +18,10 @@ import torch
 from nestlearn.evals import formal, mad, mqar
 from nestlearn.experiments import books, table4
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.fit import settings, train_cell
+from nestlearn.experiments.fit import settings, train_cell, train_lm
 from nestlearn.experiments.models import build
 from nestlearn.experiments.tables import model
 from nestlearn.options import Level
-from nestlearn.train import TrainConfig, train
 
 SEED = 777  # of the data: no table is drawn with it
 LR = {"language": (4e-3, 8e-3), "mad": (3e-3,), "mqar": (3e-3,), "formal": (3e-3,)}
@@ -99,18 +98,15 @@ def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]
     quick = cell["steps"] <= QUICK_STEPS
     sizes = {"dim": 32, "layers": 1, "heads": 2} if quick else {"dim": 256, "layers": 6, "heads": 4}
     steps = cell["steps"] if quick else cell["steps"] // 8
-    config = TrainConfig(
-        steps=steps, batch=2 if quick else 32, length=128 if quick else 512, lr=cell["lr"],
-        warmup=steps // 5, eval_every=steps, device=cell["device"],
-        dtype="bfloat16" if cell["device"].startswith("cuda") else "float32",
-    )  # fmt: skip
     torch.manual_seed(0)
     model = build("hope", corpus.vocab_size, {**sizes, **changes}, match=False)
-    log = train(model, corpus, config, None, progress=False)
+    cell = {**cell, "steps": steps, "batch": 2 if quick else 32}
+    log, config = train_lm(
+        model, corpus, cell, tell, length=128 if quick else 512, warmup=steps // 5
+    )
     count = 2 if quick else 32
     near, far = books.losses(model, corpus.val, config.length, count, config.batch, config.dtype)
     norms = sorted(r["grad_norm"] for r in log[config.warmup :])
-    tell(1.0, f"{near:.3f} {far:.3f}")
     return {
         "value": -(near + far) / 2, "scores": {"near": near, "far": far}, "steps": steps,
         "grad_norm": norms[len(norms) // 2] if norms else None,

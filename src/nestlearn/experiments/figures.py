@@ -21,13 +21,12 @@ def grid(
     values: Mapping[str, Values],
     path: str | Path,
     *,
-    label: str = "Accuracy (%)",
     paper: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """A coloured cell for each model and column: the mean of its seeds, half their range if over 1.
 
-    values: by model's title, then column; paper:
-    likewise, in a row below the model's own. ValueError without any.
+    values: accuracies by model's title, then column; paper: likewise, in a row below the model's
+    own. ValueError without any.
     """
     if not values:
         raise ValueError("grid was given no values: run at least one model")
@@ -59,7 +58,7 @@ def grid(
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=label, fraction=0.03, pad=0.01)
+    figure.colorbar(image, ax=axes, label="Accuracy (%)", fraction=0.03, pad=0.01)
     write_figure(figure, path)
 
 

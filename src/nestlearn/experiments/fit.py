@@ -21,6 +21,7 @@ from nestlearn.captured import Captured
 from nestlearn.evals import IGNORED, Examples, Logits, Task, score
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.models import build
+from nestlearn.train import Corpus, TrainConfig, train
 from nestlearn.train.data import keyed_seed
 from nestlearn.train.optimize import adamw, schedule
 from nestlearn.train.run import resolve_device
@@ -274,6 +275,25 @@ def train_cell(
         "headline": f"{line} after {out.steps} steps, {out.seconds:.0f} s",
         "metric": f"{task.metric} accuracy (%)",
     }
+
+
+def train_lm(
+    model: nn.Module, corpus: Corpus, cell: Cell, tell: Tell, **own: Any
+) -> tuple[list[dict[str, Any]], TrainConfig]:
+    """Train a language model in place: its log, and how it trained.
+
+    cell: steps, batch, lr, seed, device. own: further fields of TrainConfig.
+    """
+    steps, on_card = cell["steps"], cell["device"].startswith("cuda")
+    config = TrainConfig(
+        **{key: cell[key] for key in ("steps", "batch", "lr", "seed", "device")}, eval_every=steps,
+        dtype="bfloat16" if on_card else "float32", **own,
+    )  # fmt: skip
+
+    def on_step(r: dict[str, Any]) -> None:
+        tell(r["step"] / steps, f"loss {r['loss']:.3f}, gradient norm {r['grad_norm']:.2f}")
+
+    return train(model, corpus, config, None, progress=False, on_step=on_step), config
 
 
 def settings(steps: int, quick: bool, **own: Any) -> dict[str, Any]:

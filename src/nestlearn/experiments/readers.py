@@ -24,7 +24,7 @@ from nestlearn.evals.streams import (
     Text,
     Windows,
 )
-from nestlearn.models.config import TYPE, HopeConfig, model_folder
+from nestlearn.models.config import TYPE, HopeConfig, model_folder, model_type
 from nestlearn.models.hope import HopeLM
 from nestlearn.train.data import load_tokenizer
 
@@ -151,11 +151,7 @@ def is_hope(path: Path) -> bool:
     """Whether a folder is a Hope's: a finished run, a checkpoint, or a saved model."""
     if (path / "meta.json").is_file() or (path / "checkpoints").is_dir():
         return True
-    return _json(path / "config.json").get("model_type") == TYPE
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return model_type(path) == TYPE
 
 
 def _hope(path: Path, device: str, window: int | None) -> Opened:
@@ -193,7 +189,9 @@ def _loaded(path: Path) -> tuple[HopeLM, Path, dict[str, Any]]:
         model.load_state_dict(load_file(path / "model.safetensors"))
         return model, path, settings
     folder = path / "model" if (path / "model").is_dir() else path
-    return HopeLM.from_pretrained(folder), folder, _json(folder.parent / "config.json")
+    said = folder.parent / "config.json"
+    settings = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
+    return HopeLM.from_pretrained(folder), folder, settings
 
 
 # ------------------------------------------------------------------------- Hugging Face's models

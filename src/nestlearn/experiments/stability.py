@@ -15,9 +15,9 @@ import torch
 from nestlearn.experiments import books
 from nestlearn.experiments.equal_time import FAMILIES, config_of
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Tell, chosen
+from nestlearn.experiments.fit import train_lm
 from nestlearn.experiments.tables import RATE, SEEDS, mean, metric, model, words
 from nestlearn.models.hope import HopeLM
-from nestlearn.train import TrainConfig, train
 
 MODELS = ("Hope", "Hope-Attention", "DeltaNet with levels")
 LENGTHS = ("512", "2048")
@@ -40,20 +40,12 @@ def grid(asked: Options) -> list[Cell]:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one; its gradient norms."""
-    corpus = books.read(Path(cell["folder"])).corpus
-    steps = cell["steps"]
-    settings = TrainConfig(
-        steps=steps, batch=cell["batch"], length=cell["length"], lr=cell["lr"],
-        warmup=max(1, steps // 6), eval_every=steps, seed=cell["seed"], device=cell["device"],
-        dtype="bfloat16" if cell["device"].startswith("cuda") else "float32",
-    )  # fmt: skip
+    corpus, steps = books.read(Path(cell["folder"])).corpus, cell["steps"]
     torch.manual_seed(cell["seed"])
     lm = HopeLM(config_of(cell["model"], "6M"))
-
-    def on_step(record: dict[str, Any]) -> None:
-        tell(record["step"] / steps, f"{record['loss']:.3f}, norm {record['grad_norm']:.2f}")
-
-    log = train(lm, corpus, settings, None, progress=False, on_step=on_step)
+    log, settings = train_lm(
+        lm, corpus, cell, tell, length=cell["length"], warmup=max(1, steps // 6)
+    )
     norms = [r["grad_norm"] for r in log[settings.warmup :]]
     last = statistics.mean(r["loss"] for r in log[-max(1, steps // 10) :])
     scores = {LOSS: last, MEDIAN: statistics.median(norms), LARGEST: max(norms)}

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.fit import train_lm
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric, model
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Channel, Continuum, DeltaNet, Mixer, SwiGLU, Titans
-from nestlearn.train import Corpus, TrainConfig, train
+from nestlearn.train import Corpus, TrainConfig
 
 SYMBOLS, LENGTH, STAY, SHARPNESS, TABLES = 32, 512, 192, 4.0, 4
 MIXERS: dict[str, Mixer] = {
@@ -102,20 +103,10 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     held = [walks(rows // 16, seed) for seed in (10_001, 10_002)]
     ids = walks(rows, cell["seed"]).ids.flatten()
     corpus = _Sequences(ids, held[0].ids.flatten(), SYMBOLS, name="switching")
-    settings = TrainConfig(
-        steps=steps, batch=cell["batch"], length=LENGTH, lr=cell["lr"], eval_every=steps,
-        warmup=max(1, steps // 8), seed=cell["seed"], device=cell["device"],
-        dtype="bfloat16" if cell["device"].startswith("cuda") else "float32",
-    )  # fmt: skip
     torch.manual_seed(cell["seed"])
     config = config_of(cell["model"])
     model = HopeLM(config)
-
-    def on_step(record: dict[str, Any]) -> None:
-        if record["step"] % max(1, steps // 20) == 0:
-            tell(record["step"] / steps, f"{record['loss']:.3f}")
-
-    log = train(model, corpus, settings, None, progress=False, on_step=on_step)
+    log, settings = train_lm(model, corpus, cell, tell, length=LENGTH, warmup=max(1, steps // 8))
     val, test = (_losses(model, w, settings) for w in held)
     return {
         "value": -val["all"], "scores": test, "validation": val, "config": config.to_dict(),

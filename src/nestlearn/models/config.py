@@ -170,6 +170,15 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
+def model_type(folder: Path) -> str | None:
+    """The model_type of a folder's config.json; None where there is none that can be read."""
+    try:
+        data = json.loads((folder / "config.json").read_bytes())
+        return str(data.get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The one file of the weights, or the several of a large model."""
     for name in ("config.json", WEIGHTS):
