@@ -2,19 +2,18 @@
 
 import copy
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from test_modeling import TINY
 
 from nestlearn import Level
 from nestlearn.hf import HopeConfig, HopeForCausalLM
 from nestlearn.options import Continuum
+from pairs import pair
 
 CASES = (
     {},
@@ -23,10 +22,8 @@ CASES = (
 )
 
 
-def sharded(rank, folder):
+def sharded(rank, _):
     """One of the two: half of the batch, half of every parameter's rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
 
@@ -56,10 +53,8 @@ def sharded(rank, folder):
         with torch.no_grad():
             logits = [lm(some).logits for lm, some in runs]
         torch.testing.assert_close(logits[1], logits[0][2 * rank : 2 * rank + 2])
-    dist.destroy_process_group()
 
 
 def test_two_processes_train_as_one():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.set_forkserver_preload(["torch.distributed.fsdp", "nestlearn.hf"])  # loaded once
-        mp.start_processes(sharded, (folder,), nprocs=2, start_method="forkserver")
+    with pair(sharded, load="nestlearn.hf"):
+        pass
