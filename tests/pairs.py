@@ -53,7 +53,10 @@ def _run(work: Callable[..., None], folder: str, given: tuple) -> None:
     try:
         while not started.join():
             pass
-    except mp.ProcessException as error:  # of the first to end; the other may have crashed
+    except (
+        mp.ProcessExitedException,
+        mp.ProcessRaisedException,
+    ) as error:  # of the first to end; the other may have crashed
         if -signal.SIGSEGV in [process.exitcode for process in started.processes]:
             raise _Crash("one of two processes ended by SIGSEGV") from error
         raise
