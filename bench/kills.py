@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from bench.agent import ranks_of
+
 SETTINGS = "--length 16 --batch 4 --checkpoint-every 5 --device cpu"
 EARLY = 0.25  # the share of kills within seconds of a start; the others come amid steps
 
@@ -30,10 +32,10 @@ def launch(out: Path, steps: int, more: str = "", restarts: int = 0) -> subproce
     data = out.parent / "text.txt"
     if not data.exists():
         data.write_text("the key is under the mat. " * 200)
-    here = f"--nproc-per-node 2 --standalone --max-restarts {restarts} --monitor-interval 0.1"
     more += " --resume" * (out / "config.json").exists()
-    train = f"-m nestlearn train --data {data} --out {out} --steps {steps} {SETTINGS} {more}"
-    command = [sys.executable, "-m", "torch.distributed.run", *here.split(), *train.split()]
+    train = f"train --data {data} --out {out} --steps {steps} {SETTINGS} {more}".split()
+    agent = str(Path(__file__).with_name("agent.py"))
+    command = [sys.executable, agent, str(restarts), *train]
     with out.with_suffix(".err").open("a") as err:
         return subprocess.Popen(
             command, stderr=err, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -48,21 +50,21 @@ def said_by(run: subprocess.Popen[str], out: Path) -> str:
 
 def kill_ranks(run: subprocess.Popen[str], out: Path, kills: int, dice: random.Random) -> None:
     """Kill one of the run's processes at a time, until the run ends; see `killed`."""
-    before = ""
+    before: list[int] = []
     while kills > 0 and run.poll() is None:
-        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-        now = ranks.read_text() if ranks.exists() else ""
-        if len(now.split()) < 2 or now == before:
+        now = ranks_of(run.pid)
+        if len(now) < 2 or now == before:
             time.sleep(0.05)
             continue
         early = dice.random() < EARLY
         longest = 5.0 if early else _wait_for_steps(run, out / "log.jsonl", dice.randint(1, 10))
         time.sleep(dice.uniform(0, longest))
         if run.poll() is None:
-            os.kill(int(dice.choice(now.split())), signal.SIGKILL)
+            chosen = dice.choice(now)
+            os.kill(chosen, signal.SIGKILL)
             kills, before = kills - 1, now
-            with out.with_suffix(".kills").open("a") as list_of:
-                list_of.write(now + "\n")
+            with out.with_suffix(".kills").open("a") as kept:
+                kept.write(f"{chosen}\n")
 
 
 def killed(out: Path) -> int:

@@ -264,6 +264,7 @@ def test_a_checkpoint_becomes_a_model(tmp_path, call):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    from bench.agent import ranks_of
     from bench.kills import launch, said_by
 
     out = tmp_path / "run"
@@ -271,8 +272,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     log = out / "log.jsonl"
     while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 6):
         time.sleep(0.02)
-    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(ranks_of(run.pid)[1], signal.SIGKILL)
     said = said_by(run, out)
     assert run.returncode == 0, said
     assert said.count("Error: ") == 1
