@@ -18,14 +18,14 @@ import torch.multiprocessing as mp
 def pair(
     work: Callable[..., None],
     *given: Any,
-    load: str,
+    load: tuple[str, ...],
     before: Callable[[Path], None] = lambda _: None,
 ) -> Iterator[Path]:
     """The folder in which two processes, joined in a group, have run `work(rank, folder, *given)`.
 
-    load: the module that both need. before: makes what the folder holds at their start.
+    load: modules that both need. before: makes what the folder holds at their start.
     """
-    mp.set_forkserver_preload(["torch.distributed.fsdp", load])  # loaded once
+    mp.set_forkserver_preload(["torch.distributed.fsdp", *load])  # loaded once
     for again in (True, False):
         with tempfile.TemporaryDirectory() as name:
             before(Path(name))

@@ -136,7 +136,7 @@ def of_one(here: Path) -> None:
 @pytest.fixture(scope="module")
 def two():
     """What two processes did, by case, and the folder where."""
-    with pair(both, load="nestlearn.train", before=of_one) as folder:
+    with pair(both, load=("nestlearn.train",), before=of_one) as folder:
         yield *(torch.load(folder / f"done-{r}.pt", weights_only=False) for r in range(2)), folder
 
 
