@@ -204,6 +204,9 @@ AS_WRITTEN = [
     f"{PAIR} 20 --length 64 --out runs/two",
     f"{PAIR} 20 --length 64 --out runs/parts --parallel fsdp",
     f"{PAIR} 20 --length 64 --out runs/halves --accumulate 2 --profile",
+    f"accelerate launch --multi_gpu --num_processes 2 -m {TRAINED} 20 --length 64 "
+    "--out runs/launched --device cpu",
+    f"{TRAINED} 20 --length 64 --out runs/alone --device cpu",
     f"{PAIR} 30 --length 64 --out runs/one --resume",
     f"{TRAINED} 30 --length 64 --out runs/parts --resume",
     "nestlearn export runs/two --out models/two",

@@ -1,16 +1,16 @@
 """One process ≡ two: FSDP2 on the CPU (gloo), every optimizer, and a state that goes on."""
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from test_optimizer_laws import ENTRIES, Network, batch, train, weights
+
+from pairs import pair
 
 STEPS = 5
 SAME = ("GGD", "M3, exact", "DGD by trace", "DeepMomentum, dot")  # nothing new; GGD: refused
@@ -25,10 +25,8 @@ def alone(entry, dtype):
     return weights(model)
 
 
-def sharded(rank, folder, expected):
+def sharded(rank, _, expected):
     """One of the two: half of the batch, half of every parameter's rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, init_device_mesh
@@ -75,11 +73,9 @@ def sharded(rank, folder, expected):
             for key, t in optimizer.state[p].items():
                 assert isinstance(t, DTensor) == (t.shape == p.shape), (name, key)
         assert get_optimizer_state_dict(model, optimizer)["state"], name
-    dist.destroy_process_group()
 
 
 def test_one_process_is_two():
     expected = {name: alone(*case) for name, case in CASES.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        mp.set_forkserver_preload(["torch.distributed.fsdp", "nestlearn.optim"])  # loaded once
-        mp.start_processes(sharded, (folder, expected), nprocs=2, start_method="forkserver")
+    with pair(sharded, expected, load=("nestlearn.optim",)):
+        pass

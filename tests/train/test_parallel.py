@@ -11,16 +11,14 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_run import CONFIG, corpus, crash_after
 
@@ -33,6 +31,7 @@ from nestlearn.train.folder import read_log, weights
 from nestlearn.train.meters import device_peak, flops_per_token
 from nestlearn.train.parallel import shares, whole
 from nestlearn.train.ranks import Ranks
+from pairs import pair
 
 BASE = dataclasses.replace(
     CONFIG, steps=4, batch=4, eval_every=4, eval_windows=3, checkpoint_every=2
@@ -117,11 +116,8 @@ def interrupted(rank: int, out: Path) -> str:
     return str(stop.value)
 
 
-def pair(rank: int, folder: str) -> None:
+def both(rank: int, here: Path) -> None:
     """One of the two processes, through every case."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    here = Path(folder)
     done: dict = {case: go(case, here / case) for case in CASES}
     for case in RESUMED:
         done[f"{case}, of one"] = go(case, here / f"{case}, of one", resume=True)
@@ -130,19 +126,18 @@ def pair(rank: int, folder: str) -> None:
     done["full"] = full(rank, here / "full")
     done["interrupted"] = interrupted(rank, here / "interrupted")
     torch.save(done, here / f"done-{rank}.pt")
-    dist.destroy_process_group()
+
+
+def of_one(here: Path) -> None:
+    for case in RESUMED:
+        stopped(case, here / f"{case}, of one")
 
 
 @pytest.fixture(scope="module")
 def two():
     """What two processes did, by case, and the folder where."""
-    with tempfile.TemporaryDirectory() as folder:
-        for case in RESUMED:
-            stopped(case, Path(folder, f"{case}, of one"))
-        mp.set_forkserver_preload(["torch.distributed.fsdp", "nestlearn.train"])  # loaded once
-        mp.start_processes(pair, (folder,), nprocs=2, start_method="forkserver")
-        both = [torch.load(Path(folder, f"done-{r}.pt"), weights_only=False) for r in range(2)]
-        yield *both, Path(folder)
+    with pair(both, load=("nestlearn.train",), before=of_one) as folder:
+        yield *(torch.load(folder / f"done-{r}.pt", weights_only=False) for r in range(2)), folder
 
 
 @functools.cache
@@ -269,6 +264,7 @@ def test_a_checkpoint_becomes_a_model(tmp_path, call):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    from bench.agent import ranks_of
     from bench.kills import launch, said_by
 
     out = tmp_path / "run"
@@ -276,8 +272,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     log = out / "log.jsonl"
     while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 6):
         time.sleep(0.02)
-    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(ranks_of(run.pid)[1], signal.SIGKILL)
     said = said_by(run, out)
     assert run.returncode == 0, said
     assert said.count("Error: ") == 1

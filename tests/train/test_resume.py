@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tiny_run import (
 from torch import nn
 
 from nestlearn import HopeConfig, HopeLM
+from nestlearn.disk import atomic_write
 from nestlearn.train.checkpoint import save_checkpoint, verify_checkpoint
 from nestlearn.train.folder import RunFolder, read_log
 from nestlearn.train.optimize import adamw
@@ -242,6 +244,38 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, whole):
     assert error.value.errno == errno.EFBIG
     assert os.listdir(tmp_path / "checkpoints") == ["step-000004"]
     assert_same_weights(run(tmp_path, resume=True)[0], whole[0])
+
+
+def test_a_checkpoint_is_written_while_the_run_goes_on(tmp_path, whole, monkeypatch):
+    """The writing of step 4 is held until step 6, and holds step 4."""
+    held, there = threading.Event(), []
+
+    def slow(*given):
+        assert held.wait(60)
+        atomic_write(*given)
+
+    def on_step(record):
+        if record["step"] == 6:
+            there.append((tmp_path / "checkpoints/step-000004").exists())
+            held.set()
+            raise RuntimeError("crash")
+
+    monkeypatch.setattr("nestlearn.train.checkpoint.atomic_write", slow)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path, on_step=on_step)
+    assert there == [False]
+    assert verify_checkpoint(tmp_path / "checkpoints/step-000004")["step"] == 4
+    assert_same_weights(run(tmp_path, resume=True)[0], whole[0])
+
+
+def test_what_ends_the_writing_ends_the_run_at_a_next_step(tmp_path, monkeypatch):
+    def refused(path, _):
+        raise OSError(errno.EIO, f"cannot write {path}")
+
+    monkeypatch.setattr("nestlearn.train.checkpoint.atomic_write", refused)
+    with pytest.raises(OSError, match=r"cannot write .*step-000004"):
+        run(tmp_path, on_step=lambda record: time.sleep(0.05))
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] < 8
 
 
 def test_a_full_disk_under_the_log_is_named(tmp_path, monkeypatch):

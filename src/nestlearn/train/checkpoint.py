@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,23 @@ def save_checkpoint(
 
     carried: a state tree that is part of it (None: there is none), with the rows of each rank.
     """
+    return ranks.first_says(
+        copied_checkpoint(folder, step, model, optimizer, identity, carried, ranks)
+    )
+
+
+def copied_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: Identity,
+    carried: Any = None,
+    ranks: Ranks = ALONE,
+) -> Callable[[], Path]:
+    """As `save_checkpoint`, with the writing left to what is returned: rank 0 calls it, in any
+    thread, while the model goes on.
+    """
     tensors = {
         "model.safetensors": _copies(model.state_dict(), ranks),
         "optimizer.safetensors": _copies(_optimizer_tensors(model, optimizer), ranks),
@@ -79,7 +97,7 @@ def save_checkpoint(
         atomic_write(path, write)
         return path
 
-    return ranks.first_says(publish)
+    return publish
 
 
 def verify_checkpoint(path: Path) -> Record:

@@ -11,6 +11,8 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from nestlearn.disk import atomic_write, disk_errors, sync
 from nestlearn.train.checkpoint import (
     Identity,
     Record,
+    copied_checkpoint,
     load_checkpoint,
-    save_checkpoint,
     verify_checkpoint,
     versions,
 )
@@ -53,6 +55,7 @@ class RunFolder:
         self.identity: Identity = json.loads(json.dumps(identity))  # tuples as JSON has them
         self.checkpoints = out / "checkpoints"
         self.saved_step: int | None = None
+        self._writing: Future[None] | None = None  # rank 0's, of the newest checkpoint
 
     def start(self) -> None:
         """Claim the folder; ValueError if it already holds a run."""
@@ -118,21 +121,57 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Any = None
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        carried: Any = None,
+        *,
+        later: bool = False,
     ) -> Path:
-        """Write the checkpoint of this step, unless it is there, and keep the newest two."""
-        path = self.path(step)
+        """Write the checkpoint of this step, unless it is there, and keep the newest two.
+
+        later: what it holds is copied, and written while the run goes on; see `settle`.
+        """
         if self.saved_step != step:
+            self.settle()
             if self.ranks.first:
                 with disk_errors(self.out / "log.jsonl"):  # the log reaches the disk first
                     sync(self.out / "log.jsonl")
-            path = save_checkpoint(
+            publish = copied_checkpoint(
                 self.checkpoints, step, model, optimizer, self.identity, carried, self.ranks
             )
+            if self.ranks.first:
+                thread = ThreadPoolExecutor(1)
+                self._writing = thread.submit(self._publish, publish)
+                thread.shutdown(wait=False)  # it ends with this; an exit of the program waits
             self.saved_step = step
-            for old in self._present()[KEEP:] if self.ranks.first else ():
-                shutil.rmtree(old)
-        return path
+        if not later:
+            self.settle()
+        return self.path(step)
+
+    def _publish(self, publish: Callable[[], Path]) -> None:
+        publish()
+        for old in self._present()[KEEP:]:
+            shutil.rmtree(old)
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is written; every rank raises what was in the way."""
+        writing, self._writing = self._writing, None
+        try:
+            self.ranks.first_says(lambda: writing.result() if writing else None)
+        except Exception:
+            self.saved_step = None
+            raise
+
+    @property
+    def failed(self) -> bool:
+        """Whether `settle` will raise, as far as this rank knows by now."""
+        return bool(self._writing and self._writing.done() and self._writing.exception())
+
+    def wait(self) -> None:
+        """Let this rank's writing end, well or not: for when the run has failed."""
+        wait([self._writing] if self._writing else [])
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of this step is, if it is kept."""

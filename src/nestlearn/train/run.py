@@ -89,18 +89,22 @@ def train(
                 if folder:
                     folder.append(record)
                     if step % config.checkpoint_every == 0 or step == config.steps:
-                        folder.save(step, model, run, carried)
+                        folder.save(step, model, run, carried, later=True)
                 meters.step(record)
                 display.show(record)
                 if on_step:
                     on_step(record)
-                interrupt.check()
+                interrupt.check(folder is not None and folder.failed)
         except KeyboardInterrupt:
             if folder is None or interrupt.forced:  # forced: this step may be half made
                 raise
             path = folder.save(step, model, run, carried)
             raise KeyboardInterrupt(_STOPPED.format(step, config.steps, path)) from None
+        finally:
+            if folder:
+                folder.wait()
     if folder:
+        folder.settle()
         ranks.first_says(lambda: _finish(kept, corpus, config, folder, log, kept is not model))
     return log
 

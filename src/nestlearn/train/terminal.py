@@ -52,8 +52,9 @@ class Interrupt:
         if self.forced:
             raise KeyboardInterrupt
 
-    def check(self) -> None:
-        if any(self._ranks.gather(self.asked)):
+    def check(self, also: bool = False) -> None:
+        """Stop all ranks if one was asked to, or has another reason."""
+        if any(self._ranks.gather(self.asked or also)):
             raise KeyboardInterrupt
 
 
