@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from nestlearn.evals import read_records
+from nestlearn.evals import Record, read_records
 from nestlearn.experiments import books, fig10, runner, table2, table6
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Attention, SwiGLU
@@ -101,3 +101,16 @@ def test_rows_have_the_parameters_of_hope(rows):
         ]
     assert all(abs(count / counts[0] - 1) < 0.01 for count in counts)
     assert 9e6 < counts[0] < 12e6
+
+
+def test_a_panel_for_each_length_of_streams(tmp_path, monkeypatch):
+    """The first record of a cell holds the places of all."""
+    shown = []
+    monkeypatch.setattr(fig10, "curves", lambda panels, *_, **__: shown.extend(panels))
+    places = {"100": [[64.0, 2.0], [100.0, 1.5]], "200": [[64.0, 2.0], [200.0, 1.2]]}
+    records = [
+        Record("fig10", "books", name, "Hope", 0, name, 1.0, 1, 1, 1, 1.0, detail=detail)
+        for name, detail in (("100", {"places": places}), ("200", {}))
+    ]
+    fig10.figure(records, tmp_path / "fig10.png")
+    assert [panel.lines["Hope"][0][-1] for panel in shown] == [100.0, 200.0]

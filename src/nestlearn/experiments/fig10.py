@@ -88,20 +88,18 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Loss along the place in the stream."""
-    panels = [
-        Panel(
-            f"streams of {name} bytes", "place", "nats a byte",
-            lines((r for r in records if r.metric == name), _along),
-        )
-        for name in dict.fromkeys(r.metric for r in records)
-    ]  # fmt: skip
+    """Loss along the place in the stream, a panel for each length."""
+
+    def panel(name: str) -> Panel:
+        def along(r: Record) -> Along:
+            place, nats = zip(*r.detail["places"][name])
+            return place, nats
+
+        own = (r for r in records if r.detail)  # the first record of a cell has all its places
+        return Panel(f"streams of {name} bytes", "place", "nats a byte", lines(own, along))
+
+    panels = [panel(name) for name in dict.fromkeys(r.metric for r in records)]
     curves(panels, path, marker=True, log="x")
-
-
-def _along(record: Record) -> Along:
-    place, nats = zip(*record.detail["places"][record.metric])
-    return place, nats
 
 
 EXPERIMENT = Experiment(
