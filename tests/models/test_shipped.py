@@ -1,0 +1,93 @@
+"""The weights in the package: those that were measured, and a memory that lasts.
+
+`nestlearn reproduce tiny --data FOLDER` trains them and, alike, a Transformer.
+"""
+
+import json
+import lzma
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestlearn import HopeLM, state
+from nestlearn.experiments.books import FAR, NEAR, surprise
+
+NAME = "nestlearn/tiny"
+RESULTS = Path(__file__).parents[2] / "results/tiny/results.json"
+SENTENCE = "The old house of Quornvale stood alone on the hill. "
+ASKED = "They walked for hours to see the house of Quornvale"
+
+
+def ids(text: str | bytes) -> torch.Tensor:
+    return torch.tensor([list(text.encode() if isinstance(text, str) else text)])
+
+
+@pytest.fixture(scope="module")
+def model() -> HopeLM:
+    return HopeLM.from_pretrained(NAME).float().eval()
+
+
+def likely(model: HopeLM, memory=None) -> float:
+    """Log-probability of the made-up name, after what the memory has read."""
+    text = ids(ASKED)
+    with torch.no_grad():
+        logits, _ = model(text[:, :-1], memory)
+    chosen = logits.log_softmax(-1).gather(-1, text[:, 1:, None])[0, :, 0]
+    return float(chosen[-len("Quornvale") :].sum())
+
+
+def test_unread_books_are_as_surprising_as_was_measured(model, shared_data, unchecked):
+    """These are the weights of the results: as one stream, and in windows of four times the trained
+    length, where the Transformer of the same training is worse.
+    """
+    book = lzma.decompress((shared_data / "gutenberg/test.txt.xz").read_bytes())
+    recorded = {(r["model"], r["metric"]): r for r in json.loads(RESULTS.read_text())}
+    first = surprise(model, ids(book[:20_001]), 8192)[0] / math.log(2)
+    tenths = recorded["Hope", NEAR]["detail"]["tenths"]
+    assert first.view(2, -1).mean(1).tolist() == pytest.approx(tenths[:2], abs=0.02)
+    windows = torch.tensor(list(book[1_000_000:1_016_384])).view(8, 2048)
+    with torch.no_grad():
+        logits, _ = model(windows[:, :-1])
+    nats = float(torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:]))
+    assert nats / math.log(2) < recorded["Transformer", FAR]["value"]
+
+
+def test_a_name_read_in_one_process_is_likelier_in_another(model, tmp_path):
+    before = likely(model)
+    with torch.no_grad():
+        _, memory = model(ids(SENTENCE * 4))
+    state.save(memory, tmp_path / "memory.safetensors")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_shipped as t;"
+        "model = t.HopeLM.from_pretrained(t.NAME).float().eval();"
+        "memory = t.state.load(sys.argv[2], like=model.init_state(1));"
+        "print(t.likely(model, memory))"
+    )
+    ask = [sys.executable, "-c", code, str(Path(__file__).parent), tmp_path / "memory.safetensors"]
+    after = float(subprocess.run(ask, check=True, capture_output=True, text=True).stdout)
+    assert after == pytest.approx(likely(model, memory), abs=1e-3)
+    assert after > before + math.log(10)
+
+
+def test_a_folder_of_that_name_comes_first(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    HopeLM(model.config).save_pretrained(tmp_path / NAME)
+    assert not torch.equal(HopeLM.from_pretrained(NAME).embed.weight, model.embed.weight)
+    with pytest.raises(FileNotFoundError, match="give a folder"):
+        HopeLM.from_pretrained("nestlearn/large")
+
+
+def test_commands_and_transformers_know_it(model, call):
+    from nestlearn.hf import HopeForCausalLM
+
+    assert torch.equal(
+        HopeForCausalLM.from_pretrained(NAME).model.embed.weight.float(), model.embed.weight
+    )
+    code, said, _ = call("generate", NAME, "--prompt", "The old house", "--tokens", 5)
+    assert code == 0
+    assert said.startswith("The old house")
+    assert call("levels", NAME)[0] == 0
