@@ -129,6 +129,9 @@ FORMS: dict[str, Form] = {
         )
         for name in ("table1", "fig9")
     },
+    "nestlearn reproduce tiny --data FOLDER": Form(
+        reproduced("tiny", "--data {data}/gutenberg"), needs="{data}/gutenberg/valid.txt.xz"
+    ),
     "nestlearn reproduce language --seeds 3": Form(reproduced("language", "--seeds 1")),
     "nestlearn reproduce frontier --data ../shared/data --only novel": Form(
         reproduced("frontier", "--data {data} --only novel"), needs="{data}/models/stories260K.bin"
