@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny_run import (
 from torch import nn
 
 from nestlearn import state as tree
+from nestlearn.disk import atomic_write
 from nestlearn.layers import Level
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Continuum, DeltaNet, StaticTitans, Titans
@@ -251,6 +253,27 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(tmp_path, whole, step):
     if step >= 4:
         folder = tmp_path / f"checkpoints/step-{step // 4 * 4:06d}"
         assert "carried.safetensors" in verify_checkpoint(folder)["files"]
+    model, log = run(tmp_path, STREAM, Remembering(), resume=True)
+    assert_same_weights(model, whole[0])
+    assert without_time(log) == without_time(whole[1])
+
+
+def test_a_memory_is_copied_before_the_run_goes_on(tmp_path, whole, monkeypatch):
+    """The files of step 4 are made after step 6, and hold step 4."""
+    held = threading.Event()
+
+    def slow(*given):
+        assert held.wait(60)
+        atomic_write(*given)
+
+    def on_step(record):
+        if record["step"] == 6:
+            held.set()
+            raise RuntimeError("crash")
+
+    monkeypatch.setattr("nestlearn.train.checkpoint.atomic_write", slow)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path, STREAM, Remembering(), on_step=on_step)
     model, log = run(tmp_path, STREAM, Remembering(), resume=True)
     assert_same_weights(model, whole[0])
     assert without_time(log) == without_time(whole[1])

@@ -75,6 +75,8 @@ def copied_checkpoint(
         "optimizer.safetensors": _copies(_optimizer_tensors(model, optimizer), ranks),
     }
     carried = ranks.concat(carried)
+    if carried is not None and ranks.first:  # it is written in place
+        carried = tree.tree_map(lambda t: t.detach().to("cpu", copy=True), carried)
     path = folder / f"step-{step:06d}"
 
     def write(temp: Path) -> None:
