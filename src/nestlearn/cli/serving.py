@@ -43,7 +43,8 @@ def serve(
 
     Example:  nestlearn serve stacked/ --port 8000
     """
-    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+    needed = ("starlette", "transformers", "uvicorn")
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise ImportError(f'no {" and no ".join(missing)} here: pip install "nestlearn[serve]"')
     from nestlearn.serve import Limits, engine_for
     from nestlearn.serve.app import run
