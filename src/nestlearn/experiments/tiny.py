@@ -2,9 +2,9 @@
 
     nestlearn reproduce tiny --data FOLDER
 
-FOLDER as in `nestlearn.experiments.books`. Both models read the same bytes with the same settings,
-in streams of 8 windows; attention has no memory, so its windows begin anew. The weights are written
-into models/ beside the results, in bfloat16, as they were after training.
+FOLDER as in `nestlearn.experiments.books`. Both models read as many bytes of the same books: Hope
+in streams of 8 windows, attention, which carries no memory, in windows that begin anew. The weights
+are written into models/ beside the results, in bfloat16, as they were after training.
 """
 
 from __future__ import annotations
