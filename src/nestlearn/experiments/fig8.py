@@ -66,7 +66,7 @@ def language(folder: Path, name: str, seed: int, short: bool = False) -> Languag
 class InContext(Reader):
     """Nothing is learned: the sentence's words in the list, and pairs like it, stand before it."""
 
-    ask, longest, rows = "{text}\nEnglish:", 40, 32
+    ask, longest, rows = "{text}\nEnglish:", 40, 128
 
     def __init__(self, *given: Any):
         super().__init__(*given)

@@ -132,7 +132,8 @@ class Deltas(nn.Module):
         high = float("inf") if level.bound is None else level.bound
         high = high if drift is None else min(high, drift)
         theta = self.theta[i] if level.rule == "momentum" else None
-        bound = tuple(high * self.norms[j] for j in self.owned[i])
+        norms = self.norms  # once: that the weights are still the same takes a look at each
+        bound = tuple(high * norms[j] for j in self.owned[i])
         return Pace(self.lr[i], theta, keep, bound)
 
     def fasts(self, memory: StackMemory) -> dict[int, Fast]:
@@ -222,13 +223,21 @@ class Deltas(nn.Module):
         for j, deltas in parts.items():
             layer, own = self.layers[j], kernel(self.layers[j])
             if self.config.rank is not None and not dense:
-                weights[layer] = Effective(None, tuple(deltas), taps=[] if tapped else None)
+                weights[layer] = Effective(None, _beside(deltas), taps=[] if tapped else None)
                 continue
             total = wide(own) + deltas[0].dense()
             for delta in deltas[1:]:
                 total += delta.dense()
             weights[layer] = Effective(total.to(own.dtype), (), version(layer))
         return weights
+
+
+def _beside(deltas: list[Factors]) -> tuple[Factors]:
+    """The low-rank deltas of a layer's levels as one: two products in place of two for each."""
+    if len(deltas) == 1:
+        return (deltas[0],)
+    rights = [delta.right for delta in deltas if delta.right is not None]
+    return (Factors(torch.cat([delta.left for delta in deltas], -1), torch.cat(rights, 1)),)
 
 
 def _fixed(values) -> nn.ParameterList:
