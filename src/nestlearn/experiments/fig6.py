@@ -105,7 +105,7 @@ def _right(learner: Any, asked: Sequence[Text]) -> list[bool]:
 class Context(Reader):
     """Nothing is learned: examples of the classes, drawn evenly, stand before the question."""
 
-    rows = 64  # each has keys and values of all examples
+    rows = 32  # each has keys and values of all examples
 
     def __init__(self, *given: Any):
         super().__init__(*given)

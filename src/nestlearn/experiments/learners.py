@@ -91,7 +91,7 @@ class Learner(Reader):
         levels = [DeltaLevel(chunk, lr=rate, rule="gd") for chunk in (256, 1024)]
         spread = "depth" if self.how == "depth" else "block"
         self.stacked = stack_levels(
-            self.base, levels, rank=RANK, window=1024, spread=spread, cache_dtype="bfloat16"
+            self.base, levels, rank=RANK, window=256, spread=spread, cache_dtype="bfloat16"
         )
         self.memory = self.stacked.init_memory(1)
         self.kept: list[Text] = []
