@@ -209,7 +209,8 @@ def seen_precisions(case):
     "options", [{}, {"adapt": ("k", "eta", "alpha")}], ids=["generated", "given"]
 )
 def test_autocast_decides_the_precision(away, options):  # noqa: F811
-    assert away(seen_precisions, Case(options, autocast=True)) == {("bf16", "tf32")}
+    assert away(seen_precisions, Case(options, width=64, autocast=True)) == {("bf16", "tf32")}
+    assert away(seen_precisions, Case(options, width=32, autocast=True)) == {("tf32x3",) * 2}
     forced = Case(options, autocast=True, precision="ieee")
     assert away(seen_precisions, forced) == {("ieee", "tf32x3")}
 

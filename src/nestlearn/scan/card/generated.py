@@ -120,7 +120,7 @@ def _plan(
     norms = memories * (1 if W2 is None else 2)
     low, high = bound or (0.0, 0.0)
     kind = _kind(
-        form, float(gain), K, H, V, many - norms > V + 1, T, *_precisions(form), own=True,
+        form, float(gain), K, H, V, many - norms > V + 1, T, *_precisions(form, K, H, V), own=True,
         shell=bound is not None, low=float(low), high=float(high), eta_max=float(eta_max),
     )  # fmt: skip
     place = Place(B * heads * memories, T, memories, 1, memories, memories - 1)

@@ -51,6 +51,10 @@ from .tiles import INTERPRETED, Kind, Place, _block
 PRECISION: str | None = None
 SYSTEM_PRECISION = "tf32x3"
 
+# Widths up to which an autocast to bfloat16 means "tf32x3": for these Triton 3.6 makes kernels of
+# "bf16" that reach beyond memory (seen on an H200 at 32; at 64 they do not).
+NARROW = 32
+
 MAX_TOKENS = 64
 MAX_WIDTH = 64
 _empty = torch.empty  # makes every buffer; the tests put NaN into them
@@ -170,7 +174,7 @@ def _plan(
     groups, reader = (1, 0) if reader is None else (lead[-1], reader % lead[-1])
     place = Place(math.prod(lead), T, shared, inner, groups, reader)
     (H, K), V = W1.shape[-2:], (W1 if W2 is None else W2).shape[-2]
-    kind = _kind(form, float(gain), K, H, V, log_alpha is not None, T, *_precisions(form))
+    kind = _kind(form, float(gain), K, H, V, log_alpha is not None, T, *_precisions(form, K, H, V))
     axes = ((q, answering), (k, own), (v, lead))
     tokens = (None if x is None else x.expand(*b, *x.shape[-2:]) for x, b in axes)
     rows = (None if x is None else x.expand(*own, T) for x in (eta, log_alpha))
@@ -193,10 +197,13 @@ def _shared(lead: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(lead[block]), math.prod(lead[block.stop :])
 
 
-def _precisions(form: str) -> tuple[str, str]:
+def _precisions(form: str, *widths: int) -> tuple[str, str]:
     """Of the products and of the system."""
     torchs = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-    dot = PRECISION or form.rpartition(",")[2] or torchs
+    autocasts = form.rpartition(",")[2]
+    if autocasts and max(widths) <= NARROW:
+        autocasts = "tf32x3"
+    dot = PRECISION or autocasts or torchs
     return dot, "tf32" if dot == "bf16" else SYSTEM_PRECISION
 
 
