@@ -129,6 +129,11 @@ FORMS: dict[str, Form] = {
         )
         for name in ("table1", "fig9")
     },
+    'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
+    'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
+    "--device cuda --workers 5": Form(why="needs a GPU"),
+    "nestlearn reproduce table1 --data FOLDER --models DeltaNet --steps 1500 --only 4,096 "
+    "--device cuda --workers 2": Form(why="needs a GPU"),
     "nestlearn reproduce tiny --data FOLDER": Form(
         reproduced("tiny", "--data {data}/gutenberg"), needs="{data}/gutenberg/valid.txt.xz"
     ),
