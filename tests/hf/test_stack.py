@@ -10,6 +10,7 @@ from stacks import FAMILIES, tiny, tokens
 from torch import nn
 
 from nestlearn import DeltaLevel, Level, state
+from nestlearn.hf import deltas
 from nestlearn.hf.cache import CACHE
 from nestlearn.hf.learning import unroll
 from nestlearn.hf.lending import kernel
@@ -223,6 +224,14 @@ def test_a_low_rank_write_is_the_best_approximation_of_the_full_one():
         u, s, v = torch.linalg.svd(a.left)
         best = (u[:, :, :3] * s[:, None, :3]) @ v[:, :3]
         assert (b.dense() - a.left).norm() <= 1.001 * (best - a.left).norm()
+
+
+def test_a_write_looks_at_the_bases_weights_once_and_not_once_a_layer(monkeypatch):
+    seen = []
+    known = deltas.version_of
+    monkeypatch.setattr(deltas, "version_of", lambda some: seen.append(1) or known(some))
+    stacked(levels=[DeltaLevel(4, lr=0.1), DeltaLevel(8, lr=0.1)], rank=3).learn(tokens(1, 9))
+    assert len(seen) == 4  # two writes of one level, one of the other, and what that takes over
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])

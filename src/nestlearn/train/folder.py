@@ -169,7 +169,10 @@ class RunFolder:
         """Whether `settle` will raise, as far as this rank knows by now."""
         return bool(self._writing and self._writing.done() and self._writing.exception())
 
-    def wait(self) -> None:
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Let this rank's writing end, well or not: for when the run has failed."""
         wait([self._writing] if self._writing else [])
 

@@ -9,6 +9,7 @@ by rounding alone.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import shutil
@@ -78,7 +79,8 @@ def train(
     folder, step, log = _open(model, run, corpus, config, out, resume, carried)
     gradients = _Gradients(model.train(), config, memory, ranks)
     display = Display(config, step, progress and ranks.first, meters)
-    with _fork_rng(device), Interrupt(ranks) as interrupt, meters.traced(out), display:
+    writing = folder or contextlib.nullcontext()  # ends before the run does, whatever comes
+    with _fork_rng(device), Interrupt(ranks) as interrupt, meters.traced(out), display, writing:
         try:
             while step < config.steps:
                 record = _update(model, run, corpus, config, step, gradients)
@@ -87,9 +89,7 @@ def train(
                     record |= _validate(model, corpus, windows, config, ranks)
                 log.append(record)
                 if folder:
-                    folder.append(record)
-                    if step % config.checkpoint_every == 0 or step == config.steps:
-                        folder.save(step, model, run, carried, later=True)
+                    _record(folder, config, record, model, run, carried)
                 meters.step(record)
                 display.show(record)
                 if on_step:
@@ -100,13 +100,18 @@ def train(
                 raise
             path = folder.save(step, model, run, carried)
             raise KeyboardInterrupt(_STOPPED.format(step, config.steps, path)) from None
-        finally:
-            if folder:
-                folder.wait()
     if folder:
         folder.settle()
         ranks.first_says(lambda: _finish(kept, corpus, config, folder, log, kept is not model))
     return log
+
+
+def _record(folder: RunFolder, config: TrainConfig, record: Record, *kept: Any) -> None:
+    """A step's record, and a checkpoint where one is due."""
+    folder.append(record)
+    step = record["step"]
+    if step % config.checkpoint_every == 0 or step == config.steps:
+        folder.save(step, *kept, later=True)
 
 
 def _placed(

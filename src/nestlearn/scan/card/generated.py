@@ -257,6 +257,16 @@ def _run(
     return [x for x in (V1, V2, o) if x is not None], flat
 
 
+def _of_reads(plan: Plan) -> list[int]:
+    """Sizes of the gradients that a chunk's answers ask of its first weights and its writes."""
+    kind, second = plan.kind, int(plan.kind.mlp)
+    asked = plan.heads * plan.place.T * int(kind.read == "token")
+    return [
+        plan.heads * kind.H * kind.K, plan.heads * kind.V * kind.H * second, asked * kind.H,
+        asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
+    ]  # fmt: skip
+
+
 def _run_backward(
     plan: Plan, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None,
     flat: Tensor, after: list[Tensor], grads: tuple[Tensor, ...],
@@ -268,12 +278,8 @@ def _run_backward(
     sizes = _sizes(plan, True)
     kept = Kept(*_split(flat, _totals(plan, sizes)))
     N, T, second = place.N, place.T, int(kind.mlp)
-    H, V, asked = N * T * kind.H, N * T * kind.V, plan.heads * T * int(kind.read == "token")
-    first, last = plan.heads * kind.H * kind.K, plan.heads * kind.V * kind.H * second
-    of_reads = [
-        first, last, asked * kind.H, asked * kind.V * second, asked * kind.K,
-        asked * kind.H * second, asked,
-    ]  # fmt: skip
+    H, V, of_reads = N * T * kind.H, N * T * kind.V, _of_reads(plan)
+    first, last = of_reads[:2]
     _, reads = _pieces(W1, [chunks * n for n in of_reads])
     _, (dsaid, dgates, e1, e2, dh, sums, dconstants, *between) = _pieces(W1, [
         2 * V, 2 * N * T, H, V * second, H * second, N * T * (2 + 3 * second),

@@ -406,9 +406,7 @@ def _through_mlp(
     du += _tokens(e2, n, T, kind.V, kind.BT)
     dhidden = _tokens(dh, n, T, kind.H, kind.BT)
     if kind.l2 or kind.own:  # u = v − W_2 h, or v = W_2 h of v
-        x = tl.zeros_like(a)
-        if kind.own:
-            x += _phi(_tokens(values, n, T, kind.H, kind.BT), kind)
+        x = _phi(_tokens(values, n, T, kind.H, kind.BT), kind) if kind.own else tl.zeros_like(a)
         if kind.l2:
             x -= _phi(_tokens(before, n, T, kind.H, kind.BT, True), kind)
         dweight += _t_dot(du, x, kind)
