@@ -113,6 +113,18 @@ def test_the_best_rate_on_validation_data_goes_on_to_the_other_seeds(tmp_path):
     assert "the best of 3 by validation data (seed 0); checkpoint: the best by validation" in text
 
 
+def test_a_seed_is_whole_before_the_next_begins(tmp_path):
+    ran = []
+
+    def noted(cell, tell):
+        ran.append((cell["seed"], cell["model"]))
+        return scripted(cell, tell)
+
+    _, records = runner.measure(scheme(work=noted, rates=(0.3,)), tmp_path, workers=0)
+    assert [seed for seed, _ in ran] == [0, 0, 1, 1, 2, 2]
+    assert [r.model for r in records] == ["hope"] * 6 + ["titans"] * 6  # in the grid's order
+
+
 def test_when_all_fail_the_reason_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"every cell failed .*RuntimeError: no"):
         runner.run(scheme(rates=(0.1,)), tmp_path, models=["titans"], workers=0)

@@ -163,9 +163,14 @@ class Search:
         name = f"{self.about.name}{f': {what}' * bool(what)}"
         place, workers = self.asked.out / "cells", self.asked.workers
         workers = workers if "workers" in self.about.takes else 0
-        return run_cells(
-            cells, self.about.work, place, workers=workers, name=name, progress=self.progress
-        )
+        # seed after seed: a run that is stopped has whole seeds
+        order = sorted(range(len(cells)), key=lambda i: cells[i]["seed"])
+        done = run_cells(
+            [cells[i] for i in order], self.about.work, place, workers=workers, name=name,
+            progress=self.progress,
+        )  # fmt: skip
+        found = dict(zip(order, done))
+        return [found[i] for i in range(len(cells))]
 
     def _failed(self, cells: list[Cell]) -> ValueError:
         place = self.asked.out / "cells"
