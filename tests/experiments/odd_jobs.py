@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from nestlearn.experiments.cells import run_cells
 
 
@@ -19,6 +21,13 @@ def work(cell, tell):
         raise RuntimeError(f"cell {cell['n']} is in no mood")
     if mood == "dies":
         os._exit(3)
+    if mood == "crowded":
+        Path(cell["mood"]).write_text("well")
+        raise torch.OutOfMemoryError("the card is full")
+    while mood == "waits" and "\n1 " not in Path(cell["log"]).read_text():
+        time.sleep(0.01)
+    if mood == "waits":
+        time.sleep(0.5)  # until the parent has heard of cell 1
     if mood == "hangs":
         time.sleep(600)
     return {"value": float(cell["n"]), "headline": f"number {cell['n']}"}

@@ -80,6 +80,15 @@ def test_workers_take_turns_on_the_cards_and_one_that_dies_costs_its_cell_alone(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
 
 
+def test_a_card_that_is_full_of_workers_gets_one_fewer_and_the_cell_a_second_try(tmp_path, cells):
+    (tmp_path / "mood").write_text("crowded")
+    (tmp_path / "patience").write_text("waits")
+    cells[0]["mood"] = str(tmp_path / "patience")
+    assert values(run_cells(cells, odd_jobs.work, tmp_path / "cells", workers=2)) == [0, 1, 2]
+    assert ran(tmp_path) == [0, 1, 2, 1]  # after those that never had a try
+    assert failure(tmp_path / "cells", cells[1]) is None
+
+
 def gone(pid):
     try:
         os.kill(pid, 0)

@@ -8,6 +8,7 @@ leaves its traceback, does not end the others, and is tried again by the next ca
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -136,21 +137,25 @@ def _note_failure(path: Path, text: str) -> None:
 
 
 class _Crew:
-    """Worker processes and what they are at. Death of one costs its cell, not the others."""
+    """Worker processes and what they are at. Death of one costs its cell, not the others. A card
+    that has too little memory for all gets one worker fewer, and the cell a second try.
+    """
 
     def __init__(self, work: Work, size: int):
         self.work, self.size = work, size
+        self.queue: list[tuple[Path, Cell]] = []
+        self.again: set[Path] = set()
         self.context = multiprocessing.get_context("spawn")  # CUDA and threads survive no fork
-        self.busy: dict[Connection, tuple[Any, Path]] = {}
+        self.busy: dict[Connection, tuple[Any, Path, Cell]] = {}
         self.idle: list[tuple[Connection, Any]] = []
         self.hired, self.cards = 0, _cards()
 
     def run(self, todo: dict[Path, Cell], board: _Board) -> None:
-        queue = list(todo.items())
+        self.queue = list(todo.items())
         try:
-            while queue or self.busy:
-                while queue and len(self.busy) < self.size:
-                    self._start(*queue.pop(0))
+            while self.queue or self.busy:
+                while self.queue and len(self.busy) < self.size:
+                    self._start(*self.queue.pop(0))
                 for door in wait(list(self.busy)):
                     assert isinstance(door, Connection)
                     self._hear(door, board)
@@ -160,7 +165,7 @@ class _Crew:
     def _start(self, path: Path, cell: Cell) -> None:
         door, process = self.idle.pop() if self.idle else self._hire()
         door.send((path, cell))
-        self.busy[door] = (process, path)
+        self.busy[door] = (process, path, cell)
 
     def _hire(self) -> tuple[Connection, Any]:
         door, inside = self.context.Pipe()
@@ -175,7 +180,7 @@ class _Crew:
         return door, process
 
     def _hear(self, door: Connection, board: _Board) -> None:
-        process, path = self.busy[door]
+        process, path, cell = self.busy[door]
         try:
             kind, *said = door.recv()
         except (EOFError, OSError):
@@ -190,10 +195,16 @@ class _Crew:
             return
         del self.busy[door]
         self.idle.append((door, process))
-        board.done(path, said[0])
+        crowded = (said[0] or "").startswith("OutOfMemoryError") and len(self.busy) > 0
+        if crowded and path not in self.again:
+            self.again.add(path)
+            self.size = max(1, self.size - 1)
+            self.queue.append((path, cell))
+        else:
+            board.done(path, said[0])
 
     def _end(self) -> None:
-        for process in [p for p, _ in self.busy.values()] + [p for _, p in self.idle]:
+        for process in [p for p, *_ in self.busy.values()] + [p for _, p in self.idle]:
             process.terminate()
             process.join()
 
@@ -209,6 +220,8 @@ def _worker(work: Work, door: Connection) -> None:
     while True:
         path, cell = door.recv()
         error = _attempt(cell, work, path, lambda share, text: door.send(("tell", share, text)))
+        gc.collect()
+        torch.cuda.empty_cache()  # the other workers' memory, too
         door.send(("done", error))
 
 
