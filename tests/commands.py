@@ -150,8 +150,9 @@ FORMS: dict[str, Form] = {
     "nestlearn reproduce fig12 --device cuda": Form(why="needs a GPU"),
     "nestlearn reproduce closed-book --data FOLDER --only game --only ship --device cuda "
     "--workers 15": Form(why="needs a pretrained model that follows instructions"),
-    "nestlearn reproduce fig6 --data FOLDER --seeds 2 --device cuda "
-    "--workers 15": Form(why="needs a pretrained model"),
+    "nestlearn reproduce fig6 --data FOLDER --seeds 2 --device cuda --workers 15": Form(
+        why="needs a pretrained model"
+    ),
     **{
         f"nestlearn learn stacked/ --data {file} --memory mine --study": Form(
             why="needs a pretrained model that follows instructions"
