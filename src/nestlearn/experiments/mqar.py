@@ -18,7 +18,7 @@ from nestlearn import state
 from nestlearn.evals import mqar
 from nestlearn.experiments.accuracy import TITLE
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.figures import Panel, curves, points
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, build, contender
 from nestlearn.experiments.tables import PARAMETERS, at, mean, words
@@ -106,17 +106,9 @@ def figure(records: Sequence[Record], path: Path) -> None:
     """Accuracy by number of pairs, a panel for each size of state."""
     panels = []
     for setting in sorted({r.setting for r in records}, key=_kib):
-        lines = {}
-        for model in dict.fromkeys(r.model for r in records if r.setting == setting):
-            own = [r for r in records if (r.setting, r.model) == (setting, model)]
-            tasks = sorted({r.task for r in own}, key=_count)
-            seeds = sorted({r.seed for r in own})
-            rows = [
-                [r.value for t in tasks for r in own if (r.task, r.seed) == (t, s)] for s in seeds
-            ]
-            whole = [row for row in rows if len(row) == len(tasks)]
-            lines[contender(model).title] = ([_count(task) for task in tasks], whole)
-        panels.append(Panel(f"State of {setting}", "Pairs to remember", "Accuracy (%)", lines))
+        own = (r for r in records if r.setting == setting)
+        drawn = points(own, lambda r: _count(r.task), lambda r: contender(r.model).title)
+        panels.append(Panel(f"State of {setting}", "Pairs to remember", "Accuracy (%)", drawn))
     curves(panels, path, log="2", marker=True, ylim=(-2, 104))
 
 
