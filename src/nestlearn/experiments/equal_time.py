@@ -40,7 +40,6 @@ NEAR, FAR = "nats at the trained length", "at four times it"
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every family at every size."""
     text = books.text_of(asked.data)
     names = chosen(asked.models or MODELS, tuple(FAMILIES), "model")
     return [

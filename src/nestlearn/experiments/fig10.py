@@ -38,7 +38,6 @@ FIRST = 64  # tokens of the first place
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each model."""
     text = books.text_of(asked.data)
     return [
         {
@@ -52,7 +51,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train one, and read with it."""
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
     lm, result = books.trained(cell, config, tell, windows(cell["model"]))
@@ -79,7 +77,6 @@ def places(lm: HopeLM, ids: Tensor, total: int, count: int, length: int) -> list
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """Nats a token at the ends of the streams, and at the trained length."""
     return [
         model(), RATE, SEEDS, mean("nats at the trained length", detail("test", 0)),
         *(mean(f"at the end of {name}", metric(name)) for name in dict.fromkeys(

@@ -195,7 +195,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Training loss by step."""
 
     def along(r: Record) -> Along:
         log = r.detail["log"]

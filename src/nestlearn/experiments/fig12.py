@@ -140,7 +140,6 @@ def _ratio(record: Record) -> str:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Step time by size, as a ratio to torch's Muon."""
     picture, (axes,) = new_figure("Parameters (millions)", "Step time ÷ torch.optim.Muon")
     sizes = list(dict.fromkeys(r.task for r in records))
     for i, name in enumerate(CONTESTANTS):

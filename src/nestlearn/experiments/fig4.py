@@ -82,7 +82,6 @@ def arrival(path: Tensor, landscape: Sequence[float]) -> int | None:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every method in every landscape, which is one search over its settings."""
     steps, lrs, where = asked.pick((100, LRS[2::3], LANDSCAPES[:1]), (400, LRS, LANDSCAPES))
     return [
         {

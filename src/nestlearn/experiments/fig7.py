@@ -110,7 +110,6 @@ def right(answer: str, said: str) -> bool:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each set and row."""
     base = pretrained.part(asked)
     return [
         {
@@ -123,7 +122,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Every question of a set, asked in one way."""
     from nestlearn import DeltaLevel, stack_levels
 
     folder, (window, chunks) = Path(cell["folder"]), ROWS[cell["model"]]

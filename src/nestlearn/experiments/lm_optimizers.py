@@ -45,7 +45,6 @@ def build(name: str, model: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every pair of model and optimizer."""
     steps = asked.steps or asked.pick(20, 200)
     return [
         {"task": "stdlib", "model": f"{name}, {optimizer}", "steps": steps, "quick": asked.quick}
@@ -85,7 +84,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Training loss by step, a panel for each model."""
 
     def along(r: Record) -> Along:
         parts = torch.tensor(r.detail["log"], dtype=torch.float64).split(SMOOTH)

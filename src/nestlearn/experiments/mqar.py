@@ -68,7 +68,6 @@ def sized(model: str, kib: float, skeleton: Mapping[str, Any] = SKELETON) -> dic
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every model at every size of state and number of pairs."""
     known = [f"K={pairs}" for pairs in asked.pick(PAIRS[:2], PAIRS)]
     steps = asked.steps or asked.pick(QUICK_STEPS, STEPS)
     cells = []
@@ -86,12 +85,10 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and test one cell."""
     return train_cell(cell, mqar.task(**cell["data"]), tell)
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """What a model is at that size, and its accuracy by number of pairs."""
     tasks = sorted({r.task for r in records}, key=_count)
     return [
         TITLE,
@@ -103,7 +100,6 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Accuracy by number of pairs, a panel for each size of state."""
     panels = []
     for setting in sorted({r.setting for r in records}, key=_kib):
         own = (r for r in records if r.setting == setting)

@@ -26,7 +26,6 @@ LOSS, MEDIAN, LARGEST = "last training loss", "gradient norm, median", "largest 
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every model at every length."""
     return [
         {
             "task": length, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
@@ -39,7 +38,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train one; its gradient norms."""
     corpus, steps = books.read(Path(cell["folder"])).corpus, cell["steps"]
     torch.manual_seed(cell["seed"])
     lm = HopeLM(config_of(cell["model"], "6M"))

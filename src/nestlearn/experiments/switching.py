@@ -87,7 +87,6 @@ def config_of(model: str) -> HopeConfig:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every row."""
     return [
         {
             "task": "switching", "model": name, "steps": asked.pick(2, 400),
@@ -134,7 +133,6 @@ def _losses(model: HopeLM, w: Walks, settings: TrainConfig) -> dict[str, float]:
 
 
 def notes(records: Sequence[Record]) -> str:
-    """The least loss that there is."""
     floor = next(r.value for r in records if r.metric == "tables known")
     return f"Nats per symbol. Whoever knows the tables has {floor:.3f}."
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nestlearn.experiments import books
 from nestlearn.experiments.equal_time import curve_of
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves, lines
 from nestlearn.experiments.models import FAMILIES, families
 from nestlearn.experiments.tables import words
@@ -30,7 +30,6 @@ STEPS, BATCH, LENGTH = 600, 32, 1024
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every family at every size, by bytes and by pieces."""
     text = books.text_of(asked.data)
     return [
         {
@@ -48,7 +47,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and measure one."""
     config = books.sized(ROWS[cell["model"]], cell["size"], cell["vocabulary"])
     text = books.read(Path(cell["folder"]), cell["vocabulary"])
     _, result = books.trained(cell, config, tell)
@@ -57,11 +55,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         for tokens, seconds, *nats in result["curve"]
     ]
     return books.in_bits(text, result)
-
-
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Bits a byte at both lengths, with tokens and seconds."""
-    return [words("setting", lambda r: r.task), *books.columns(records)]
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
@@ -88,7 +81,7 @@ EXPERIMENT = Experiment(
     work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
     seeds=1,
-    columns=columns,
+    columns=lambda records: [words("setting", lambda r: r.task), *books.columns(records)],
     by=lambda r: (r.task, r.model),
     figure=figure,
     sources=("experiments/books.py",),

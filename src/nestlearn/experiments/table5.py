@@ -56,7 +56,6 @@ SKELETON: dict[str, Any] = {
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every model on every language."""
     names = asked.models or asked.pick(("hope", "lstm"), MODELS)
     cells = []
     for language in chosen(asked.only, tuple(NAMES), "language"):
@@ -81,7 +80,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and test one cell."""
     return train_cell(cell, formal.task(cell["task"], **cell["data"]), tell)
 
 

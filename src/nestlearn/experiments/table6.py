@@ -39,7 +39,6 @@ STEPS, BATCH, LENGTH = 300, 64, 512
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each change."""
     text = books.text_of(asked.data)
     return [
         {
@@ -52,7 +51,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and measure one."""
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
     _, result = books.trained(cell, config, tell)

@@ -58,7 +58,6 @@ def sizes(name: str, steps: int, stream: str) -> list[float]:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Both streams of gradients, of all optimizers."""
     steps = asked.steps or asked.pick(500, 10_000)
     return [{"task": stream, "model": "all", "steps": steps} for stream in STREAMS]
 
@@ -80,7 +79,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """The size at some steps, and beside Muon's."""
 
     def size(n: str) -> Column:
         return words(f"step {int(n):,}", lambda r: f"{r.detail['shown'][n]:.4f}")
