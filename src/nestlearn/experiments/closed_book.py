@@ -275,14 +275,11 @@ def _share(form: str) -> Any:
 
 
 EXPERIMENT = Experiment(
-    name="closed-book",
-    shows="questions about a page of invented facts, with the page away",
+    name="closed-book", shows="questions about a page of invented facts, with the page away",
     price=("~1 hour", "–"),
     takes=("only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     seeds=1,
-    columns=columns,
-    by=lambda r: (r.setting, r.model),
+    columns=columns, by=lambda r: (r.setting, r.model),
     sources=(*pretrained.SOURCES, "learn", "evals/closed_book.py"),
-)
+)  # fmt: skip

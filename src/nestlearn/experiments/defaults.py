@@ -151,16 +151,10 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 EXPERIMENT = Experiment(
-    name="defaults",
-    shows="how the default levels were chosen",
-    price=("–", "~3 hours"),
+    name="defaults", shows="how the default levels were chosen", price=("–", "~3 hours"),
     takes=("data", "models", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: LR[cell["benchmark"]],
-    quick_rates=(0, None),
-    seeds=1,
-    columns=columns,
-    order=best_first,
+    grid=grid, work=work,
+    rates=lambda cell: LR[cell["benchmark"]], quick_rates=(0, None), seeds=1,
+    columns=columns, order=best_first,
     sources=("experiments/table4.py", "experiments/books.py"),
-)
+)  # fmt: skip

@@ -116,15 +116,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="equal-time",
-    shows="losses on books along tokens and along seconds",
+    name="equal-time", shows="losses on books along tokens and along seconds",
     price=("–", "~2 hours"),
     takes=("seeds", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
+    columns=COLUMNS, by=lambda r: (r.task, r.model), figure=figure,
     sources=("experiments/books.py",),
-)
+)  # fmt: skip

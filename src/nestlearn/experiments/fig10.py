@@ -100,14 +100,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="fig10",
-    shows="loss along the place in streams of up to a million bytes",
+    name="fig10", shows="loss along the place in streams of up to a million bytes",
     price=("–", "~1 hour"),
     takes=("seeds", "steps", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 6e-3),
-    columns=columns,
-    figure=figure,
+    columns=columns, figure=figure,
     sources=("experiments/books.py",),
-)
+)  # fmt: skip

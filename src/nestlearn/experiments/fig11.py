@@ -214,19 +214,10 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="fig11",
-    shows="a vision transformer under AdamW, Muon and M3",
-    price=("~2 hours", "–"),
-    takes=("data", "only", "seeds", "steps", "workers", "device"),
-    device="cpu",
-    grid=grid,
-    work=work,
-    rates=lambda cell: GRIDS[cell["model"]],
-    quick_rates=(1, 3),
-    chooses="the training loss of the last tenth",
-    search=(100, 101),
-    seeds=5,
-    quick_seeds=2,
-    columns=COLUMNS,
-    figure=figure,
-)
+    name="fig11", shows="a vision transformer under AdamW, Muon and M3", price=("~2 hours", "–"),
+    takes=("data", "only", "seeds", "steps", "workers", "device"), device="cpu",
+    grid=grid, work=work,
+    rates=lambda cell: GRIDS[cell["model"]], quick_rates=(1, 3),
+    chooses="the training loss of the last tenth", search=(100, 101), seeds=5, quick_seeds=2,
+    columns=COLUMNS, figure=figure,
+)  # fmt: skip

@@ -164,15 +164,10 @@ COLUMNS = [
 ]
 
 EXPERIMENT = Experiment(
-    name="fig12",
-    shows="time of a step under Muon, AdaMuon, M3 and AdamW",
+    name="fig12", shows="time of a step under Muon, AdaMuon, M3 and AdamW",
     price=("~5 minutes", "1 minute"),
-    takes=("only", "steps", "device"),  # in this process: alone, with all its threads
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("only", "steps", "device"), device="cpu",  # in this process: alone, with all its threads
+    grid=grid, work=work,
     seeds=1,
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
-)
+    columns=COLUMNS, by=lambda r: (r.task, r.model), figure=figure,
+)  # fmt: skip

@@ -158,15 +158,10 @@ COLUMNS = [
 ]
 
 EXPERIMENT = Experiment(
-    name="fig4",
-    shows="momentum and delta momentum in the landscape of eq. 53",
+    name="fig4", shows="momentum and delta momentum in the landscape of eq. 53",
     price=("2 minutes", "–"),
-    takes=("workers",),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("workers",), device="cpu",
+    grid=grid, work=work,
     seeds=1,
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
-)
+    columns=COLUMNS, by=lambda r: (r.task, r.model), figure=figure,
+)  # fmt: skip

@@ -307,21 +307,12 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="frontier",
-    shows="a pretrained model learns a novel: gain against forgetting",
+    name="frontier", shows="a pretrained model learns a novel: gain against forgetting",
     price=("~2 hours", "–"),
-    takes=("data", "only", "models", "seeds", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("data", "only", "models", "seeds", "workers"), device="cpu",
+    grid=grid, work=work, prepare=prepare,
     rates=lambda cell: EIGHT if cell["quick"] else rates(METHODS[cell["model"]]),
-    quick_rates=(4, 6),
-    chooses="",
-    columns=columns,
-    by=lambda r: (r.task, r.model),
-    order=best_first,
-    notes=notes,
-    figure=figure,
-    prepare=prepare,
+    quick_rates=(4, 6), chooses="",
+    columns=columns, by=lambda r: (r.task, r.model), order=best_first, notes=notes, figure=figure,
     sources=("hf", "experiments/methods.py"),
-)
+)  # fmt: skip

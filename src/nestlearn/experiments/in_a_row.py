@@ -117,14 +117,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="in-a-row",
-    shows="a hundred pages studied by one memory: what is left of the first",
+    name="in-a-row", shows="a hundred pages studied by one memory: what is left of the first",
     price=("~10 hours", "~50 minutes"),
     takes=("models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     seeds=1,
-    columns=columns,
-    figure=figure,
+    columns=columns, figure=figure,
     sources=(*pretrained.SOURCES, "learn", "evals/closed_book.py", "experiments/closed_book.py"),
-)
+)  # fmt: skip

@@ -252,11 +252,7 @@ EXPERIMENT = Experiment(
     shows="Hope, a Transformer and what lies between, on bytes of Python's standard library",
     price=("~5 hours", "–"),
     takes=("seeds", "steps", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: (cell["peak"],),
-    quick_rates=(0, 1),
-    seeds=1,
-    columns=columns,
-    figure=figure,
-)
+    grid=grid, work=work,
+    rates=lambda cell: (cell["peak"],), quick_rates=(0, 1), seeds=1,
+    columns=columns, figure=figure,
+)  # fmt: skip

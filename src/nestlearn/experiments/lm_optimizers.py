@@ -107,16 +107,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="lm-optimizers",
-    shows="Hope and a Transformer under four optimizers",
+    name="lm-optimizers", shows="Hope and a Transformer under four optimizers",
     price=("~1 hour", "–"),
-    takes=("seeds", "steps", "models", "workers", "device"),
-    device="cpu",
-    grid=grid,
-    work=work,
-    rates=lambda cell: GRIDS[cell["model"].split(", ")[1]],
-    search=(100,),
-    columns=COLUMNS,
-    figure=figure,
+    takes=("seeds", "steps", "models", "workers", "device"), device="cpu",
+    grid=grid, work=work,
+    rates=lambda cell: GRIDS[cell["model"].split(", ")[1]], search=(100,),
+    columns=COLUMNS, figure=figure,
     sources=("experiments/language.py",),
-)
+)  # fmt: skip

@@ -121,15 +121,10 @@ def _place(record: Record) -> tuple[float, int]:
 
 
 EXPERIMENT = Experiment(
-    name="mqar",
-    shows="associative recall by number of pairs and size of state",
+    name="mqar", shows="associative recall by number of pairs and size of state",
     price=("–", "~3 hours"),
-    grid=grid,
-    work=work,
-    rates=(3e-3, 1e-2),
-    quick_rates=(0, 1),
-    order=lambda records: sorted(records, key=_place),
-    columns=columns,
-    by=lambda r: (_kib(r.setting), r.model),
-    figure=figure,
-)
+    grid=grid, work=work,
+    rates=(3e-3, 1e-2), quick_rates=(0, 1),
+    columns=columns, by=lambda r: (_kib(r.setting), r.model),
+    order=lambda records: sorted(records, key=_place), figure=figure,
+)  # fmt: skip

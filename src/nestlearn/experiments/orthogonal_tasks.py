@@ -149,19 +149,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="orthogonal-tasks",
-    shows="what momentum forgets and M3's slow memory keeps",
+    name="orthogonal-tasks", shows="what momentum forgets and M3's slow memory keeps",
     price=("~20 minutes", "–"),
-    takes=("seeds", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
-    rates=lambda cell: GRIDS[cell["model"]],
-    quick_rates=(1, 3),
-    chooses="the mean loss over the first two parts",
-    search=(100, 101),
-    seeds=5,
-    columns=COLUMNS,
-    notes=notes,
-    figure=figure,
-)
+    takes=("seeds", "workers"), device="cpu",
+    grid=grid, work=work,
+    rates=lambda cell: GRIDS[cell["model"]], quick_rates=(1, 3),
+    chooses="the mean loss over the first two parts", search=(100, 101), seeds=5,
+    columns=COLUMNS, notes=notes, figure=figure,
+)  # fmt: skip

@@ -152,15 +152,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="scored-first",
-    shows="bits per byte of books read as streams, by what learns from them",
+    name="scored-first", shows="bits per byte of books read as streams, by what learns from them",
     price=("~2 days", "~2 hours"),
     takes=("models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: ROWS[cell["model"]].values,
-    seeds=1,
-    columns=columns,
-    figure=figure,
+    grid=grid, work=work,
+    rates=lambda cell: ROWS[cell["model"]].values, seeds=1,
+    columns=columns, figure=figure,
     sources=("hf", "experiments/readers.py"),
-)
+)  # fmt: skip

@@ -61,15 +61,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="stability",
-    shows="gradient norms at the usual learning rate and at twice it",
+    name="stability", shows="gradient norms at the usual learning rate and at twice it",
     price=("–", "30 minutes"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=(1.2e-2, 2.4e-2),
-    chooses="",
-    columns=COLUMNS,
-    by=lambda r: (r.model, r.task, r.config["lr"]),
+    grid=grid, work=work,
+    rates=(1.2e-2, 2.4e-2), chooses="",
+    columns=COLUMNS, by=lambda r: (r.model, r.task, r.config["lr"]),
     sources=("experiments/equal_time.py", "experiments/books.py"),
-)
+)  # fmt: skip

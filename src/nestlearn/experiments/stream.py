@@ -69,14 +69,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="stream",
-    shows="a trained Hope on a stream 400 times longer than its training windows",
+    name="stream", shows="a trained Hope on a stream 400 times longer than its training windows",
     price=("~20 minutes", "–"),
-    takes=("models", "data", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("models", "data", "workers"), device="cpu",
+    grid=grid, work=work,
     seeds=1,
     columns=COLUMNS,
     sources=("experiments/language.py",),
-)
+)  # fmt: skip

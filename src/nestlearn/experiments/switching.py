@@ -143,13 +143,10 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="switching",
-    shows="what self-modification adds where rules change midway",
+    name="switching", shows="what self-modification adds where rules change midway",
     price=("–", "20 minutes"),
     takes=("seeds", "models", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=COLUMNS,
-    notes=notes,
-)
+    columns=COLUMNS, notes=notes,
+)  # fmt: skip

@@ -73,16 +73,12 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="table2",
-    shows="language models on books, by bytes and by pieces, at two sizes",
+    name="table2", shows="language models on books, by bytes and by pieces, at two sizes",
     price=("–", "~6 hours"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=(3e-3, 6e-3, 1.2e-2),
-    seeds=1,
+    grid=grid, work=work,
+    rates=(3e-3, 6e-3, 1.2e-2), seeds=1,
     columns=lambda records: [words("setting", lambda r: r.task), *books.columns(records)],
-    by=lambda r: (r.task, r.model),
-    figure=figure,
+    by=lambda r: (r.task, r.model), figure=figure,
     sources=("experiments/books.py",),
-)
+)  # fmt: skip

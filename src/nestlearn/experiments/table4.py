@@ -140,15 +140,11 @@ def notes(records: Sequence[Record]) -> str:
 
 
 EXPERIMENT = Experiment(
-    name="table4",
-    shows="MAD: compression, recall, copying, memorization",
+    name="table4", shows="MAD: compression, recall, copying, memorization",
     price=("~9 hours", "~10 hours"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(1e-3, 3e-3, 8e-3),
-    order=lambda records: sorted(records, key=lambda r: list(CONTENDERS).index(r.model)),
     columns=ACCURACIES.columns,
-    below=ACCURACIES.below,
-    notes=notes,
-    figure=ACCURACIES.figure,
-)
+    order=lambda records: sorted(records, key=lambda r: list(CONTENDERS).index(r.model)),
+    below=ACCURACIES.below, notes=notes, figure=ACCURACIES.figure,
+)  # fmt: skip

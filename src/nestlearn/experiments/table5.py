@@ -84,15 +84,11 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    name="table5",
-    shows="formal languages, within and beyond trained lengths",
+    name="table5", shows="formal languages, within and beyond trained lengths",
     price=("~10 hours", "~12 hours"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 1e-2),
-    order=lambda records: sorted(records, key=lambda r: _PLACES.index(r.model)),
     columns=ACCURACIES.columns,
-    below=ACCURACIES.below,
-    notes=ACCURACIES.rates,
-    figure=ACCURACIES.figure,
-)
+    order=lambda records: sorted(records, key=lambda r: _PLACES.index(r.model)),
+    below=ACCURACIES.below, notes=ACCURACIES.rates, figure=ACCURACIES.figure,
+)  # fmt: skip

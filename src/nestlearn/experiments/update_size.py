@@ -102,15 +102,10 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="update-size",
-    shows="the size of M3's updates over 10,000 steps",
+    name="update-size", shows="the size of M3's updates over 10,000 steps",
     price=("~20 minutes", "–"),
-    takes=("steps", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("steps", "workers"), device="cpu",
+    grid=grid, work=work,
     seeds=1,
-    columns=columns,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
-)
+    columns=columns, by=lambda r: (r.task, r.model), figure=figure,
+)  # fmt: skip
