@@ -105,10 +105,10 @@ def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]
     )
     count = 2 if quick else 32
     near, far = books.losses(model, corpus.val, config.length, count, config.batch, config.dtype)
-    norms = sorted(r["grad_norm"] for r in log[config.warmup :])
+    norms = [r["grad_norm"] for r in log[config.warmup :]]
     return {
         "value": -(near + far) / 2, "scores": {"near": near, "far": far}, "steps": steps,
-        "grad_norm": norms[len(norms) // 2] if norms else None,
+        "grad_norm": statistics.median_high(norms) if norms else None,
         "headline": f"{near:.3f} {far:.3f} at {cell['lr']:g}",
     }  # fmt: skip
 

@@ -8,6 +8,7 @@ because the units do, not in number or ratio.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,13 +71,12 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         on_step=lambda r: tell(r["step"] / config.steps, f"loss {r['loss']:.3f}"),
     )  # fmt: skip
     last = log[-max(1, len(log) // 10) :]
-    speeds = sorted(r["tokens_per_second"] for r in log)
     return {
         "value": -log[-1]["val_loss"],
         "scores": {LOSS: log[-1]["val_loss"]},
         "bits_per_byte": log[-1]["val_bits_per_byte"],
         "train_loss": sum(r["loss"] for r in last) / len(last),
-        "tokens_per_second": speeds[len(speeds) // 2],
+        "tokens_per_second": statistics.median_high(r["tokens_per_second"] for r in log),
         "log": [r["loss"] for r in log],
         "headline": f"validation loss {log[-1]['val_loss']:.4f}",
         "parameters": model.parameter_count(),
@@ -91,11 +91,9 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
     panels = []
     for name in MODELS:
-        own = [r for r in records if r.model.startswith(f"{name}, ")]
-        if not own:
-            continue
-        drawn = lines(own, along, lambda r: r.model.split(", ")[1])
-        panels.append(Panel(name, "Optimizer step", "Loss (nats per byte)", drawn))
+        own = (r for r in records if r.model.startswith(f"{name}, "))
+        if drawn := lines(own, along, lambda r: r.model.split(", ")[1]):
+            panels.append(Panel(name, "Optimizer step", "Loss (nats per byte)", drawn))
     curves(panels, path, log="y")
 
 
