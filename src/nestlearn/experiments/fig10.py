@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from nestlearn.experiments import books
-from nestlearn.experiments.equal_time import windows
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.models import families
@@ -53,7 +52,7 @@ def grid(asked: Options) -> list[Cell]:
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
-    lm, result = books.trained(cell, config, tell, windows(cell["model"]))
+    lm, result = books.trained(cell, config, tell, books.windows(cell["model"]))
     found = {
         name: places(lm, text.test, total, count, cell["length"])
         for name, (total, count) in cell["streams"].items()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.experiments import books
-from nestlearn.experiments.equal_time import curve_of
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves, lines
 from nestlearn.experiments.models import FAMILIES, families
@@ -64,7 +63,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
     panels = [
         Panel(
             setting, label, "validation (bits a byte)",
-            lines((r for r in there if r.task == setting), curve_of(axis, 2)),
+            lines((r for r in there if r.task == setting), books.curve_of(axis, 2)),
         )
         for setting in dict.fromkeys(r.task for r in records)
         for axis, label in enumerate(("tokens", "seconds on one card"))
