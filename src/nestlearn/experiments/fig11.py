@@ -195,7 +195,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-
     def along(r: Record) -> Along:
         log = r.detail["log"]
         return [r.steps * (i + 0.5) / len(log) for i in range(len(log))], log

@@ -239,7 +239,6 @@ def prepare(asked: Options) -> None:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-
     def at(cost: float) -> Column:
         def text(rows: Sequence[Record]) -> str:
             every = [r for r in records if r.task == rows[0].task]

@@ -84,7 +84,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-
     def along(r: Record) -> Along:
         parts = torch.tensor(r.detail["log"], dtype=torch.float64).split(SMOOTH)
         return [SMOOTH * (i + 0.5) for i in range(len(parts))], [float(p.mean()) for p in parts]

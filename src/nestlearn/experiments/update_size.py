@@ -79,7 +79,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-
     def size(n: str) -> Column:
         return words(f"step {int(n):,}", lambda r: f"{r.detail['shown'][n]:.4f}")
 
