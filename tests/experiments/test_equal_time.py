@@ -21,8 +21,8 @@ def test_families_have_one_size(model):
 
 
 def test_streams_are_said_by_the_name():
-    assert equal_time.windows("Hope, streams of 8 windows") == 8
-    assert equal_time.windows("Hope") == 1
+    assert books.windows("Hope, streams of 8 windows") == 8
+    assert books.windows("Hope") == 1
 
 
 @pytest.mark.parametrize("data", [None, "/nowhere"])

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from nestlearn.evals import Record
 from nestlearn.experiments import frontier, runner
-from nestlearn.experiments.frontier_lines import at_cost, front
+from nestlearn.experiments.frontier import at_cost, front
 from nestlearn.experiments.methods import METHODS, rates
 
 

@@ -36,7 +36,6 @@ class Accuracies:
         return columns
 
     def below(self, rows: Sequence[Record], columns: Sequence[Column]) -> list[str] | None:
-        """The paper's row."""
         name = contender(rows[0].model).paper
         if name is None or name not in self.paper:
             return None
@@ -45,14 +44,15 @@ class Accuracies:
 
     def rates(self, records: Sequence[Record]) -> str:
         """The best learning rates, and the parameters."""
-        columns = [TITLE, PARAMETERS]
-        for c in self.columns(records)[1:]:
 
-            def text(rows: Sequence[Record], pairs: Sequence[Pair] = c.key) -> str:
-                own = [r.config["lr"] for r in rows if (r.task, r.setting) in pairs]
+        def best(c: Column) -> Column:
+            def text(rows: Sequence[Record]) -> str:
+                own = (r.config["lr"] for r in rows if (r.task, r.setting) in c.key)
                 return " / ".join(dict.fromkeys(f"{lr:g}" for lr in own))
 
-            columns.append(Column(c.head, text))
+            return Column(c.head, text)
+
+        columns = [TITLE, PARAMETERS, *map(best, self.columns(records)[1:])]
         return f"Best learning rates:\n\n{table(records, columns)}"
 
     def figure(self, records: Sequence[Record], path: Path) -> None:

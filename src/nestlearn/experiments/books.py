@@ -10,7 +10,7 @@ from __future__ import annotations
 import lzma
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nestlearn.evals import Record
 from nestlearn.experiments.cells import Cell, Tell
+from nestlearn.experiments.figures import Along
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.tables import (
@@ -109,6 +110,12 @@ def sized(
     return config if config == base else with_parameters(config, parameter_count(base))
 
 
+def windows(model: str) -> int:
+    """How many windows a model's stream of text goes on for: "Hope, streams of 8 windows"."""
+    words = model.split()
+    return int(words[words.index("of") + 1]) if "of" in words else 1
+
+
 def losses(
     model: HopeLM, text: Tensor, length: int, count: int, batch: int, dtype: str
 ) -> tuple[float, float]:
@@ -178,14 +185,24 @@ def in_bits(text: Text, result: dict[str, Any]) -> dict[str, Any]:
     return result | {"scores": {NEAR: near, FAR: far}, "headline": told}
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Bits a byte at both lengths, with tokens and seconds."""
+def columns(records: Sequence[Record], near: str = NEAR, far: str = FAR) -> list[Column]:
+    """Tokens, seconds, and two metrics: those of the trained length and of STRETCH times it."""
     return [
         name(), PARAMETERS, RATE, SEEDS, words("tokens", lambda r: f"{r.tokens:,}"),
-        mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
+        mean("seconds", lambda r: r.seconds if r.metric == near else None, digits=0),
         mean("tokens/s", detail("tokens_per_second"), digits=0),
-        mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
+        mean(near, metric(near)), mean(far, metric(far)),
     ]  # fmt: skip
+
+
+def curve_of(axis: int, column: int) -> Callable[[Record], Along]:
+    """A column of what `trained` measured on the way, along tokens (0) or seconds (1)."""
+
+    def along(r: Record) -> Along:
+        rows = r.detail["curve"]
+        return [row[axis] for row in rows], [row[column] for row in rows]
+
+    return along
 
 
 @torch.no_grad()

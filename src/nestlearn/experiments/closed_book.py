@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn.evals import closed_book
-from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document
+from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document, Question
 from nestlearn.evals.last_words import lambada, last_words
 from nestlearn.experiments import pretrained
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
@@ -51,7 +51,6 @@ LORA_RATE, LORA_STEPS = 1e-3, 170  # about a study's operations
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each page and way of reading."""
     base = pretrained.part(asked)
     kinds = chosen(asked.only, tuple(KINDS), "kind")
     pages = asked.pick(QUICK_PAGES, PAGES)
@@ -149,10 +148,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         with lend(weights):
             now = elsewhere.measured(reader)
         cost = {name: value - elsewhere.before[name] for name, value in now.items()}
-    right: dict[str, list[bool]] = {form: [] for form in FORMS}
-    for question, answer in zip(page.questions, answers):
-        right[question.form].append(closed_book.right(question, answer))
-    shares = {form: sum(found) / len(found) for form, found in right.items() if found}
+    shares = right(page.questions, answers)
     return {
         "scores": {"direct": shares["direct"]}, "value": shares["direct"], "shares": shares,
         "cost": cost, "megabytes": size / 1e6,
@@ -170,6 +166,14 @@ def said(reader: Any, words_of: Any, asked: list[str], weights: Any) -> list[str
     with lend(weights):
         prompts = [prompt(words_of, text) for text in asked]
         return decode(reader, words_of, prompts, SAID, "", lambda *_: None)
+
+
+def right(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """The share of right answers to the questions of each form."""
+    found: dict[str, list[bool]] = {form: [] for form in FORMS}
+    for question, answer in zip(questions, answers):
+        found[question.form].append(closed_book.right(question, answer))
+    return {form: sum(some) / len(some) for form, some in found.items() if some}
 
 
 def _read(
@@ -250,7 +254,6 @@ def _counted(base: Any) -> Iterator[list[float]]:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """Shares of right answers by form, what it cost elsewhere, bytes and seconds."""
     costs = [
         mean(f"{name}, {unit}", detail("cost", name), digits=digits)
         for name, unit, digits in COSTS
@@ -272,14 +275,11 @@ def _share(form: str) -> Any:
 
 
 EXPERIMENT = Experiment(
-    name="closed-book",
-    shows="questions about a page of invented facts, with the page away",
+    name="closed-book", shows="questions about a page of invented facts, with the page away",
     price=("~1 hour", "–"),
     takes=("only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     seeds=1,
-    columns=columns,
-    by=lambda r: (r.setting, r.model),
+    columns=columns, by=lambda r: (r.setting, r.model),
     sources=(*pretrained.SOURCES, "learn", "evals/closed_book.py"),
-)
+)  # fmt: skip

@@ -72,7 +72,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and measure one cell."""
     # As when the choice was made: nothing faded, and levels were a chain where a row does not say.
     changes = {"variant": "sequential", **cell["changes"], "depth": 1, "half_life": None}
     if cell["benchmark"] == "language":
@@ -106,10 +105,10 @@ def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]
     )
     count = 2 if quick else 32
     near, far = books.losses(model, corpus.val, config.length, count, config.batch, config.dtype)
-    norms = sorted(r["grad_norm"] for r in log[config.warmup :])
+    norms = [r["grad_norm"] for r in log[config.warmup :]]
     return {
         "value": -(near + far) / 2, "scores": {"near": near, "far": far}, "steps": steps,
-        "grad_norm": norms[len(norms) // 2] if norms else None,
+        "grad_norm": statistics.median_high(norms) if norms else None,
         "headline": f"{near:.3f} {far:.3f} at {cell['lr']:g}",
     }  # fmt: skip
 
@@ -118,11 +117,10 @@ def ranks(records: Sequence[Record]) -> dict[str, float]:
     """The mean over tasks of each candidate's rank, the better ones first."""
     found: dict[str, list[float]] = {r.model: [] for r in records}
     for task in dict.fromkeys(r.task for r in records):
-        values = {
-            name: statistics.fmean(-r.value if r.benchmark == "language" else r.value
-                                   for r in records if (r.model, r.task) == (name, task))
-            for name in found if any((r.model, r.task) == (name, task) for r in records)
-        }  # fmt: skip
+        good: dict[str, list[float]] = {}
+        for r in (r for r in records if r.task == task):
+            good.setdefault(r.model, []).append(-r.value if r.benchmark == "language" else r.value)
+        values = {name: statistics.fmean(some) for name, some in good.items()}
         for name, value in values.items():
             above = sum(v > value for v in values.values())
             equal = sum(v == value for v in values.values())
@@ -131,7 +129,6 @@ def ranks(records: Sequence[Record]) -> dict[str, float]:
 
 
 def best_first(records: Sequence[Record]) -> list[Record]:
-    """The candidates by rank."""
     place = ranks(records)
     return sorted(records, key=lambda r: place[r.model])
 
@@ -154,16 +151,10 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 EXPERIMENT = Experiment(
-    name="defaults",
-    shows="how the default levels were chosen",
-    price=("–", "~3 hours"),
+    name="defaults", shows="how the default levels were chosen", price=("–", "~3 hours"),
     takes=("data", "models", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: LR[cell["benchmark"]],
-    quick_rates=(0, None),
-    seeds=1,
-    columns=columns,
-    order=best_first,
+    grid=grid, work=work,
+    rates=lambda cell: LR[cell["benchmark"]], quick_rates=(0, None), seeds=1,
+    columns=columns, order=best_first,
     sources=("experiments/table4.py", "experiments/books.py"),
-)
+)  # fmt: skip

@@ -7,24 +7,15 @@ steps alone on their card, without evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nestlearn.experiments import books
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.figures import Along, Panel, curves, lines
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Panel, curves, lines
 from nestlearn.experiments.models import families
-from nestlearn.experiments.tables import (
-    PARAMETERS,
-    RATE,
-    SEEDS,
-    detail,
-    mean,
-    metric,
-    model,
-    words,
-)
+from nestlearn.experiments.tables import detail, mean, words
 from nestlearn.models.hope import HopeConfig
 from nestlearn.options import Attention
 
@@ -40,7 +31,6 @@ NEAR, FAR = "nats at the trained length", "at four times it"
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every family at every size."""
     text = books.text_of(asked.data)
     names = chosen(asked.models or MODELS, tuple(FAMILIES), "model")
     return [
@@ -62,7 +52,7 @@ def config_of(model: str, size: str) -> HopeConfig:
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train and measure one cell; "value" is minus the validation loss at the trained length."""
     config = config_of(cell["model"], cell["task"])
-    model, result = books.trained(cell, config, tell, windows(cell["model"]))
+    model, result = books.trained(cell, config, tell, books.windows(cell["model"]))
     result["scores"] = dict(zip((NEAR, FAR), result["test"]))
     result["headline"] = "{:.3f} {:.3f}, {:,.0f} tokens/s".format(
         *result["test"], result["tokens_per_second"]
@@ -74,12 +64,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     return result
 
 
-def windows(model: str) -> int:
-    """How many windows a stream of text goes on for."""
-    words = model.split()
-    return int(words[words.index("of") + 1]) if "of" in words else 1
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Validation loss against tokens and seconds, at both lengths; a file for each size."""
     there = [r for r in records if r.detail.get("curve")]
@@ -89,7 +73,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
         panels = [
             Panel(
                 f"{size}, {where}", x, "Validation loss (nats per byte)",
-                lines(own, curve_of(axis, column)),
+                lines(own, books.curve_of(axis, column)),
             )
             for axis, x in enumerate(("Tokens", "Seconds on one card"))
             for column, where in ((2, "trained length"), (3, "four times it"))
@@ -97,35 +81,19 @@ def figure(records: Sequence[Record], path: Path) -> None:
         curves(panels, path.with_stem(f"{path.stem}-{size}"), marker=True)
 
 
-def curve_of(axis: int, column: int) -> Callable[[Record], Along]:
-    """A column of what `books.trained` measured on the way, along tokens (0) or seconds (1)."""
+def columns(records: Sequence[Record]) -> list[Column]:
+    return [
+        words("size", lambda r: r.task), *books.columns(records, NEAR, FAR),
+        mean("gradient norm", detail("grad_norm", "median"), digits=2),
+    ]  # fmt: skip
 
-    def along(r: Record) -> Along:
-        rows = r.detail["curve"]
-        return [row[axis] for row in rows], [row[column] for row in rows]
-
-    return along
-
-
-COLUMNS = [
-    words("size", lambda r: r.task), model(), PARAMETERS, RATE, SEEDS,
-    words("tokens", lambda r: f"{r.tokens:,}"),
-    mean("seconds", lambda r: r.seconds if r.metric == NEAR else None, digits=0),
-    mean("tokens/s", detail("tokens_per_second"), digits=0),
-    mean(NEAR, metric(NEAR)), mean(FAR, metric(FAR)),
-    mean("gradient norm", detail("grad_norm", "median"), digits=2),
-]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="equal-time",
-    shows="losses on books along tokens and along seconds",
+    name="equal-time", shows="losses on books along tokens and along seconds",
     price=("–", "~2 hours"),
     takes=("seeds", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
+    columns=columns, by=lambda r: (r.task, r.model), figure=figure,
     sources=("experiments/books.py",),
-)
+)  # fmt: skip

@@ -80,7 +80,6 @@ class Experiment:
     sources: tuple[str, ...] = ()
 
     def heads(self, records: Sequence[Record]) -> Sequence[Column]:
-        """The columns of these records' table."""
         return self.columns(records) if callable(self.columns) else self.columns
 
     @property

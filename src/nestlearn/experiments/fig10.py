@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from nestlearn.experiments import books
-from nestlearn.experiments.equal_time import windows
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.models import families
@@ -38,7 +37,6 @@ FIRST = 64  # tokens of the first place
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each model."""
     text = books.text_of(asked.data)
     return [
         {
@@ -52,10 +50,9 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train one, and read with it."""
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
-    lm, result = books.trained(cell, config, tell, windows(cell["model"]))
+    lm, result = books.trained(cell, config, tell, books.windows(cell["model"]))
     found = {
         name: places(lm, text.test, total, count, cell["length"])
         for name, (total, count) in cell["streams"].items()
@@ -79,7 +76,6 @@ def places(lm: HopeLM, ids: Tensor, total: int, count: int, length: int) -> list
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """Nats a token at the ends of the streams, and at the trained length."""
     return [
         model(), RATE, SEEDS, mean("nats at the trained length", detail("test", 0)),
         *(mean(f"at the end of {name}", metric(name)) for name in dict.fromkeys(
@@ -103,14 +99,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="fig10",
-    shows="loss along the place in streams of up to a million bytes",
+    name="fig10", shows="loss along the place in streams of up to a million bytes",
     price=("–", "~1 hour"),
     takes=("seeds", "steps", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 6e-3),
-    columns=columns,
-    figure=figure,
+    columns=columns, figure=figure,
     sources=("experiments/books.py",),
-)
+)  # fmt: skip

@@ -195,8 +195,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Training loss by step."""
-
     def along(r: Record) -> Along:
         log = r.detail["log"]
         return [r.steps * (i + 0.5) / len(log) for i in range(len(log))], log
@@ -215,19 +213,10 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="fig11",
-    shows="a vision transformer under AdamW, Muon and M3",
-    price=("~2 hours", "–"),
-    takes=("data", "only", "seeds", "steps", "workers", "device"),
-    device="cpu",
-    grid=grid,
-    work=work,
-    rates=lambda cell: GRIDS[cell["model"]],
-    quick_rates=(1, 3),
-    chooses="the training loss of the last tenth",
-    search=(100, 101),
-    seeds=5,
-    quick_seeds=2,
-    columns=COLUMNS,
-    figure=figure,
-)
+    name="fig11", shows="a vision transformer under AdamW, Muon and M3", price=("~2 hours", "–"),
+    takes=("data", "only", "seeds", "steps", "workers", "device"), device="cpu",
+    grid=grid, work=work,
+    rates=lambda cell: GRIDS[cell["model"]], quick_rates=(1, 3),
+    chooses="the training loss of the last tenth", search=(100, 101), seeds=5, quick_seeds=2,
+    columns=COLUMNS, figure=figure,
+)  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from nestlearn import optim
+from nestlearn import state as tree
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.tables import model, words
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
@@ -100,7 +101,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
             "scores": {"seconds of a step": statistics.median(seconds[name])},
             "each": seconds[name],
             "ratios": [a / b for a, b in zip(seconds[name], seconds[REFERENCE])],
-            "state_bytes_per_parameter": _state_bytes(running[name]) / count,
+            "state_bytes_per_parameter": tree.nbytes(list(running[name].state.values())) / count,
             "peak_bytes": _peak(running[name]) if cuda else None,
         }
         for name in names
@@ -112,11 +113,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    tensors = [t for s in optimizer.state.values() for t in s.values()]
-    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
-
-
 def _peak(optimizer: torch.optim.Optimizer) -> int:
     """What a step allocates at most beyond what stands before it."""
     torch.cuda.synchronize()
@@ -126,28 +122,23 @@ def _peak(optimizer: torch.optim.Optimizer) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) < 2:
-        return (values[0],) * 3
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def quartiles(record: Record) -> list[float]:
+    """Of the ratios: lower quartile, median, upper quartile."""
+    return statistics.quantiles(record.detail["ratios"], n=4, method="inclusive")
 
 
 def _ratio(record: Record) -> str:
-    low, middle, high = quartiles(record.detail["ratios"])
+    low, middle, high = quartiles(record)
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Step time by size, as a ratio to torch's Muon."""
     picture, (axes,) = new_figure("Parameters (millions)", "Step time ÷ torch.optim.Muon")
     sizes = list(dict.fromkeys(r.task for r in records))
     for i, name in enumerate(CONTESTANTS):
         mine = [r for r in records if r.model == name]
-        spread = [quartiles(r.detail["ratios"]) for r in mine]
         at = [sizes.index(r.task) + 0.06 * (i - 2) for r in mine]
-        low, middle, high = zip(*spread)
+        low, middle, high = zip(*map(quartiles, mine))
         error = ([m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)])
         axes.errorbar(at, middle, error, fmt="o-", color=COLOURS[i], ms=5, lw=1.3, label=name)
     axes.set_xticks(range(len(sizes)), sizes)
@@ -165,15 +156,10 @@ COLUMNS = [
 ]
 
 EXPERIMENT = Experiment(
-    name="fig12",
-    shows="time of a step under Muon, AdaMuon, M3 and AdamW",
+    name="fig12", shows="time of a step under Muon, AdaMuon, M3 and AdamW",
     price=("~5 minutes", "1 minute"),
-    takes=("only", "steps", "device"),  # in this process: alone, with all its threads
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("only", "steps", "device"), device="cpu",  # in this process: alone, with all its threads
+    grid=grid, work=work,
     seeds=1,
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
-)
+    columns=COLUMNS, by=lambda r: (r.task, r.model), figure=figure,
+)  # fmt: skip

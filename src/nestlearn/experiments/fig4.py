@@ -82,7 +82,6 @@ def arrival(path: Tensor, landscape: Sequence[float]) -> int | None:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every method in every landscape, which is one search over its settings."""
     steps, lrs, where = asked.pick((100, LRS[2::3], LANDSCAPES[:1]), (400, LRS, LANDSCAPES))
     return [
         {
@@ -159,15 +158,10 @@ COLUMNS = [
 ]
 
 EXPERIMENT = Experiment(
-    name="fig4",
-    shows="momentum and delta momentum in the landscape of eq. 53",
+    name="fig4", shows="momentum and delta momentum in the landscape of eq. 53",
     price=("2 minutes", "–"),
-    takes=("workers",),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("workers",), device="cpu",
+    grid=grid, work=work,
     seeds=1,
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
-)
+    columns=COLUMNS, by=lambda r: (r.task, r.model), figure=figure,
+)  # fmt: skip

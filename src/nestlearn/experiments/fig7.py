@@ -110,7 +110,6 @@ def right(answer: str, said: str) -> bool:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each set and row."""
     base = pretrained.part(asked)
     return [
         {
@@ -123,7 +122,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Every question of a set, asked in one way."""
     from nestlearn import DeltaLevel, stack_levels
 
     folder, (window, chunks) = Path(cell["folder"]), ROWS[cell["model"]]
@@ -171,13 +169,11 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 COLUMNS = [model("memory"), *(mean(name, at(name), digits=1) for name in SETS)]
 EXPERIMENT = Experiment(
-    name="fig7",
-    shows="questions about long texts, by number and period of levels",
+    name="fig7", shows="questions about long texts, by number and period of levels",
     price=("~5 days", "~3 hours"),
     takes=("seeds", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=RATES,
     columns=COLUMNS,
     sources=(*pretrained.SOURCES, "evals/needles.py", "experiments/learners.py"),
-)
+)  # fmt: skip

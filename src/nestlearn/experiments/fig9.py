@@ -10,6 +10,7 @@ bytes; what was trained is not trained again.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import numpy as np
 
 from nestlearn.evals import babilong
 from nestlearn.evals.haystack import Asked, Row, cut
-from nestlearn.experiments import books, recall
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
+from nestlearn.experiments import recall
+from nestlearn.experiments.experiment import Cell, Options, Tell
 from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
 
@@ -28,26 +29,22 @@ LESSONS = (  # 32,768 bytes a step; drills are stories without a book
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(256, 2, 1.0, 0.4), Lesson(512, 2, 0.5, 1.0))
 MILLION = 1_048_576
-STEPS, PLAIN, LANGUAGE, TRIES = 3000, 0.1, 0.1, 20
+PLAIN, TRIES = 0.1, 20
 LENGTHS = (4096, 16_384, 65_536, 262_144, MILLION, 10_485_760)  # the last one if it is named
 SAMPLES, FEW, FEWER = 40, 10, 4  # texts of a task and length, of long ones, of those over a million
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each model."""
+    files = [Path(asked.data or "") / "babi" / name for name in babilong.FILES]
+    if asked.data is None or not files[-1].is_file():
+        raise ValueError(
+            f"--data {asked.data}: give a folder with gutenberg/ and babi/{files[-1].name}"
+        )
     return recall.cells(
-        asked, "stories", _data(asked.data), (QUICK_LESSONS, LESSONS), LENGTHS, usual=5, short=2048,
-        steps=asked.steps or asked.pick(4, STEPS), language=LANGUAGE,
+        asked, "stories", (QUICK_LESSONS, LESSONS), LENGTHS, usual=5, short=2048,
         samples=asked.pick(1, SAMPLES), said=asked.pick(4, babilong.SAID),
+        stories=fingerprint(f for f in files if f.is_file()),
     )  # fmt: skip
-
-
-def _data(data: str | None) -> Cell:
-    files = [Path(data or "") / "babi" / name for name in babilong.FILES]
-    if data is None or not files[-1].is_file():
-        raise ValueError(f"--data {data}: give a folder with gutenberg/ and babi/{files[-1].name}")
-    text = books.text_of(str(Path(data) / "gutenberg"))
-    return {**text, "folder": data, "stories": fingerprint(f for f in files if f.is_file())}
 
 
 def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
@@ -68,9 +65,8 @@ def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers in validation books."""
-    folder = cell["folder"]
-    model, result = recall.trained(cell, lambda *some: make(folder, *some), tell)
-    return result | recall.measured(cell, model, babilong.NAMES, _asked, _score, tell)
+    made = partial(make, cell["folder"])
+    return recall.measured(cell, tell, made, babilong.NAMES, _asked, _score)
 
 
 def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
@@ -89,20 +85,7 @@ def _score(asked: Asked, said: str) -> float:
     return babilong.score(asked, said, name)
 
 
-PANELS = {"qa1 to qa5": babilong.NAMES, **{name: (name,) for name in babilong.NAMES}}
-
-EXPERIMENT = Experiment(
-    name="fig9",
-    shows="BABILong: questions about facts in books, by length to 10 million bytes",
-    price=("–", "~2 hours"),
-    takes=recall.TAKES,
-    grid=grid,
-    work=work,
-    rates=(3e-3, 6e-3),
-    quick_rates=(0, 1),
-    seeds=1,
-    columns=lambda records: recall.columns(records, babilong.NAMES),
-    notes=recall.notes,
-    figure=lambda records, path: recall.figure(records, PANELS, path),
-    sources=recall.SOURCES,
-)
+EXPERIMENT = recall.experiment(
+    "fig9", "BABILong: questions about facts in books, by length to 10 million bytes", "~2 hours",
+    grid, work, {"qa1 to qa5": babilong.NAMES} | {name: (name,) for name in babilong.NAMES},
+)  # fmt: skip

@@ -87,6 +87,24 @@ def lines(
     }
 
 
+def points(
+    records: Iterable[Record],
+    at: Callable[[Record], float],
+    name: Callable[[Record], str] = lambda r: r.model,
+) -> Lines:
+    """A line for each name, of records that are a point each, of the seeds that have all points."""
+    found: dict[str, dict[int, dict[float, list[float]]]] = {}
+    for r in records:
+        found.setdefault(name(r), {}).setdefault(r.seed, {}).setdefault(at(r), []).append(r.value)
+    drawn: dict[str, tuple[list[float], list[list[float]]]] = {}
+    for title, seeds in found.items():
+        places = sorted(set().union(*seeds.values()))
+        whole = [own for _, own in sorted(seeds.items()) if len(own) == len(places)]
+        if whole:
+            drawn[title] = (places, [[statistics.fmean(own[x]) for x in places] for own in whole])
+    return drawn
+
+
 def curves(
     panels: Sequence[Panel],
     path: str | Path,

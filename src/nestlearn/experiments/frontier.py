@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from nestlearn.disk import atomic_write
 from nestlearn.evals.files import rows_of, text_of
 from nestlearn.experiments.cells import run_cells
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.frontier_lines import front, later_at, untouched
 from nestlearn.experiments.methods import BLOCK, EIGHT, METHODS, Reader, base, rates, stacked
 from nestlearn.experiments.tables import spread
 from nestlearn.train.plots import new_figure, write_figure
 
+Point = tuple[float, float]  # loss on the own kind, on the later part
 TEXTS = ("novel", "dictionary")
 NOVELS = ("pride_and_prejudice", "dracula", "great_expectations")  # one for each seed
 OTHER = "middlemarch"  # for meta-training
@@ -161,8 +162,47 @@ def load_meta(model: Any, path: Path, scale: float) -> None:
 # ---------------------------------------------------------------------------------- the frontier
 
 
+def front(points: Sequence[Point]) -> list[Point]:
+    """Of points (own, later) those that no other beats in both, by rising cost."""
+    best: list[Point] = []
+    for own, later in sorted(points):
+        if not best or later < best[-1][1]:
+            best.append((own, later))
+    return best
+
+
+def at_cost(points: Sequence[Point], own: float) -> float:
+    """The line through the front at that loss on the own kind; beyond its end, the end."""
+    line = front(points)
+    for (x0, y0), (x1, y1) in pairwise(line):
+        if x0 <= own <= x1:
+            return y0 + (y1 - y0) * (own - x0) / (x1 - x0)
+    return line[-1][1] if own > line[-1][0] else line[0][1]
+
+
+def line_of(rows: Sequence[Record], every: Sequence[Record], seed: int) -> list[Point]:
+    """A method's points on one excerpt, and that of the untouched model."""
+    later, own = untouched(every, seed)
+    return [(own, later), *((r.detail["own"], r.value) for r in rows if r.seed == seed)]
+
+
+def untouched(records: Sequence[Record], seed: int) -> tuple[float, float]:
+    """(later, own) of the base model; of a method without start values of its own."""
+    plain = [r for r in records if r.seed == seed and r.model != "meta-starts"]
+    later, own = (plain or [r for r in records if r.seed == seed])[0].detail["before"]
+    return later, own
+
+
+def later_at(cost: float, name: str, every: Sequence[Record]) -> list[float]:
+    """A method's later loss at that cost, on each excerpt. every: all records of its text."""
+    own = [r for r in every if r.model == name]
+    return [
+        at_cost(line_of(own, every, seed), untouched(every, seed)[1] + cost)
+        for seed in sorted({r.seed for r in own})
+    ]
+
+
 def grid(asked: Options) -> list[Cell]:
-    """Every method at every value of its dial, on every text."""
     if asked.data is None or not (Path(asked.data) / "models" / "stories260K.bin").is_file():
         raise ValueError(f"data={asked.data}: give the folder that holds models/stories260K.bin")
     texts = chosen(asked.only, TEXTS, "text")[: 1 if asked.quick or not asked.only else None]
@@ -199,8 +239,6 @@ def prepare(asked: Options) -> None:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """Later loss at three costs."""
-
     def at(cost: float) -> Column:
         def text(rows: Sequence[Record]) -> str:
             every = [r for r in records if r.task == rows[0].task]
@@ -248,16 +286,13 @@ def figure(records: Sequence[Record], path: Path) -> None:
         every = [r for r in records if r.task == task]
         there = [name for name in METHODS if any(r.model == name for r in every)]
         for i, name in enumerate(there):
-            mine: dict[tuple[float, float], list[Record]] = {}
-            for r in every:
-                if r.model == name:
-                    mine.setdefault((r.config["lr"], r.config["dial"]), []).append(r)
+            mine: dict[tuple[float, float], list[Point]] = {}
+            for r in (r for r in every if r.model == name):
+                setting = (r.config["lr"], r.config["dial"])
+                mine.setdefault(setting, []).append((r.detail["own"], r.value))
             means = [
-                (
-                    statistics.mean(r.detail["own"] for r in rows),
-                    statistics.mean(r.value for r in rows),
-                )
-                for rows in mine.values()
+                (statistics.mean(own), statistics.mean(later))
+                for own, later in (zip(*some) for some in mine.values())
             ]
             first = i == 0  # what all others are measured by
             axes.plot(
@@ -271,21 +306,12 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="frontier",
-    shows="a pretrained model learns a novel: gain against forgetting",
+    name="frontier", shows="a pretrained model learns a novel: gain against forgetting",
     price=("~2 hours", "–"),
-    takes=("data", "only", "models", "seeds", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("data", "only", "models", "seeds", "workers"), device="cpu",
+    grid=grid, work=work, prepare=prepare,
     rates=lambda cell: EIGHT if cell["quick"] else rates(METHODS[cell["model"]]),
-    quick_rates=(4, 6),
-    chooses="",
-    columns=columns,
-    by=lambda r: (r.task, r.model),
-    order=best_first,
-    notes=notes,
-    figure=figure,
-    prepare=prepare,
+    quick_rates=(4, 6), chooses="",
+    columns=columns, by=lambda r: (r.task, r.model), order=best_first, notes=notes, figure=figure,
     sources=("hf", "experiments/methods.py"),
-)
+)  # fmt: skip

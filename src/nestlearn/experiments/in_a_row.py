@@ -19,7 +19,7 @@ from nestlearn.disk import atomic_write
 from nestlearn.evals import closed_book
 from nestlearn.evals.closed_book import DIRECT, HELD_OUT, PARAPHRASE
 from nestlearn.experiments import pretrained
-from nestlearn.experiments.closed_book import loaded, said
+from nestlearn.experiments.closed_book import loaded, right, said
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import detail, mean, model
@@ -30,7 +30,6 @@ FORMS = (DIRECT, PARAPHRASE)
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each way of studying."""
     base = pretrained.part(asked)
     return [
         {
@@ -43,7 +42,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """All pages, by one memory."""
     from nestlearn import Session
     from nestlearn.learn import StudyConfig
 
@@ -77,11 +75,8 @@ def _right(base: Any, words_of: Any, session: Any, page: closed_book.Document) -
     """The shares of right answers, direct and paraphrased, with the page away."""
     asked = [q for q in page.questions if q.form in FORMS]
     answers = said(base.base, words_of, [q.text for q in asked], base.weights(session.memory))
-    right = [(q.form, closed_book.right(q, a)) for q, a in zip(asked, answers)]
-    return [
-        sum(ok for form, ok in right if form == one) / sum(form == one for form, _ in right)
-        for one in FORMS
-    ]
+    shares = right(asked, answers)
+    return [shares[form] for form in FORMS]
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
@@ -122,14 +117,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="in-a-row",
-    shows="a hundred pages studied by one memory: what is left of the first",
+    name="in-a-row", shows="a hundred pages studied by one memory: what is left of the first",
     price=("~10 hours", "~50 minutes"),
     takes=("models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     seeds=1,
-    columns=columns,
-    figure=figure,
+    columns=columns, figure=figure,
     sources=(*pretrained.SOURCES, "learn", "evals/closed_book.py", "experiments/closed_book.py"),
-)
+)  # fmt: skip

@@ -131,7 +131,6 @@ def check_text(out: Path, corpus: Corpus) -> None:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """The models that are asked for."""
     paths = (asked.data,) if asked.data else ()
     entries = all_models(corpus_of(paths).vocab_size)
     names = asked.models or asked.pick(QUICK_MODELS, ())
@@ -148,7 +147,6 @@ def folder_name(cell: Cell) -> str:
 
 
 def place(cell: Cell) -> Path:
-    """The folder of a training."""
     return Path(cell["out"]) / folder_name(cell)
 
 
@@ -236,7 +234,6 @@ def _sample(model: HopeLM, corpus: Corpus, prompt: str, tokens: int = 200) -> st
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """Bits per byte at both lengths, and speed."""
     lengths = list(records[0].detail["value_at"])
     return [
         model(), PARAMETERS,
@@ -246,7 +243,6 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Loss over the training and over the context."""
     runs = [{"model": r.model, "seed": r.seed, **r.detail} for r in records]
     comparison(runs, path.with_name("comparison.png"))
 
@@ -256,11 +252,7 @@ EXPERIMENT = Experiment(
     shows="Hope, a Transformer and what lies between, on bytes of Python's standard library",
     price=("~5 hours", "–"),
     takes=("seeds", "steps", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: (cell["peak"],),
-    quick_rates=(0, 1),
-    seeds=1,
-    columns=columns,
-    figure=figure,
-)
+    grid=grid, work=work,
+    rates=lambda cell: (cell["peak"],), quick_rates=(0, 1), seeds=1,
+    columns=columns, figure=figure,
+)  # fmt: skip

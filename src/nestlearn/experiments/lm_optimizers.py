@@ -8,6 +8,7 @@ because the units do, not in number or ratio.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,6 @@ def build(name: str, model: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every pair of model and optimizer."""
     steps = asked.steps or asked.pick(20, 200)
     return [
         {"task": "stdlib", "model": f"{name}, {optimizer}", "steps": steps, "quick": asked.quick}
@@ -71,13 +71,12 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         on_step=lambda r: tell(r["step"] / config.steps, f"loss {r['loss']:.3f}"),
     )  # fmt: skip
     last = log[-max(1, len(log) // 10) :]
-    speeds = sorted(r["tokens_per_second"] for r in log)
     return {
         "value": -log[-1]["val_loss"],
         "scores": {LOSS: log[-1]["val_loss"]},
         "bits_per_byte": log[-1]["val_bits_per_byte"],
         "train_loss": sum(r["loss"] for r in last) / len(last),
-        "tokens_per_second": speeds[len(speeds) // 2],
+        "tokens_per_second": statistics.median_high(r["tokens_per_second"] for r in log),
         "log": [r["loss"] for r in log],
         "headline": f"validation loss {log[-1]['val_loss']:.4f}",
         "parameters": model.parameter_count(),
@@ -85,19 +84,15 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Training loss by step, a panel for each model."""
-
     def along(r: Record) -> Along:
         parts = torch.tensor(r.detail["log"], dtype=torch.float64).split(SMOOTH)
         return [SMOOTH * (i + 0.5) for i in range(len(parts))], [float(p.mean()) for p in parts]
 
     panels = []
     for name in MODELS:
-        own = [r for r in records if r.model.startswith(f"{name}, ")]
-        if not own:
-            continue
-        drawn = lines(own, along, lambda r: r.model.split(", ")[1])
-        panels.append(Panel(name, "Optimizer step", "Loss (nats per byte)", drawn))
+        own = (r for r in records if r.model.startswith(f"{name}, "))
+        if drawn := lines(own, along, lambda r: r.model.split(", ")[1]):
+            panels.append(Panel(name, "Optimizer step", "Loss (nats per byte)", drawn))
     curves(panels, path, log="y")
 
 
@@ -109,16 +104,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="lm-optimizers",
-    shows="Hope and a Transformer under four optimizers",
+    name="lm-optimizers", shows="Hope and a Transformer under four optimizers",
     price=("~1 hour", "–"),
-    takes=("seeds", "steps", "models", "workers", "device"),
-    device="cpu",
-    grid=grid,
-    work=work,
-    rates=lambda cell: GRIDS[cell["model"].split(", ")[1]],
-    search=(100,),
-    columns=COLUMNS,
-    figure=figure,
+    takes=("seeds", "steps", "models", "workers", "device"), device="cpu",
+    grid=grid, work=work,
+    rates=lambda cell: GRIDS[cell["model"].split(", ")[1]], search=(100,),
+    columns=COLUMNS, figure=figure,
     sources=("experiments/language.py",),
-)
+)  # fmt: skip

@@ -18,7 +18,7 @@ from nestlearn import state
 from nestlearn.evals import mqar
 from nestlearn.experiments.accuracy import TITLE
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.figures import Panel, curves, points
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, build, contender
 from nestlearn.experiments.tables import PARAMETERS, at, mean, words
@@ -68,7 +68,6 @@ def sized(model: str, kib: float, skeleton: Mapping[str, Any] = SKELETON) -> dic
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every model at every size of state and number of pairs."""
     known = [f"K={pairs}" for pairs in asked.pick(PAIRS[:2], PAIRS)]
     steps = asked.steps or asked.pick(QUICK_STEPS, STEPS)
     cells = []
@@ -86,12 +85,10 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and test one cell."""
     return train_cell(cell, mqar.task(**cell["data"]), tell)
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """What a model is at that size, and its accuracy by number of pairs."""
     tasks = sorted({r.task for r in records}, key=_count)
     return [
         TITLE,
@@ -103,20 +100,11 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Accuracy by number of pairs, a panel for each size of state."""
     panels = []
     for setting in sorted({r.setting for r in records}, key=_kib):
-        lines = {}
-        for model in dict.fromkeys(r.model for r in records if r.setting == setting):
-            own = [r for r in records if (r.setting, r.model) == (setting, model)]
-            tasks = sorted({r.task for r in own}, key=_count)
-            seeds = sorted({r.seed for r in own})
-            rows = [
-                [r.value for t in tasks for r in own if (r.task, r.seed) == (t, s)] for s in seeds
-            ]
-            whole = [row for row in rows if len(row) == len(tasks)]
-            lines[contender(model).title] = ([_count(task) for task in tasks], whole)
-        panels.append(Panel(f"State of {setting}", "Pairs to remember", "Accuracy (%)", lines))
+        own = (r for r in records if r.setting == setting)
+        drawn = points(own, lambda r: _count(r.task), lambda r: contender(r.model).title)
+        panels.append(Panel(f"State of {setting}", "Pairs to remember", "Accuracy (%)", drawn))
     curves(panels, path, log="2", marker=True, ylim=(-2, 104))
 
 
@@ -133,15 +121,10 @@ def _place(record: Record) -> tuple[float, int]:
 
 
 EXPERIMENT = Experiment(
-    name="mqar",
-    shows="associative recall by number of pairs and size of state",
+    name="mqar", shows="associative recall by number of pairs and size of state",
     price=("–", "~3 hours"),
-    grid=grid,
-    work=work,
-    rates=(3e-3, 1e-2),
-    quick_rates=(0, 1),
-    order=lambda records: sorted(records, key=_place),
-    columns=columns,
-    by=lambda r: (_kib(r.setting), r.model),
-    figure=figure,
-)
+    grid=grid, work=work,
+    rates=(3e-3, 1e-2), quick_rates=(0, 1),
+    columns=columns, by=lambda r: (_kib(r.setting), r.model),
+    order=lambda records: sorted(records, key=_place), figure=figure,
+)  # fmt: skip

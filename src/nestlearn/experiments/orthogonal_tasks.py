@@ -117,7 +117,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every optimizer."""
     steps, traced = asked.pick((50, 100), (300, 300))
     return [
         {"task": "orthogonal", "model": name, "steps": steps, "traced": traced}
@@ -132,7 +131,6 @@ def traces(records: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def notes(records: Sequence[Record]) -> str:
-    """The traces."""
     head = ("optimizer", "update along A at the change", "steps until a tenth of it")
     found = traces(records).items()
     rows = [(name, f"{curve[0]:.3f}", str(steps_to(curve))) for name, curve in found]
@@ -140,7 +138,6 @@ def notes(records: Sequence[Record]) -> str:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """The traces."""
     lines = {name: (range(len(c)), [c]) for name, c in traces(records).items()}
     labels = ("Steps since the gradients turned", "Share of the update along A")
     curves([Panel("", *labels, lines)], path)
@@ -152,19 +149,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="orthogonal-tasks",
-    shows="what momentum forgets and M3's slow memory keeps",
+    name="orthogonal-tasks", shows="what momentum forgets and M3's slow memory keeps",
     price=("~20 minutes", "–"),
-    takes=("seeds", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
-    rates=lambda cell: GRIDS[cell["model"]],
-    quick_rates=(1, 3),
-    chooses="the mean loss over the first two parts",
-    search=(100, 101),
-    seeds=5,
-    columns=COLUMNS,
-    notes=notes,
-    figure=figure,
-)
+    takes=("seeds", "workers"), device="cpu",
+    grid=grid, work=work,
+    rates=lambda cell: GRIDS[cell["model"]], quick_rates=(1, 3),
+    chooses="the mean loss over the first two parts", search=(100, 101), seeds=5,
+    columns=COLUMNS, notes=notes, figure=figure,
+)  # fmt: skip

@@ -45,15 +45,14 @@ def check_place(out: Path) -> None:
         return
     made = commit()
     if made.endswith("-dirty"):
-        raise ValueError(
-            f"{out} takes results of clean commits only, and {PACKAGE} has changed since "
-            f"{made[:12]}: commit, or write elsewhere (--out runs/{out.name})"
-        )
-    if made.startswith("nestlearn"):
-        raise ValueError(
-            f"{out} takes results of clean commits only, and this code is in no git repository: "
-            f"write elsewhere (--out runs/{out.name})"
-        )
+        why = f"{PACKAGE} has changed since {made[:12]}: commit, or write"
+    elif made.startswith("nestlearn"):
+        why = "this code is in no git repository: write"
+    else:
+        return
+    raise ValueError(
+        f"{out} takes results of clean commits only, and {why} elsewhere (--out runs/{out.name})"
+    )
 
 
 def code_version(*sources: str) -> str:

@@ -21,17 +21,19 @@ from nestlearn import state as tree
 from nestlearn.evals.haystack import Asked
 from nestlearn.experiments import books
 from nestlearn.experiments.asked import Elsewhere, answers, read
-from nestlearn.experiments.experiment import Cell, Column, Options, Record, Tell, chosen
-from nestlearn.experiments.figures import Panel, curves
+from nestlearn.experiments.cells import Work
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.figures import Panel, curves, points
 from nestlearn.experiments.lessons import Lesson, Make, teach
 from nestlearn.experiments.models import families
-from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, spread
+from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric
 from nestlearn.experiments.tables import model as name_of
 from nestlearn.layers.linear import StaticProjections
 from nestlearn.layers.parts import logit
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Attention, Titans
 
+STEPS, LANGUAGE = 3000, 0.1  # the latter: weight of the loss of bytes that answer nothing
 SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
 RETAINED = 0.9999
 ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Transformer")
@@ -40,19 +42,19 @@ SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
 
-
-TAKES = ("seeds", "steps", "only", "models", "data", "workers", "device")
-SOURCES = tuple(f"experiments/{name}.py" for name in ("recall", "lessons", "asked", "books"))
 Ask = Callable[[Cell, str, int, str, bool], list[Asked]]  # cell, task, length, split, ahead
 
 
 def cells(
-    asked: Options, task: str, data: Cell, lessons: Sequence[Sequence[Lesson]],
-    lengths: Sequence[int], usual: int, short: int, **own: Any,
+    asked: Options, task: str, lessons: Sequence[Sequence[Lesson]], lengths: Sequence[int],
+    usual: int, short: int, **own: Any,
 ) -> list[Cell]:  # fmt: skip
-    """A cell for each model. data, own: what else it holds. lessons: of a quick run, and the usual
-    ones. lengths: that may be asked for, the first `usual` where none is; short: of a quick run.
+    """A cell for each model. lessons: of a quick run, and the usual ones. lengths: that may be
+    asked for, the first `usual` where none is; short: of a quick run. own: what else it holds.
+    ValueError where `asked.data` has no books in gutenberg/.
     """
+    assert asked.data is not None
+    text = books.text_of(str(Path(asked.data) / "gutenberg")) | {"folder": asked.data}
     known = {f"{length:,}": length for length in lengths}
     names = chosen(asked.only or tuple(known)[:usual], tuple(known), "length")
     return [
@@ -61,7 +63,7 @@ def cells(
             "lessons": asked.pick(*lessons), "setting": " ".join(names),
             "lengths": asked.pick([short], [known[length] for length in names]),
             "validated": asked.pick(short, lengths[0]), "out": str(asked.out.resolve()),
-            **own, **data,
+            "steps": asked.steps or asked.pick(4, STEPS), "language": LANGUAGE, **own, **text,
         }
         for name in chosen(asked.models, tuple(ROWS), "model")
     ]  # fmt: skip
@@ -125,13 +127,14 @@ def said(
 
 
 def measured(
-    cell: Cell, lm: HopeLM, names: Sequence[str], ask: Ask, score: Callable[[Asked, str], float],
-    tell: Tell,
+    cell: Cell, tell: Tell, make: Make, names: Sequence[str], ask: Ask,
+    score: Callable[[Asked, str], float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Percent of the answers that are said, by task, length and reading; "value": on validation
-    texts. cell: lengths, validated (a length), said (bytes of an answer), device, and what `ask`
-    needs of it.
+    """Train a cell's model, and ask it: percent of the answers that are said, by task, length and
+    reading; "value": on validation texts. cell: as of `trained`, with lengths, validated (a
+    length), said (bytes of an answer), and what `ask` needs of it.
     """
+    lm, result = trained(cell, make, tell)
 
     def percent(key: tuple[str, int, str], ahead: bool, who: Elsewhere | None) -> float:
         asked = ask(cell, *key, ahead)
@@ -155,7 +158,7 @@ def measured(
                         scores[key] = percent((name, length, "test"), who is None, who)
                         tell(1.0, f"{key}: {scores[key]:.0f}")
     strict = [share for key, share in scores.items() if key.endswith("strict")]
-    return {
+    return result | {
         "value": value, "scores": scores, "state_bytes": max(sizes.values()),
         "headline": f"{value:.0f} on validation, {statistics.fmean(strict):.0f} strictly",
     }  # fmt: skip
@@ -171,61 +174,56 @@ def haystacks(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------- tables and figures
+# -------------------------------------------------------------------------- the experiment
+
+
+NOTE = (
+    "Percent of the answers that are said: strictly (the text is read once, its state saved to a "
+    "file, another process asked) / with the question told before the text, too. Lengths in bytes."
+)
+
+
+def experiment(
+    name: str, shows: str, price: str, grid: Callable[[Options], list[Cell]], work: Work,
+    panels: Mapping[str, Sequence[str]],
+) -> Experiment:  # fmt: skip
+    """Table 1 or figure 9. price: on a card. panels: of the figure, a group of tasks each."""
+    names = tuple(dict.fromkeys(name for group in panels.values() for name in group))
+    return Experiment(
+        name=name,
+        shows=shows,
+        price=("–", price),
+        takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
+        grid=grid,
+        work=work,
+        rates=(3e-3, 6e-3),
+        quick_rates=(0, 1),
+        seeds=1,
+        columns=lambda records: columns(records, names),
+        notes=lambda _: NOTE,
+        figure=lambda records, path: figure(records, panels, path),
+        sources=tuple(f"experiments/{name}.py" for name in ("recall", "lessons", "asked", "books")),
+    )
 
 
 def _length(r: Record) -> int:
     return int(r.metric.split(", ")[1].replace(",", ""))
 
 
-def _of(records: Sequence[Record], names: Sequence[str], length: int, reading: str) -> list[float]:
-    """The means over these tasks, for each seed."""
-    own = [
-        (r.seed, r.value) for r in records
-        if r.metric.split(", ")[0] in names and _length(r) == length
-        and r.metric.endswith(f", {reading}")
-    ]  # fmt: skip
-    seeds = sorted({seed for seed, _ in own})
-    return [statistics.fmean(value for s, value in own if s == seed) for seed in seeds]
-
-
 def columns(records: Sequence[Record], names: Sequence[str]) -> list[Column]:
     """Percent of the answers said, by task and length: strictly / ahead."""
-
-    def column(name: str, length: int) -> Column:
-        def text(rows: Sequence[Record]) -> str:
-            return " / ".join(spread(_of(rows, (name,), length, kind), 0) for kind in READINGS)
-
-        return Column(f"{name}, {length:,}", text)
-
-    lengths = sorted({_length(r) for r in records})
     state = mean("state, kB", lambda r: r.detail.get("state_bytes", 0) / 1e3 or None, digits=0)
-    each = [column(name, length) for name in names for length in lengths]
+    heads = [f"{name}, {n:,}" for name in names for n in sorted({_length(r) for r in records})]
+    each = (mean(h, *(metric(f"{h}, {kind}") for kind in READINGS), digits=0) for h in heads)
     return [name_of(), PARAMETERS, state, RATE, SEEDS, *each]
 
 
-def notes(records: Sequence[Record]) -> str:
-    """What the two figures are."""
-    return (
-        "Percent of the answers that are said: strictly (the text is read once, its state saved to "
-        "a file, another process asked) / with the question told before the text, too. Lengths in "
-        "bytes."
-    )
-
-
 def figure(records: Sequence[Record], panels: Mapping[str, Sequence[str]], path: Path) -> None:
-    """By length, strictly asked; a panel for each group of tasks."""
-    drawn = []
-    lengths = sorted({_length(r) for r in records})
-    for title, names in panels.items():
-        lines: dict[str, tuple[list[float], list[list[float]]]] = {}
-        for name in dict.fromkeys(r.model for r in records):
-            rows = [r for r in records if r.model == name]
-            found = {length: _of(rows, names, length, "strict") for length in lengths}
-            at = [length for length in lengths if found[length]]
-            seeds = min((len(found[length]) for length in at), default=0)
-            values = [[found[length][i] for length in at] for i in range(seeds)]
-            if values:
-                lines[name] = (list(map(float, at)), values)
-        drawn.append(Panel(title, "bytes read", "answers (%)", lines))
-    curves(drawn, path, log="2", marker=True, ylim=(-2, 104))
+    """By length, strictly asked; the mean of a panel's tasks."""
+
+    def panel(title: str, names: Sequence[str]) -> Panel:
+        told = (r for r in records if r.metric.endswith(", strict"))
+        own = (r for r in told if r.metric.split(", ")[0] in names)
+        return Panel(title, "bytes read", "answers (%)", points(own, lambda r: float(_length(r))))
+
+    curves([panel(*some) for some in panels.items()], path, log="2", marker=True, ylim=(-2, 104))

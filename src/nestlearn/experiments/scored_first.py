@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ PLAIN = "windows"  # what the other rows are compared with
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each row that the model has."""
     base, folder = pretrained.part(asked), Path(asked.data or "")
     known = [r for r in ROWS if r != "carried" or readers.is_hope(folder / "model")]
     return [
@@ -85,12 +84,9 @@ def _losses(cell: Cell, split: str, tell: Callable[[int, int], None]) -> list[tu
     texts = [model.text(t) for t in books(folder, split, count, cell["letters"])]
     read, of, found = 0, sum(len(text.ids) for text in texts), []
     for text in texts:
-        before = read
-
-        def told(done: int, _: int, before: int = before) -> None:
-            tell(before + done, of)
-
-        found.append((nats(model.reader(cell["model"], cell["lr"]), text.ids, told), text))
+        reader = model.reader(cell["model"], cell["lr"])
+        told = partial(lambda before, done, _: tell(before + done, of), read)
+        found.append((nats(reader, text.ids, told), text))
         read += len(text.ids)
     return found
 
@@ -147,7 +143,6 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Bits per byte along the books."""
     drawn = lines(
         records,
         lambda r: (range(1, len(r.detail["tenths"]) + 1), r.detail["tenths"]),
@@ -157,15 +152,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="scored-first",
-    shows="bits per byte of books read as streams, by what learns from them",
+    name="scored-first", shows="bits per byte of books read as streams, by what learns from them",
     price=("~2 days", "~2 hours"),
     takes=("models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: ROWS[cell["model"]].values,
-    seeds=1,
-    columns=columns,
-    figure=figure,
+    grid=grid, work=work,
+    rates=lambda cell: ROWS[cell["model"]].values, seeds=1,
+    columns=columns, figure=figure,
     sources=("hf", "experiments/readers.py"),
-)
+)  # fmt: skip

@@ -26,7 +26,6 @@ LOSS, MEDIAN, LARGEST = "last training loss", "gradient norm, median", "largest 
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every model at every length."""
     return [
         {
             "task": length, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
@@ -39,7 +38,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train one; its gradient norms."""
     corpus, steps = books.read(Path(cell["folder"])).corpus, cell["steps"]
     torch.manual_seed(cell["seed"])
     lm = HopeLM(config_of(cell["model"], "6M"))
@@ -63,15 +61,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="stability",
-    shows="gradient norms at the usual learning rate and at twice it",
+    name="stability", shows="gradient norms at the usual learning rate and at twice it",
     price=("–", "30 minutes"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=(1.2e-2, 2.4e-2),
-    chooses="",
-    columns=COLUMNS,
-    by=lambda r: (r.model, r.task, r.config["lr"]),
+    grid=grid, work=work,
+    rates=(1.2e-2, 2.4e-2), chooses="",
+    columns=COLUMNS, by=lambda r: (r.model, r.task, r.config["lr"]),
     sources=("experiments/equal_time.py", "experiments/books.py"),
-)
+)  # fmt: skip

@@ -9,7 +9,6 @@ tokens. --data is the finished run's folder.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
+from nestlearn.experiments.language import corpus_of
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.tables import detail, mean, metric, model
 from nestlearn.models.hope import HopeLM
-from nestlearn.train import load_text, stdlib_text
 
 FRESH = 1024
 SETTINGS: dict[str, tuple[int | None, int | None]] = {  # half-life, tokens after which it restarts
@@ -42,13 +41,7 @@ def stream_loss(model: HopeLM, ids: torch.Tensor, restart: int | None = None) ->
     return torch.cat(losses)
 
 
-@cache
-def _text() -> torch.Tensor:
-    return load_text(stdlib_text()).val
-
-
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each half-life."""
     weights = Path(asked.data or "") / "model" / "model.safetensors"
     if asked.data is None or not weights.is_file():
         raise ValueError(f"--data {asked.data}: give the folder of a finished run")
@@ -62,10 +55,9 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """One reading of the stream."""
     half_life, restart = SETTINGS[cell["model"]]
     model = HopeLM.from_pretrained(Path(cell["folder"]) / "model", half_life=half_life).eval()
-    losses = stream_loss(model, _text()[: cell["tokens"] + 1].long(), restart)
+    losses = stream_loss(model, corpus_of(()).val[: cell["tokens"] + 1].long(), restart)
     loss = float(losses.mean())
     tenths = [float(part.mean()) for part in losses.chunk(10)]
     return {"scores": {"nats per byte": loss}, "tenths": tenths, "headline": f"{loss:.3f}"}
@@ -77,13 +69,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="stream",
-    shows="a trained Hope on a stream 400 times longer than its training windows",
+    name="stream", shows="a trained Hope on a stream 400 times longer than its training windows",
     price=("~20 minutes", "–"),
-    takes=("models", "data", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("models", "data", "workers"), device="cpu",
+    grid=grid, work=work,
     seeds=1,
     columns=COLUMNS,
-)
+    sources=("experiments/language.py",),
+)  # fmt: skip

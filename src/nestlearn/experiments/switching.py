@@ -87,7 +87,6 @@ def config_of(model: str) -> HopeConfig:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every row."""
     return [
         {
             "task": "switching", "model": name, "steps": asked.pick(2, 400),
@@ -134,7 +133,6 @@ def _losses(model: HopeLM, w: Walks, settings: TrainConfig) -> dict[str, float]:
 
 
 def notes(records: Sequence[Record]) -> str:
-    """The least loss that there is."""
     floor = next(r.value for r in records if r.metric == "tables known")
     return f"Nats per symbol. Whoever knows the tables has {floor:.3f}."
 
@@ -145,13 +143,10 @@ COLUMNS = [
 ]  # fmt: skip
 
 EXPERIMENT = Experiment(
-    name="switching",
-    shows="what self-modification adds where rules change midway",
+    name="switching", shows="what self-modification adds where rules change midway",
     price=("–", "20 minutes"),
     takes=("seeds", "models", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
-    columns=COLUMNS,
-    notes=notes,
-)
+    columns=COLUMNS, notes=notes,
+)  # fmt: skip

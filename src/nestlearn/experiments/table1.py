@@ -11,7 +11,7 @@ before the text, too. --only names the lengths, in bytes; what was trained is no
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import numpy as np
 
 from nestlearn.evals import needles, ruler
 from nestlearn.evals.haystack import Asked, Row, cut
-from nestlearn.experiments import books, recall
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
+from nestlearn.experiments import recall
+from nestlearn.experiments.experiment import Cell, Options, Tell
 from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
 
@@ -29,27 +29,22 @@ LESSONS = (  # 32,768 bytes a step
     Lesson(1024, 32, 0.1, 0.65), Lesson(2048, 16, 0.1, 0.8), Lesson(4096, 8, 0.05, 1.0),
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(400, 2, 0.2, 1.0))
-STEPS, DENSE, PLAIN, LANGUAGE = 3000, 0.6, 0.1, 0.1
+DENSE, PLAIN = 0.6, 0.1
 LENGTHS = (4096, 8192, 16_384, 65_536, 262_144, 1_048_576)
 DEPTHS, SAMPLES, FEW = 5, 8, 2  # places of a needle, texts for each, and of validation or long ones
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each model."""
+    lists = [
+        Path(asked.data or "", "ruler_words", f"{kind}list.txt") for kind in ("adjective", "noun")
+    ]
+    if asked.data is None or not lists[-1].is_file():
+        raise ValueError(f"--data {asked.data}: give a folder with gutenberg/ and ruler_words/")
     return recall.cells(
-        asked, "needles", _data(asked.data), (QUICK_LESSONS, LESSONS), LENGTHS, usual=3, short=600,
-        steps=asked.steps or asked.pick(4, STEPS), language=LANGUAGE,
+        asked, "needles", (QUICK_LESSONS, LESSONS), LENGTHS, usual=3, short=600,
         depths=asked.pick(1, DEPTHS), samples=asked.pick(1, SAMPLES),
-        said=asked.pick(4, ruler.SAID),
+        said=asked.pick(4, ruler.SAID), words=fingerprint(lists),
     )  # fmt: skip
-
-
-def _data(data: str | None) -> Cell:
-    if data is None or not (Path(data) / "ruler_words" / "nounlist.txt").is_file():
-        raise ValueError(f"--data {data}: give a folder with gutenberg/ and ruler_words/")
-    lists = [Path(data) / "ruler_words" / f"{name}list.txt" for name in ("adjective", "noun")]
-    text = books.text_of(str(Path(data) / "gutenberg"))
-    return {**text, "folder": data, "words": fingerprint(lists)}
 
 
 @cache
@@ -70,9 +65,8 @@ def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers on validation books."""
-    folder = cell["folder"]
-    model, result = recall.trained(cell, lambda *some: make(folder, *some), tell)
-    return result | recall.measured(cell, model, ruler.NAMES, _asked, ruler.score, tell)
+    made = partial(make, cell["folder"])
+    return recall.measured(cell, tell, made, ruler.NAMES, _asked, ruler.score)
 
 
 def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
@@ -89,18 +83,7 @@ def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[
     ]  # fmt: skip
 
 
-EXPERIMENT = Experiment(
-    name="table1",
-    shows="RULER's needles by length, asked of a saved state in another process",
-    price=("–", "~1.5 hours"),
-    takes=recall.TAKES,
-    grid=grid,
-    work=work,
-    rates=(3e-3, 6e-3),
-    quick_rates=(0, 1),
-    seeds=1,
-    columns=lambda records: recall.columns(records, ruler.NAMES),
-    notes=recall.notes,
-    figure=lambda records, path: recall.figure(records, {n: (n,) for n in ruler.NAMES}, path),
-    sources=recall.SOURCES,
-)
+EXPERIMENT = recall.experiment(
+    "table1", "RULER's needles by length, asked of a saved state in another process", "~1.5 hours",
+    grid, work, {name: (name,) for name in ruler.NAMES},
+)  # fmt: skip

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.experiments import books
-from nestlearn.experiments.equal_time import curve_of
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves, lines
 from nestlearn.experiments.models import FAMILIES, families
 from nestlearn.experiments.tables import words
@@ -30,7 +29,6 @@ STEPS, BATCH, LENGTH = 600, 32, 1024
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every family at every size, by bytes and by pieces."""
     text = books.text_of(asked.data)
     return [
         {
@@ -48,7 +46,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and measure one."""
     config = books.sized(ROWS[cell["model"]], cell["size"], cell["vocabulary"])
     text = books.read(Path(cell["folder"]), cell["vocabulary"])
     _, result = books.trained(cell, config, tell)
@@ -59,11 +56,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     return books.in_bits(text, result)
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
-    """Bits a byte at both lengths, with tokens and seconds."""
-    return [words("setting", lambda r: r.task), *books.columns(records)]
-
-
 def figure(records: Sequence[Record], path: Path) -> None:
     """Bits a byte of validation books at the trained length, along tokens and along seconds."""
     there = [r for r in records if r.metric == books.NEAR]
@@ -71,7 +63,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
     panels = [
         Panel(
             setting, label, "validation (bits a byte)",
-            lines((r for r in there if r.task == setting), curve_of(axis, 2)),
+            lines((r for r in there if r.task == setting), books.curve_of(axis, 2)),
         )
         for setting in dict.fromkeys(r.task for r in records)
         for axis, label in enumerate(("tokens", "seconds on one card"))
@@ -80,16 +72,12 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="table2",
-    shows="language models on books, by bytes and by pieces, at two sizes",
+    name="table2", shows="language models on books, by bytes and by pieces, at two sizes",
     price=("–", "~6 hours"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=(3e-3, 6e-3, 1.2e-2),
-    seeds=1,
-    columns=columns,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
+    grid=grid, work=work,
+    rates=(3e-3, 6e-3, 1.2e-2), seeds=1,
+    columns=lambda records: [words("setting", lambda r: r.task), *books.columns(records)],
+    by=lambda r: (r.task, r.model), figure=figure,
     sources=("experiments/books.py",),
-)
+)  # fmt: skip

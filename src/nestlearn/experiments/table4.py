@@ -91,7 +91,6 @@ def auto_encoder(model: Any, task: Task) -> nn.Module:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every model on every task and setting."""
     steps = asked.pick(QUICK_STEPS, STEPS) if asked.steps is None else asked.steps
     names = asked.models or asked.pick(("hope", "transformer"), MODELS)
     return [
@@ -119,7 +118,6 @@ def _pairs(only: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and test one cell."""
     task = mad.task(cell["task"], cell["setting"], **cell["data"])
     wrap = None if task.causal else auto_encoder
     return train_cell(cell, task, tell, wrap=wrap)
@@ -142,15 +140,11 @@ def notes(records: Sequence[Record]) -> str:
 
 
 EXPERIMENT = Experiment(
-    name="table4",
-    shows="MAD: compression, recall, copying, memorization",
+    name="table4", shows="MAD: compression, recall, copying, memorization",
     price=("~9 hours", "~10 hours"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(1e-3, 3e-3, 8e-3),
-    order=lambda records: sorted(records, key=lambda r: list(CONTENDERS).index(r.model)),
     columns=ACCURACIES.columns,
-    below=ACCURACIES.below,
-    notes=notes,
-    figure=ACCURACIES.figure,
-)
+    order=lambda records: sorted(records, key=lambda r: list(CONTENDERS).index(r.model)),
+    below=ACCURACIES.below, notes=notes, figure=ACCURACIES.figure,
+)  # fmt: skip

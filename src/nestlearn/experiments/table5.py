@@ -56,7 +56,6 @@ SKELETON: dict[str, Any] = {
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Every model on every language."""
     names = asked.models or asked.pick(("hope", "lstm"), MODELS)
     cells = []
     for language in chosen(asked.only, tuple(NAMES), "language"):
@@ -81,20 +80,15 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and test one cell."""
     return train_cell(cell, formal.task(cell["task"], **cell["data"]), tell)
 
 
 EXPERIMENT = Experiment(
-    name="table5",
-    shows="formal languages, within and beyond trained lengths",
+    name="table5", shows="formal languages, within and beyond trained lengths",
     price=("~10 hours", "~12 hours"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 1e-2),
-    order=lambda records: sorted(records, key=lambda r: _PLACES.index(r.model)),
     columns=ACCURACIES.columns,
-    below=ACCURACIES.below,
-    notes=ACCURACIES.rates,
-    figure=ACCURACIES.figure,
-)
+    order=lambda records: sorted(records, key=lambda r: _PLACES.index(r.model)),
+    below=ACCURACIES.below, notes=ACCURACIES.rates, figure=ACCURACIES.figure,
+)  # fmt: skip

@@ -39,7 +39,6 @@ STEPS, BATCH, LENGTH = 300, 64, 512
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each change."""
     text = books.text_of(asked.data)
     return [
         {
@@ -52,7 +51,6 @@ def grid(asked: Options) -> list[Cell]:
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """Train and measure one."""
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
     _, result = books.trained(cell, config, tell)
@@ -60,13 +58,10 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    name="table6",
-    shows="what each part of Hope is worth, on books",
-    price=("–", "~1 hour"),
+    name="table6", shows="what each part of Hope is worth, on books", price=("–", "~1 hour"),
     takes=("seeds", "steps", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
     columns=books.columns,
     sources=("experiments/books.py",),
-)
+)  # fmt: skip

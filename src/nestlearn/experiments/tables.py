@@ -98,7 +98,6 @@ SEEDS = Column("seeds", lambda rows: str(len({r.seed for r in rows})))
 
 
 def model(head: str = "model") -> Column:
-    """The model's name."""
     return words(head, lambda r: r.model)
 
 

@@ -58,7 +58,6 @@ def sizes(name: str, steps: int, stream: str) -> list[float]:
 
 
 def grid(asked: Options) -> list[Cell]:
-    """Both streams of gradients, of all optimizers."""
     steps = asked.steps or asked.pick(500, 10_000)
     return [{"task": stream, "model": "all", "steps": steps} for stream in STREAMS]
 
@@ -80,8 +79,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """The size at some steps, and beside Muon's."""
-
     def size(n: str) -> Column:
         return words(f"step {int(n):,}", lambda r: f"{r.detail['shown'][n]:.4f}")
 
@@ -104,15 +101,10 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    name="update-size",
-    shows="the size of M3's updates over 10,000 steps",
+    name="update-size", shows="the size of M3's updates over 10,000 steps",
     price=("~20 minutes", "–"),
-    takes=("steps", "workers"),
-    device="cpu",
-    grid=grid,
-    work=work,
+    takes=("steps", "workers"), device="cpu",
+    grid=grid, work=work,
     seeds=1,
-    columns=columns,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
-)
+    columns=columns, by=lambda r: (r.task, r.model), figure=figure,
+)  # fmt: skip
