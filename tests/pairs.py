@@ -13,19 +13,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from servers import server
+
 
 @contextmanager
 def pair(
     work: Callable[..., None],
     *given: Any,
-    load: tuple[str, ...],
     before: Callable[[Path], None] = lambda _: None,
 ) -> Iterator[Path]:
     """The folder in which two processes, joined in a group, have run `work(rank, folder, *given)`.
 
-    load: modules that both need. before: makes what the folder holds at their start.
+    before: makes what the folder holds at their start.
     """
-    mp.set_forkserver_preload(["torch.distributed.fsdp", *load])  # loaded once
+    server()
     for again in (True, False):
         with tempfile.TemporaryDirectory() as name:
             before(Path(name))

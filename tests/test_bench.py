@@ -1,7 +1,7 @@
 """The bench: fair orders, honest refusals, and a table that comes from the file alone."""
 
 import json
-import subprocess
+import runpy
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -334,12 +334,10 @@ def test_help_names_every_option():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")
 @pytest.mark.parametrize("module", ["bench.gpu", "bench.newton_schulz"])
-def test_gpu_says_what_it_needs(module):
-    run = subprocess.run(
-        [sys.executable, "-m", module],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert run.returncode == 2
-    assert "no CUDA card" in run.stderr
+def test_gpu_says_what_it_needs(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")  # as `python -m` does
+    assert stop.value.code == 2
+    assert "no CUDA card" in capsys.readouterr().err

@@ -63,16 +63,14 @@ def norms(states):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["untrained", "trained", "two rules", "both matrices"])
+@pytest.mark.parametrize("kind", ["untrained", "trained", "two rules, both matrices"])
 def test_memories_keep_their_size(kind, dtype, text, trained):
     torch.manual_seed(0)
     config, groups, matrices = CONFIG, 1, 1
-    if kind == "two rules":
-        config, groups = replace(CONFIG, mixer=Titans(64, dgd=0.5, eta_max=2.0)), 2
-    if kind == "both matrices":
+    if kind == "two rules, both matrices":
         levels = tuple(replace(level, learns="all") for level in CONFIG.channel.levels)
-        config = replace(CONFIG, mixer=Titans(64, depth=2), channel=Continuum(levels))
-        matrices = 2
+        mixer = Titans(64, depth=2, dgd=0.5, eta_max=2.0)
+        config, groups, matrices = replace(CONFIG, mixer=mixer, channel=Continuum(levels)), 2, 2
     model = HopeLM(config)
     if kind == "trained":
         model.load_state_dict(trained.state_dict())

@@ -70,11 +70,12 @@ def test_it_trains_asks_and_draws(folder, tmp_path, monkeypatch, name, model):
 def test_another_process_answers_as_this_one_does(tmp_path):
     torch.manual_seed(0)
     asked = [Asked(b"The key is under the mat. " * 30, q, ("x",), ()) for q in (b"\nA", b"\nWho?")]
-    for name in ("Hope", "Hope-Attention"):  # a memory, and a cache that stops growing
+    # a memory, and a cache that stops growing; of one the other has the file, not the process
+    for name, other in (("Hope", Elsewhere), ("Hope-Attention", Here)):
         lm = HopeLM(recall.config_of(name, (32, 2, 2))).eval()
         lm.save_pretrained(tmp_path / name)
         here = answers(lm, read(lm, [one.text for one in asked]), [b"\n\n\nA", b"\nWho?"], 6)
-        with Elsewhere(tmp_path / name, "cpu") as elsewhere:
+        with other(tmp_path / name, "cpu") as elsewhere:
             there, size = recall.said(lm, asked, 6, elsewhere)
         assert there == here
         assert size > 1000

@@ -132,5 +132,5 @@ def sharded(rank):
 
 
 def test_two_processes_train_as_one():
-    with pair(every_way, load=("nestlearn.hf", "transformers.trainer")):
+    with pair(every_way):
         pass

@@ -28,6 +28,24 @@ GRAPHS = CompileCounterWithBackend("aot_eager")  # one for all tests: equal laye
 gc.set_threshold(100_000)  # a quarter of the time to trace went into looking for garbage
 
 
+def both(build, dim=8):
+    """A layer in float64, and its twin that is compiled."""
+    torch.manual_seed(0)
+    layer = build(dim).double()
+    compiled = copy.deepcopy(layer)
+    compiled.compile(backend=GRAPHS)
+    return layer, compiled
+
+
+def check(layer, compiled, batch, T):
+    """Outputs and the gradient of x are alike."""
+    x = torch.randn(batch, T, layer.dim, dtype=torch.float64, requires_grad=True)
+    expected, y = layer(x)[0], compiled(x)[0]
+    grad, found = (torch.autograd.grad(o.square().sum(), x)[0] for o in (expected, y))
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-9)
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """What is traced is the point: nothing is made of new graphs."""
@@ -35,76 +53,61 @@ def traced(monkeypatch):
 
 
 @pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
-def test_the_same_graphs_for_all_of_one_width(build, number, request):
+def test_the_same_graphs_for_all_of_one_width(build, number):
     """One for the step, two for what is before and after it; of a level, whose spans are not whole
-    here, those two; the same for one that never learns. All chunks, batches and lengths share them.
-
-    Layers of another width have their own: of one code they would share a graph with symbols for
-    their widths, and torch cannot trace it.
+    here, those two; the same for one that never learns. All chunks, batches and lengths share them,
+    and so do equal layers.
     """
-    torch.manual_seed(0)
-    layer = build(8).double()
-    eager = copy.deepcopy(layer)
-    layer.compile(backend=GRAPHS)
-    before, counts = GRAPHS.frame_count, []
+    before, counts, layers = GRAPHS.frame_count, [], both(build)
     for batch, T in ((2, 12), (3, 20), (5, 11), (2, 4)):
-        x = torch.randn(batch, T, 8, dtype=torch.float64, requires_grad=True)
-        expected = eager(x)[0]
-        (grad,) = torch.autograd.grad(expected.square().sum(), x)
-        y = layer(x)[0]
-        (found,) = torch.autograd.grad(y.square().sum(), x)
-        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-9)
+        check(*layers, batch, T)
         counts.append(GRAPHS.frame_count - before)
+    check(*both(build), 2, 8)
+    counts.append(GRAPHS.frame_count - before)
     assert counts == [number] * len(counts)
-    request.getfixturevalue("traced")
-    counts = []
-    for dim in (12, 8):
-        layer = build(dim).double()
-        x = torch.randn(2, 8, dim, dtype=torch.float64, requires_grad=True)
-        (expected,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
-        layer.compile(backend=GRAPHS)
-        (found,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
-        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("traced")
+def test_layers_of_another_width_have_graphs_of_their_own():
+    """Of one code they would share a graph with symbols for their widths, which torch cannot trace.
+    What keeps them apart is the same for all layers: the one that is quickest to trace holds it.
+    """
+    build, number = LAYERS["cms"]
+    before, counts = GRAPHS.frame_count, []
+    for dim in (20, 12, 20):
+        check(*both(build, dim), 2, 8)
         counts.append(GRAPHS.frame_count - before)
-    assert counts == [2 * number, 2 * number]
+    assert counts == [number, 2 * number, 2 * number]
 
 
 def test_whole_spans_are_compiled_too():
     """What stands between a level's products: spans of 64, and what is left of a call."""
-    torch.manual_seed(0)
-    layer = ContinuumMemory(8, [Level(chunk=4, hidden=16)]).double()
-    x = torch.randn(2, 3 * 64 + 9, 8, dtype=torch.float64, requires_grad=True)
-    expected = layer(x)[0]
-    (grad,) = torch.autograd.grad(expected.square().sum(), x)
-    layer.compile(backend=GRAPHS)
-    found = layer(x)[0]
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad)
+    check(*both(lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16)])), 2, 3 * 64 + 9)
 
 
 @pytest.mark.usefixtures("traced")
 def test_one_sample_one_token_many_samples():
-    """Each with a graph of its own where it has one, and none of them a failure."""
-    torch.manual_seed(0)
-    layer = SelfModifyingTitans(8, 2, TITANS).double()
-    eager = copy.deepcopy(layer)
-    layer.compile(backend=GRAPHS)
+    """Each with a graph of its own where it has one, and none of them a failure. Many without
+    gradients are those of a model, below.
+    """
+    eager, layer = both(LAYERS["titans"][0])
     states = {False: None, True: None}
-    for batch, T, new in (
-        (1, 6, True),
-        (1, 1, False),
-        (1, 1, False),
-        (20, 8, True),
-        (20, 1, False),
+    for batch, T, grad, new in (
+        (1, 6, True, True),
+        (1, 6, False, True),
+        (1, 1, True, False),
+        (1, 1, False, False),
+        (1, 1, True, False),
+        (20, 8, True, True),
+        (20, 1, True, False),
+        (20, 1, False, True),
     ):
         x = torch.randn(batch, T, 8, dtype=torch.float64)
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                before = None if new else states[grad]
-                y, _ = layer(x, before)
-                expected, states[grad] = eager(x, before)
-            torch.testing.assert_close(y, expected)
+        with torch.set_grad_enabled(grad):
+            before = None if new else states[grad]
+            y, _ = layer(x, before)
+            expected, states[grad] = eager(x, before)
+        torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.usefixtures("traced")

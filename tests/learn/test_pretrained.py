@@ -5,8 +5,6 @@ repository.
 """
 
 import gzip
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 
 from nestlearn import DeltaLevel, Session, stack_levels
 from nestlearn.hf.llama2c import Llama2cTokenizer, load_llama2c
+from servers import elsewhere
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODELS = DATA / "models"
@@ -54,6 +53,10 @@ def test_the_conversion_is_llama2cs():
         load_llama2c(bad)
 
 
+def perplexity(memory):
+    return reader(memory).perplexity(novel(14_000, 3_000))
+
+
 def test_a_novel_is_learned_and_remembered_by_another_process(tmp_path):
     one = reader(tmp_path / "dracula")
     ahead = novel(14_000, 3_000)
@@ -62,13 +65,4 @@ def test_a_novel_is_learned_and_remembered_by_another_process(tmp_path):
     after = one.perplexity(ahead)
     assert after < 0.65 * before  # it never read that part
     one.save()
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-        "from test_pretrained import novel, reader; "
-        "print(reader(Path(sys.argv[2])).perplexity(novel(14_000, 3_000)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "dracula")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert float(done.stdout) == pytest.approx(after, rel=1e-5)
+    assert elsewhere(perplexity, tmp_path / "dracula") == pytest.approx(after, rel=1e-5)

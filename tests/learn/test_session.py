@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from interleave import run as interleave
 from people import Letters, base, ids, session, stacked
 
 from nestlearn import DeltaLevel, Session, state, unstack
+from servers import elsewhere
 
 TEXT = "the key is under the mat. " * 6
 
@@ -56,23 +55,19 @@ def test_generating_and_measuring_change_nothing():
     assert fresh.generate("the", max_new_tokens=6, do_sample=False) == made[0]
 
 
+def remembered(memory):
+    """By a session of its own."""
+    one = session(memory=memory)
+    return one.perplexity("the key is under the mat"), one.memory.position
+
+
 def test_a_new_process_remembers(tmp_path):
     one = session(memory=tmp_path / "alice")
     one.learn(TEXT)
     one.save()
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from people import session; "
-        "one = session(memory=__import__('pathlib').Path(sys.argv[2])); "
-        "print(one.perplexity('the key is under the mat'), one.memory.position)"
-    )
-    here = str(__file__).rsplit("/", 1)[0]
-    done = subprocess.run(
-        [sys.executable, "-c", code, here, str(tmp_path / "alice")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    loss, position = done.stdout.split()
-    assert float(loss) == pytest.approx(one.perplexity("the key is under the mat"), rel=1e-6)
-    assert int(position) == one.memory.position
+    loss, position = elsewhere(remembered, tmp_path / "alice")
+    assert loss == pytest.approx(one.perplexity("the key is under the mat"), rel=1e-6)
+    assert position == one.memory.position
 
 
 def test_a_loaded_memory_goes_on_bit_for_bit(tmp_path):

@@ -82,7 +82,7 @@ def test_a_memory_belongs_to_a_base_model_in_whichever_precision(tmp_path):
 
 
 def test_saves_that_are_killed_leave_the_old_or_the_new_memory(tmp_path):
-    assert sum(kill(25, tmp_path / "a")) == 25
+    assert sum(kill(12, tmp_path / "a")) == 12
 
 
 def test_damaged_files_are_refused_and_left_alone(tmp_path):

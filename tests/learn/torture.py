@@ -1,11 +1,8 @@
-"""Saves that are killed, and files that are damaged; the tests do a few dozen of each.
+"""Saves that are killed, and files that are damaged; the tests do a dozen and more of each.
 
-`python tests/learn/torture.py 1000 1000` kills 1,000 saves and damages 1,000 files. The processes
-that save come from a server that has imported torch and run nothing: one that has run threads must
-not be forked, its child would wait for them for ever.
+`python tests/learn/torture.py 1000 1000` kills 1,000 saves and damages 1,000 files.
 """
 
-import multiprocessing
 import random
 import shutil
 import sys
@@ -15,20 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from people import ids, session, stacked
 
 from nestlearn import state
 from nestlearn.learn import load_memory, save_memory
-
-
-def server() -> multiprocessing.context.BaseContext:
-    """What starts the processes; without fork, as on Windows, each imports torch for itself."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    llama = "transformers.models.llama.modeling_llama"
-    context.set_forkserver_preload(["pytest", llama, "nestlearn.hf"])
-    return context
+from servers import server
 
 
 def _save_for_ever(folder: Path, sources: list[Path], ready) -> None:

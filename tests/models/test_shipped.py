@@ -6,8 +6,6 @@
 import json
 import lzma
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 
 from nestlearn import HopeLM, state
 from nestlearn.experiments.books import FAR, NEAR, surprise
+from servers import elsewhere
 
 NAME = "nestlearn/tiny"
 RESULTS = Path(__file__).parents[2] / "results/tiny/results.json"
@@ -39,6 +38,11 @@ def likely(model: HopeLM, memory=None) -> float:
         logits, _ = model(text[:, :-1], memory)
     chosen = logits.log_softmax(-1).gather(-1, text[:, 1:, None])[0, :, 0]
     return float(chosen[-len("Quornvale") :].sum())
+
+
+def likely_after(file) -> float:
+    model = HopeLM.from_pretrained(NAME).float().eval()
+    return likely(model, state.load(file, like=model.init_state(1)))
 
 
 def test_unread_books_are_as_surprising_as_was_measured(model, shared_data, unchecked):
@@ -72,14 +76,7 @@ def test_a_name_read_in_one_process_is_likelier_in_another(model, tmp_path):
     with torch.no_grad():
         _, memory = model(ids(SENTENCE * 4))
     state.save(memory, tmp_path / "memory.safetensors")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_shipped as t;"
-        "model = t.HopeLM.from_pretrained(t.NAME).float().eval();"
-        "memory = t.state.load(sys.argv[2], like=model.init_state(1));"
-        "print(t.likely(model, memory))"
-    )
-    ask = [sys.executable, "-c", code, str(Path(__file__).parent), tmp_path / "memory.safetensors"]
-    after = float(subprocess.run(ask, check=True, capture_output=True, text=True).stdout)
+    after = elsewhere(likely_after, tmp_path / "memory.safetensors")
     assert after == pytest.approx(likely(model, memory), abs=1e-3)
     assert after > before + math.log(10)
 

@@ -77,5 +77,5 @@ def sharded(rank, _, expected):
 
 def test_one_process_is_two():
     expected = {name: alone(*case) for name, case in CASES.items()}
-    with pair(sharded, expected, load=("nestlearn.optim",)):
+    with pair(sharded, expected):
         pass

@@ -123,23 +123,17 @@ def check(away, case, tolerance=3e-5, groups=1, inverted=1, runs=None):  # noqa:
     assert launches == {name: n for name, n in expected.items() if n}
 
 
-FORMS = {
+FORMS = {  # others are among RUNS: a matrix, as it is and with wide steps; no decay; cuts
     "plain": {},
-    "matrix": {"depth": 1},
     "hidden": {"hidden": 7},
     "l2": {"objective": "l2"},
-    "matrix-l2": {"depth": 1, "objective": "l2"},
-    "boundary": {"read": "boundary"},
     "matrix-boundary-l2": {"depth": 1, "read": "boundary", "objective": "l2"},
-    "no-decay": {"weight_decay": False},
     "no-decay-wide-steps": {"weight_decay": False, "eta_max": 2.0},
     "wide-steps": {"eta_max": 2.0},
-    "matrix-wide-steps": {"depth": 1, "eta_max": 1.5},
     "free": {"bound": None},
     "shrunk": {"bound": (0.25, 0.9)},
     "matrix-grown": {"depth": 1, "bound": (1.1, 2.0)},
     "grown": {"bound": (1.1, 2.0)},
-    "cut": {"truncate": 4},
     "recomputed": {"remat": True},
     "fading": {"half_life": 8},
 }
@@ -157,7 +151,7 @@ def test_heads_samples_and_calls_in_a_row(away):  # noqa: F811
 
 
 RUNS = {
-    "one": (Case({"depth": 1}, heads=2, batch=2, calls=(12,)), 1),
+    "one": (Case({"depth": 1}, heads=2, calls=(12,)), 1),
     "several": (Case({"depth": 1, "eta_max": 2.0}, calls=(10, 6)), 3),
     "cut": (Case({"truncate": 8}, calls=(12,)), 2),
     "recomputed": (Case({"depth": 1, "remat": True}, chunk=1, calls=(9,)), 2),

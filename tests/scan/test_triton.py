@@ -5,6 +5,7 @@ not wrap kernels: so the kernels run in a process of their own.
 """
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -196,8 +197,8 @@ def compiled_layer():
     graphs = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
     torch.manual_seed(0)
     options = Titans(2, depth=2, half_life=None)
-    composed = SelfModifyingTitans(4, 2, options, backend="torch").to(DEVICE)
-    layer = SelfModifyingTitans(4, 2, options).to(DEVICE)
+    composed = SelfModifyingTitans(4, 1, options, backend="torch").to(DEVICE)
+    layer = SelfModifyingTitans(4, 1, options).to(DEVICE)
     layer.load_state_dict(composed.state_dict())
     launched = set()
     launch = generated._launch
@@ -306,12 +307,18 @@ def check(away, case, tolerance=1e-5):
     assert all(e <= tolerance for e in found), found  # false for NaN, too
 
 
-@pytest.mark.parametrize("read", ["token", "boundary", None])
-@pytest.mark.parametrize("objective", ["dot", "l2"])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("memory", [MATRIX, MLP], ids=["matrix", "mlp"])
+READS = ("token", "boundary", None)
+MEMORIES, OBJECTIVES = {"matrix": MATRIX, "mlp": MLP}, ("dot", "l2")
+HALF = [  # of all cases; any three choices of the four meet
+    chosen
+    for chosen in itertools.product(MEMORIES, RULES, OBJECTIVES, READS)
+    if sum(map(list.index, map(list, (MEMORIES, RULES, OBJECTIVES, READS)), chosen)) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("memory", "rule", "objective", "read"), HALF)
 def test_triton_equals_chunk(away, memory, rule, objective, read):
-    check(away, Case(memory, rule, objective, read))
+    check(away, Case(MEMORIES[memory], RULES[rule], objective, read))
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 33, 64])

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from served import TEXT, Bytes, stacked
 
 from nestlearn import Session
+from servers import server as of_processes
 
 
 def run_it(root, ready):
@@ -27,12 +27,8 @@ def run_it(root, ready):
 
 @pytest.fixture
 def server(tmp_path):
-    """A server's process and its URL; started by one that has imported torch and run nothing."""
-    fork = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if fork else "spawn")
-    if fork:
-        llama = "transformers.models.llama.modeling_llama"
-        context.set_forkserver_preload([llama, "nestlearn.hf", "uvicorn", "starlette.applications"])
+    """A server's process and its URL."""
+    context = of_processes()
     heard, ready = context.Pipe(duplex=False)
     child = context.Process(target=run_it, args=(tmp_path, ready), daemon=True)
     child.start()

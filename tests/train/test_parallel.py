@@ -37,10 +37,10 @@ BASE = dataclasses.replace(
     CONFIG, steps=4, batch=4, eval_every=4, eval_windows=3, checkpoint_every=2
 )
 LEVELS = Continuum((Level(chunk=2, learns="all"), Level(chunk=8, learns="all")))
-MODELS = {
-    "hope": {"mixer": Titans(chunk=4, half_life=None), "channel": LEVELS},
-    "attention": {"mixer": "attention", "channel": "mlp"},
-    "deltanet": {"mixer": DeltaNet(chunk=4), "channel": LEVELS},
+MODELS = {  # several blocks where they are quick: to share them out is the same for all
+    "hope": {"layers": 1, "mixer": Titans(chunk=4, half_life=None), "channel": LEVELS},
+    "attention": {"layers": 2, "mixer": "attention", "channel": "mlp"},
+    "deltanet": {"layers": 1, "mixer": DeltaNet(chunk=4), "channel": LEVELS},
 }
 STREAM = {"stream": 3, "accumulate": 2}  # attention's cache grows, and is not carried
 CASES = {
@@ -58,7 +58,7 @@ RESUMED = ("hope ddp", "deltanet fsdp", "attention fsdp M3")
 
 def build(name: str) -> HopeLM:
     torch.manual_seed(1)
-    return HopeLM(HopeConfig(32, 16, 2, 2, **MODELS[name]))
+    return HopeLM(HopeConfig(32, 16, heads=2, **MODELS[name]))
 
 
 def go(case: str, out: Path | None, **kwargs):
@@ -136,7 +136,7 @@ def of_one(here: Path) -> None:
 @pytest.fixture(scope="module")
 def two():
     """What two processes did, by case, and the folder where."""
-    with pair(both, load=("nestlearn.train",), before=of_one) as folder:
+    with pair(both, before=of_one) as folder:
         yield *(torch.load(folder / f"done-{r}.pt", weights_only=False) for r in range(2)), folder
 
 

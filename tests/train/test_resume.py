@@ -8,8 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -34,6 +32,7 @@ from nestlearn.disk import atomic_write
 from nestlearn.train.checkpoint import save_checkpoint, verify_checkpoint
 from nestlearn.train.folder import RunFolder, read_log
 from nestlearn.train.optimize import adamw
+from servers import server
 
 
 @pytest.fixture(scope="module")
@@ -336,15 +335,13 @@ def _die_at(nth):
     Path.write_bytes = dying(Path.write_bytes)
 
 
-KILLED = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {here!r})
-from tiny_run import run
-from test_resume import KILL_CONFIG
-run({out!r}, KILL_CONFIG, resume={resume}, on_step=lambda r: print(r["step"], flush=True))
-"""
 KILL_CONFIG = dataclasses.replace(CONFIG, steps=300, checkpoint_every=2, eval_every=300)
+
+
+def killed(out, told):
+    """In a child: a run that goes on, and tells each step, until it is killed."""
+    torch.set_num_threads(1)
+    run(out, KILL_CONFIG, resume=out.exists(), on_step=lambda record: told.send(record["step"]))
 
 
 def test_sigkill_at_random_moments(tmp_path):
@@ -355,16 +352,16 @@ def test_sigkill_at_random_moments(tmp_path):
     out = tmp_path / "run"
     steps = []
     for _ in range(3):
-        code = KILLED.format(here=str(Path(__file__).parent), out=str(out), resume=out.exists())
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        first = child.stdout.readline()
-        assert first, "the run ended before its first step"
-        steps.append(int(first))
+        heard, told = server().Pipe(duplex=False)
+        child = server().Process(target=killed, args=(out, told))
+        child.start()
+        told.close()
+        steps.append(heard.recv())  # EOFError if the run ended before its first step
         time.sleep(dice.uniform(0.0, 0.25))
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        child.stdout.close()
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        heard.close()
     assert steps[0] == 1
     assert steps == sorted(steps)
     (out / "checkpoints").mkdir(exist_ok=True)
