@@ -111,23 +111,23 @@ class LevelMLP(Stepping):
         state = self.init_state(x.shape[0]) if state is None else state
         assert state is not None
         k, *pairs = self._outside("_features", x)
-        xs, carried, starts = (k, *pairs), tree.tree_map(wide, state), self.learning
-        step: Callable
+        carried, starts = tree.tree_map(wide, state), self.learning
+        how: dict[str, Any] = {
+            "length": x.shape[1], "position": position, "truncate": self.truncate,
+            "chunks": (self.level.chunk, *([self.parent] if self.parent else [])),
+            "after": self._restarted if self.parent else None,
+        }  # fmt: skip
         if self.linear:
-            step = partial(spans.write, self.writer, starts[0], options=self._options)
+            step: Callable = partial(spans.write, self.writer, starts[0], options=self._options)
             if self.remat and torch.is_grad_enabled():
-                step = partial(checkpoint, step, use_reentrant=False)
-            run, remat = max(1, (STRETCH if self.remat else 1 << 40) // self.level.chunk), False
+                step, how["after"] = partial(self._computed_again, step), None
+            run = max(1, (STRETCH if self.remat else 1 << 40) // self.level.chunk)
+            ys, after = scan(step, carried, (k, *pairs), **how, run=run)
         else:
             step = self._stepping(starts, None if self.parent else self.level.chunk)
             past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
-            xs, carried, run, remat = (k, past, *pairs), carried._replace(last=None), 1, self.remat
-        ys, after = scan(
-            step, carried, xs, length=x.shape[1], position=position, truncate=self.truncate,
-            chunks=(self.level.chunk, *([self.parent] if self.parent else [])), run=run,
-            remat=remat, after=self._restarted if self.parent else None,
-        )  # fmt: skip
-        if not self.linear:
+            xs, carried = (k, past, *pairs), carried._replace(last=None)
+            ys, after = scan(step, carried, xs, **how, remat=self.remat)
             after = after._replace(last=k[:, -1:].to(state.last.dtype).contiguous())
         o = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
         return self._outside("_joined", onto, o.contiguous(), mix), after
@@ -161,6 +161,15 @@ class LevelMLP(Stepping):
         z, past, v, gates = xs
         o, fast = self.writer.write(state.fast, z, past, v, gates, span, starts)
         return o, state._replace(fast=fast)
+
+    def _computed_again(self, step: Callable, state: LevelState, xs: tuple, span: Span):
+        """A step and what follows it, of which only the ends are kept for the backward pass."""
+
+        def run(state: LevelState, xs: tuple) -> tuple[Tensor, LevelState]:
+            y, state = step(state, xs, span)
+            return y, self._restarted(state, span)
+
+        return checkpoint(run, state, xs, use_reentrant=False)
 
     def _restarted(self, state: LevelState, span: Span) -> LevelState:
         """In a nested system, where the next slower level's context ends, the level starts again
