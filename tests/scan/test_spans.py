@@ -9,6 +9,7 @@ import torch
 from nestlearn.memory import Gates, GradientRule, Matrix, delta, every
 from nestlearn.memory.objectives import dot_product, l2
 from nestlearn.scan import Chunk, FastWeights, Span, Writer, plain_spans, spans, update
+from nestlearn.scan.spans import LevelState
 
 B, K, V = 2, 5, 3
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -51,11 +52,8 @@ def run(writer, data, cuts):
         ends |= {x // C * C, -(-x // C) * C}
     for a, b in itertools.pairwise(sorted(x for x in ends if position <= x <= position + T)):
         part = slice(a - position, b - position)
-        y, fast = spans.write(
-            writer, fast, last, h[:, part], v[:, part],
-            gates.map(lambda g, part=part: g[:, part]), Span(a, b), W0,
-        )  # fmt: skip
-        last = h[:, part][:, -1:]
+        xs = h[:, part], v[:, part], gates.map(lambda g, part=part: g[:, part])
+        y, (last, fast, _) = spans.write(writer, W0, LevelState(last, fast), xs, Span(a, b))
         ys.append(y)
     results = [torch.cat(ys, 1), *tensors(fast)]
     return results, torch.autograd.grad(weighed(results), leaves, allow_unused=True)
@@ -88,8 +86,8 @@ def defined(writer, rows, lengths):
     fast, ys, states = FastWeights((W0,), (W0,), writer.rule.init((W0,))), [], {}
     for a, b in itertools.pairwise(sorted({0, *lengths, *range(0, T, C)})):
         part = gates.map(lambda g, a=a, b=b: g[:, a:b])
-        y, fast = spans.write(writer, fast, last, h[:, a:b], v[:, a:b], part, Span(a, b), W0)
-        last = h[:, b - 1 : b]
+        xs = h[:, a:b], v[:, a:b], part
+        y, (last, fast, _) = spans.write(writer, W0, LevelState(last, fast), xs, Span(a, b))
         ys.append(y)
         states[b] = tensors(fast)
     y = torch.cat(ys, 1).split(B)

@@ -15,7 +15,7 @@ from nestlearn.cli import options, processes
 from nestlearn.cli.commands import say as _say
 
 if TYPE_CHECKING:
-    from nestlearn.train import Corpus, TrainConfig
+    from nestlearn.train import Corpus
 
 
 def train(
@@ -48,7 +48,8 @@ def train(
 
     On many devices:  torchrun --nproc-per-node 8 -m nestlearn train ...
     """
-    from nestlearn.train import TrainConfig
+    from nestlearn.train import TrainConfig, load_text
+    from nestlearn.train import train as run
 
     config = TrainConfig(
         steps=steps,
@@ -69,29 +70,17 @@ def train(
         if processes.restarted():  # perhaps before anything was written
             resume = ranks.first_says((out / "config.json").is_file)
         say = _say if ranks.first else lambda *_: None
-        _train(config, data, tokenizer, (size, mixer, channel), out, resume, say)
+        corpus = load_text(data, tokenizer=tokenizer, seed=seed)
+        model = _new_model(corpus, size, mixer, channel, seed)
+        _introduce(corpus, model, say)
+        try:
+            _conclude(run(model, corpus, config, out, resume=resume), out, say)
+        except KeyboardInterrupt as stop:
+            say(str(stop) or "stopped", "yellow")
+            raise typer.Exit(130) from None
 
 
-def _train(
-    config: TrainConfig,
-    data: list[Path],
-    tokenizer: Path | None,
-    shape: tuple[str, str, str],
-    out: Path,
-    resume: bool,
-    say: Callable[..., None],
-) -> None:
-    from nestlearn.train import load_text
-    from nestlearn.train import train as run
-
-    corpus = load_text(data, tokenizer=tokenizer, seed=config.seed)
-    model = _new_model(corpus, *shape, config.seed)
-    _introduce(corpus, model, say)
-    try:
-        log = run(model, corpus, config, out, resume=resume)
-    except KeyboardInterrupt as stop:
-        say(str(stop) or "stopped", "yellow")
-        raise typer.Exit(130) from None
+def _conclude(log: list[dict[str, Any]], out: Path, say: Callable[..., None]) -> None:
     last = next((record for record in reversed(log) if "val_loss" in record), None)
     if last:
         bits = last["val_bits_per_byte"]

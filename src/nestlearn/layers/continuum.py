@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -10,28 +11,20 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from .. import state as tree
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..options import Level
-from ..scan import FastWeights, Span, Writer, spans
+from ..scan import FastWeights, Span, Writer, scan, spans
+from ..scan.spans import LevelState
 from .streaming import Device, Starts, Stepping, StreamingLayer, check_input, check_truncate, wide
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
 BOUND_EVERY = 512  # tokens: the bound of a level acts at the first chunk's end after so many
 STRETCH = 2048  # tokens computed again together
-
-
-class LevelState(NamedTuple):
-    """last: the key of the next write, [B, 1, D] the previous token's input, or [B, 1, hidden] its
-    features if only the second matrix learns. fast: the weights that learn. start: in a nested
-    system, the value from which the level starts again (else None).
-    """
-
-    last: Tensor
-    fast: FastWeights
-    start: Weights | None
 
 
 class ContinuumState(NamedTuple):
@@ -113,34 +106,31 @@ class LevelMLP(Stepping):
         self, x: Tensor, state: LevelState | None, position: int, onto: Tensor, mix: Tensor | None
     ) -> tuple[Tensor, LevelState | None]:
         """onto [B, T, D] and what the level adds to it; its state then (None: from the start)."""
-        o, state = self._answer(x, state, position)
-        return self._outside("_joined", onto, o, mix), state
-
-    def _answer(
-        self, x: Tensor, state: LevelState | None, position: int
-    ) -> tuple[Tensor, LevelState | None]:
         if self.level.chunk is None:
-            return self._outside("_static", x), None
+            return self._outside("_joined", onto, self._outside("_static", x), mix), None
         state = self.init_state(x.shape[0]) if state is None else state
         assert state is not None
         k, *pairs = self._outside("_features", x)
-        chunks = (self.level.chunk,) + ((self.parent,) if self.parent else ())
+        carried, starts = tree.tree_map(wide, state), self.learning
+        how: dict[str, Any] = {
+            "length": x.shape[1], "position": position, "truncate": self.truncate,
+            "chunks": (self.level.chunk, *([self.parent] if self.parent else [])),
+            "after": self._restarted if self.parent else None,
+        }  # fmt: skip
         if self.linear:
-            size = STRETCH if self.remat else 1 << 40
-            ys, state = self._scan(
-                state, (k, *pairs), self.learning, length=x.shape[1], chunks=chunks,
-                position=position, run=max(1, size // self.level.chunk), in_kernels=True,
-                remat=False,
-            )  # fmt: skip
-            y = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
-            return y.contiguous(), state  # a part of a chunk has strides of its own, and its graph
-        past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
-        ys, (fast, start) = self._scan(
-            (state.fast, state.start), (k, past, *pairs), self.learning, length=x.shape[1],
-            chunks=chunks, position=position,
-        )  # fmt: skip
-        last = k[:, -1:].to(state.last.dtype).contiguous()
-        return torch.cat(ys, 1), LevelState(last, fast, start)
+            step: Callable = partial(spans.write, self.writer, starts[0], options=self._options)
+            if self.remat and torch.is_grad_enabled():
+                step, how["after"] = partial(self._computed_again, step), None
+            run = max(1, (STRETCH if self.remat else 1 << 40) // self.level.chunk)
+            ys, after = scan(step, carried, (k, *pairs), **how, run=run)
+        else:
+            step = self._stepping(starts, None if self.parent else self.level.chunk)
+            past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
+            xs, carried = (k, past, *pairs), carried._replace(last=None)
+            ys, after = scan(step, carried, xs, **how, remat=self.remat)
+            after = after._replace(last=k[:, -1:].to(state.last.dtype).contiguous())
+        o = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
+        return self._outside("_joined", onto, o.contiguous(), mix), after
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:
         """What is known of all tokens at once: the keys one token later, values and gates."""
@@ -167,34 +157,31 @@ class LevelMLP(Stepping):
         o = o if self.scale is None else self.scale.to(o.dtype) * o
         return x + (o if mix is None else mix * o).to(x.dtype)
 
-    def _step(self, carried: Any, xs: tuple, span: Span, W0: Weights):
-        if self.linear:
-            return self._again(self._stretch, carried, xs, span, W0)
-        fast, start = carried
+    def _step(self, state: LevelState, xs: tuple, span: Span, starts: Weights):
         z, past, v, gates = xs
-        o, fast = self.writer.write(fast, z, past, v, gates, span, W0)
-        fast, start = self._restarted(fast, start, span)
-        return o, (fast, start)
+        o, fast = self.writer.write(state.fast, z, past, v, gates, span, starts)
+        return o, state._replace(fast=fast)
 
-    def _stretch(self, state: LevelState, xs: tuple, span: Span, W0: Weights):
-        """Any number of whole chunks, or a part of one."""
-        h, v, gates = xs
-        y, fast = spans.write(
-            self.writer, state.fast, state.last, h, v, gates, span, W0[0], options=self._options,
-        )  # fmt: skip
-        fast, start = self._restarted(fast, state.start, span)
-        return y, LevelState(h[:, -1:].to(state.last.dtype).contiguous(), fast, start)
+    def _computed_again(self, step: Callable, state: LevelState, xs: tuple, span: Span):
+        """A step and what follows it, of which only the ends are kept for the backward pass."""
 
-    def _restarted(self, fast: FastWeights, start: Weights | None, span: Span):
+        def run(state: LevelState, xs: tuple) -> tuple[Tensor, LevelState]:
+            y, state = step(state, xs, span)
+            return y, self._restarted(state, span)
+
+        return checkpoint(run, state, xs, use_reentrant=False)
+
+    def _restarted(self, state: LevelState, span: Span) -> LevelState:
         """In a nested system, where the next slower level's context ends, the level starts again
         from a start value that has moved towards what it has learned.
         """
-        if start is None or self.parent is None or not span.ends(self.parent):
-            return fast, start
+        if state.start is None or self.parent is None or not span.ends(self.parent):
+            return state
         assert self.meta_lr is not None
         share = self.meta_lr.clamp(0.0, 1.0)
-        start = tuple(w.lerp(now, share) for w, now in zip(start, fast.now))
-        return FastWeights(start, start, self.writer.rule.init(start)), start
+        start = tuple(w.lerp(now, share) for w, now in zip(state.start, state.fast.now))
+        fast = FastWeights(start, start, self.writer.rule.init(start))
+        return LevelState(state.last, fast, start)
 
 
 class ContinuumMemory(StreamingLayer):

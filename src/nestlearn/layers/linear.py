@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,11 @@ from ..options import DeltaNet, Linear, StaticTitans
 from ..scan import FastWeights, Span, Writer
 from .parts import BiasedLinear, Readout, ShortConvolution, step_sizes
 from .streaming import (
-    AROUND,
+    Course,
     Device,
+    MemoryLayer,
     Starts,
-    Stepping,
-    StreamingLayer,
     check_heads,
-    check_input,
     check_truncate,
     chosen,
     wide,
@@ -39,14 +37,12 @@ class MixerState(NamedTuple):
     memory: FastWeights
 
 
-class StaticProjections(StreamingLayer, Stepping):
+class StaticProjections(MemoryLayer):
     """One memory per head, written with keys, values and gates from static projections.
 
     The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose
     the memory and the rule. eta_max bounds the step: 2 gives the delta rule negative eigenvalues.
     """
-
-    _around: ClassVar = AROUND
 
     def __init__(
         self, dim: int, heads: int, writer: Writer, *, eta_max: float = 1.0, conv: int = 4,
@@ -78,16 +74,8 @@ class StaticProjections(StreamingLayer, Stepping):
         conv = None if self.conv is None else self.conv.init_state(batch, device)
         return MixerState(0, conv, self.writer.begin(self.start(), batch))
 
-    def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        check_input(x, self.dim)
-        state = self.begin(state, x)
-        pairs, conv = self._outside("_inputs", x, state.conv)
-        ys, memory = self._scan(
-            state.memory, pairs, self.start(), length=x.shape[1],
-            chunks=(self.writer.chunk,), position=state.position, axis=2,
-        )  # fmt: skip
-        y = self._outside("_outputs", torch.cat(ys, 2), x)
-        return y, MixerState(state.position + x.shape[1], conv, memory)
+    def _course(self, xs: Any, memories: FastWeights) -> Course:
+        return Course(self.start(), self.writer.chunk, (self.writer.chunk,))
 
     def _inputs(self, x: Tensor, conv: Tensor | None):
         """q, k, v [B, H, T, D / H], gates [B, H, T]; the convolution's state."""
@@ -106,9 +94,9 @@ class StaticProjections(StreamingLayer, Stepping):
     def _outputs(self, o: Tensor, x: Tensor) -> Tensor:
         return self.readout(o, x)
 
-    def _step(self, memory: FastWeights, xs: tuple, span: Span, W0: Weights):
+    def _step(self, memory: FastWeights, xs: tuple, span: Span, starts: Weights):
         q, k, v, gates = xs
-        return self.writer.write(memory, q, k, v, gates, span, W0)
+        return self.writer.write(memory, q, k, v, gates, span, starts)
 
 
 def start_weights(memory: Matrix | ResidualMLP, *lead: int) -> list[Tensor]:

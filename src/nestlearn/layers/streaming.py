@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FunctionType, MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from zlib import crc32
 
 import torch
@@ -77,10 +77,6 @@ class Stepping(nn.Module):
     def _step(self, state: Any, xs: Any, span: Span, starts: Any) -> tuple[Any, Any]:
         raise NotImplementedError
 
-    def _faded(self, state: Any, starts: Any) -> Any:
-        """The state after a pause at a multiple of `fade_every` tokens; only where there is one."""
-        raise NotImplementedError
-
     def compile(self, **options: Any) -> None:
         """Compile, in place, by `torch.compile(..., **options)`: the step of one whole chunk, and
         what all tokens of a call pass before and after the memories.
@@ -131,30 +127,21 @@ class Stepping(nn.Module):
                     torch._dynamo.maybe_mark_dynamic(x, some)
         return self._again(self._compiled[name], self, *args)
 
-    def _scan(
-        self, state: Any, xs: Any, starts: Any, *, length: int, chunks: tuple[int, ...],
-        position: int, axis: int = 1, run: int = 1, in_kernels: bool = False,
-        remat: bool | None = None, fade_every: int | None = None,
-    ) -> tuple[list[Tensor], Any]:  # fmt: skip
-        def written(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
-            first, last = span
-            whole = first % chunks[0] == 0 and last - first == chunks[0] and len(set(chunks)) == 1
-            if "_step" not in self._compiled or in_kernels or not whole:
-                return self._step(state, xs, span, starts)
+    def _stepping(self, starts: Any, chunk: int | None) -> Callable:
+        """The step of a call, compiled if the layer is. chunk: the size that all memories have;
+        None where a compiled step has no place.
+        """
+        step = partial(self._step, starts=starts)
+        if chunk is None or "_step" not in self._compiled:
+            return step
+
+        def compiled(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
+            if span.start % chunk or span.stop - span.start != chunk:
+                return step(state, xs, span)
             state, xs = tree.tree_map(_with_any_batch, (state, xs))
-            return self._compiled["_step"](self, state, xs, Span(0, chunks[0]), starts)
+            return self._compiled["_step"](self, state, xs, Span(0, chunk), starts)
 
-        def step(state: Any, xs: Any, span: Span) -> tuple[Any, Any]:
-            y, state = written(state, xs, span)
-            fades = fade_every is not None and span.ends(fade_every)
-            return y, self._faded(state, starts) if fades else state
-
-        ends = chunks if fade_every is None else (*chunks, fade_every)
-        return scan(
-            step, tree.tree_map(wide, state), xs, length=length, chunks=ends,
-            position=position, truncate=self.truncate, axis=axis, run=run,
-            remat=self.remat if remat is None else remat,
-        )  # fmt: skip
+        return compiled
 
 
 @lru_cache(64)
@@ -176,10 +163,6 @@ def compile_steps(module: nn.Module, **options: Any) -> None:
     for part in module.modules():
         if isinstance(part, Stepping):
             Stepping.compile(part, **options)
-
-
-# `_inputs` of x [B, T, dim] and the convolution's state, `_outputs` of o [B, H, T, d] and x
-AROUND = {"_inputs": ((0, 1), (0,)), "_outputs": ((0, 2), (0, 1))}
 
 
 def _with_any_batch(x: Tensor) -> Tensor:
@@ -217,6 +200,47 @@ class StreamingLayer(nn.Module):
             self._template = type(first), shapes
         check_state(state, self._template, x.shape[0], type(self).__name__)
         return state if traced() else tree.trainable(state)
+
+
+class Course(NamedTuple):
+    """How the memories of a call go along it. starts: what a step needs of the parameters, made
+    once for a call. chunk: as in `Stepping._stepping`. chunks, run, after: as in
+    `nestlearn.scan.scan`.
+    """
+
+    starts: Any
+    chunk: int | None
+    chunks: tuple[int, ...]
+    run: int = 1
+    after: Callable | None = None
+
+
+class MemoryLayer(StreamingLayer, Stepping):
+    """A layer that writes its memories step by step: `_inputs` of all tokens, steps, `_outputs`.
+
+    Its state is a NamedTuple of the tokens seen, the convolution's inputs and the memories.
+    """
+
+    dim: int
+    # `_inputs` of x [B, T, dim] and the convolution's state, `_outputs` of o [B, H, T, d] and x
+    _around: ClassVar = {"_inputs": ((0, 1), (0,)), "_outputs": ((0, 2), (0, 1))}
+
+    def _course(self, xs: Any, memories: Any) -> Course:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        check_input(x, self.dim)
+        position, conv, memories = state = self.begin(state, x)
+        xs, conv = self._outside("_inputs", x, conv)
+        memories = tree.tree_map(wide, memories)
+        starts, chunk, chunks, run, after = self._course(xs, memories)
+        ys, memories = scan(
+            self._stepping(starts, chunk), memories, xs, length=x.shape[1], chunks=chunks,
+            position=position, truncate=self.truncate, remat=self.remat, axis=2, run=run,
+            after=after,
+        )  # fmt: skip
+        y = self._outside("_outputs", torch.cat(ys, 2), x)
+        return y, type(state)(position + x.shape[1], conv, memories)
 
 
 # What a state is: its type, and of each leaf the shape (None: it is no tensor). No tensors: these

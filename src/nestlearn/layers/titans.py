@@ -6,14 +6,13 @@ import math
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .. import state as tree
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
 from ..options import Titans
@@ -23,13 +22,11 @@ from ..scan.loop import RUN
 from ..scan.writer import constants
 from .parts import Readout, ShortConvolution, logit, step_sizes
 from .streaming import (
-    AROUND,
+    Course,
     Device,
+    MemoryLayer,
     Starts,
-    Stepping,
-    StreamingLayer,
     check_heads,
-    check_input,
     check_truncate,
     chosen,
     wide,
@@ -66,7 +63,7 @@ class TitansState(NamedTuple):
     memories: tuple[FastWeights, ...]
 
 
-class SelfModifyingTitans(StreamingLayer, Stepping):
+class SelfModifyingTitans(MemoryLayer):
     """Memories M_k, M_v, M_η, M_α, M_mem that write each other and themselves (eqs. 83–93).
 
         q_t = W_q x_t,  k_t = M_k(x_t),  v_t = M_v(x_t),  η_t = M_η(x_t),  α_t = M_α(x_t)
@@ -86,8 +83,6 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
     """
-
-    _around: ClassVar = AROUND
 
     def __init__(
         self,
@@ -157,23 +152,17 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         memories = (g.writer.begin(self.start_weights(g), batch) for g in self.groups)
         return TitansState(0, conv, tuple(memories))
 
-    def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
-        check_input(x, self.dim)
-        state = self.begin(state, x)
-        inputs, conv = self._outside("_inputs", x, state.conv)
-        z, q, _ = inputs
-        before = tree.tree_map(wide, state.memories)
-        in_kernels = self._in_kernels(z, q, before)
-        starts = tuple(self._starts(group, x.shape[0], in_kernels) for group in self.groups)
-
-        ys, memories = self._scan(
-            before, inputs, starts, length=x.shape[1], axis=2,
-            chunks=tuple(group.writer.chunk for group in self.groups), position=state.position,
-            run=RUN if in_kernels and torch.is_grad_enabled() else 1, in_kernels=in_kernels,
-            fade_every=self.fade_every,
-        )  # fmt: skip
-        y = self._outside("_outputs", torch.cat(ys, 2), x)
-        return y, TitansState(state.position + x.shape[1], conv, memories)
+    def _course(self, xs: tuple, memories: tuple[FastWeights, ...]) -> Course:
+        z, q, _ = xs
+        in_kernels = self._in_kernels(z, q, memories)
+        starts = tuple(self._starts(group, z.shape[0], in_kernels) for group in self.groups)
+        chunks = tuple(group.writer.chunk for group in self.groups)
+        alone = chunks[0] if len(set(chunks)) == 1 and not in_kernels else None
+        run = RUN if in_kernels and torch.is_grad_enabled() else 1
+        if self.fade_every is None:
+            return Course(starts, alone, chunks, run)
+        fade = partial(self._faded, starts=starts)
+        return Course(starts, alone, (*chunks, self.fade_every), run, fade)
 
     def _in_kernels(self, z: Tensor, q: Tensor | None, memories: tuple[FastWeights, ...]) -> bool:
         """Whether the chunks of a call do: every group is all memories of its heads."""
@@ -242,10 +231,12 @@ class SelfModifyingTitans(StreamingLayer, Stepping):
         return _joined(os), tuple(after)
 
     def _faded(
-        self, memories: tuple[FastWeights, ...], starts: tuple[Given, ...]
+        self, memories: tuple[FastWeights, ...], span: Span, starts: tuple[Given, ...]
     ) -> tuple[FastWeights, ...]:
-        """The memories, all at a chunk's end, nearer to their start values."""
+        """The memories, every `fade_every` tokens nearer to their start values."""
         assert self.fade_every is not None
+        if not span.ends(self.fade_every):
+            return memories
         assert self.half_life is not None
         faded = 1 - 2 ** (-self.fade_every / self.half_life)
         after = []

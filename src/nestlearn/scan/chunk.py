@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -103,18 +104,35 @@ def update(
 
     Raises ValueError for a backend that is unknown or cannot run the call, saying why.
     """
+    run = ready(chunk, W, S, q, k, v, gates, backend=backend, at=at, offset=offset)
+    with torch.autocast(device_type=k.device.type, enabled=False):
+        o, W, S = run()
+    return None if o is None or q is None else o.to(q.dtype), W, S
+
+
+def ready(
+    chunk: Chunk,
+    W: Weights,
+    S: Any,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    *,
+    backend: str,
+    at: Weights | None,
+    offset: int,
+) -> Callable[[], tuple[Tensor | None, Weights, Any]]:
+    """The call as a form runs it, in wide types, outside of autocast: see `update`."""
     _check(chunk, k, gates, at, offset)
     dtype = torch.promote_types(W[0].dtype, torch.float32)
     W, S, at = tree.tree_map(lambda x: x.to(dtype), (W, S, W if at is None else at))
-    reply = q.dtype if q is not None else dtype
     q, k, v = None if q is None else q.to(dtype), k.to(dtype), v.to(dtype)
     gates = gates.map(lambda g: g.to(dtype))
     name, form = choose(chunk, Given(W, q, k, v, gates, offset), backend)
     note(name, k.shape[-2])
     options = form.options()  # what must be asked while the caller's autocast holds
-    with torch.autocast(device_type=k.device.type, enabled=False):
-        o, W, S = form.update(chunk, W, S, q, k, v, gates, at=at, offset=offset, **options)
-    return None if o is None else o.to(reply), W, S
+    return partial(form.update, chunk, W, S, q, k, v, gates, at=at, offset=offset, **options)
 
 
 def _check(chunk: Chunk, k: Tensor, gates: Gates, at: Weights | None, offset: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ def scan(
     remat: bool = False,
     axis: int = 1,
     run: int = 1,
+    after: Callable[[Any, Span], Any] | None = None,
 ) -> tuple[list[Any], Any]:
     """Run `f(state, xs_span, span) -> (y, state)` along a stream, one span at a time.
 
@@ -48,13 +50,39 @@ def scan(
     `truncate`: the outer gradient through the state stops at each multiple of so many tokens.
     `remat`: keep only the state at every eighth chunk; the backward pass computes the rest again.
     `run`: spans of up to so many whole chunks of the smallest size, for an f that takes them.
+    `after(state, span) -> state`: what becomes of the state where a span has ended.
     Returns the list of y.
     """
-    end, size = position + length, min(chunks)
+    size = min(chunks)
     if truncate is not None and truncate % size:
         run = 1
     run = min(run, SEGMENT) if remat else run
-    cuts = {position, end}
+    spans = _cut(position, position + length, chunks, truncate, run)
+    ys = []
+    if remat and torch.is_grad_enabled():
+        for span, part in _split(xs, _segments(spans, size), axis):
+            again = partial(
+                scan, f, length=span.stop - span.start, chunks=chunks, position=span.start,
+                truncate=truncate, axis=axis, run=run, after=after,
+            )  # fmt: skip
+            more, state = checkpoint(again, state, part, use_reentrant=False)
+            ys += more
+        return ys, state
+    for span, part in _split(xs, spans, axis):
+        if truncate is not None and span.start > 0 and span.start % truncate == 0:
+            state = tree.detach(state)
+        y, state = f(state, part, span)
+        if after is not None:
+            state = after(state, span)
+        ys.append(y)
+    return ys, state
+
+
+def _cut(
+    position: int, end: int, chunks: tuple[int, ...], truncate: int | None, run: int
+) -> list[Span]:
+    """The tokens [position, end) in spans."""
+    size, cuts = min(chunks), {position, end}
     for own in chunks:
         first, last = -(-position // own) * own, end // own * own
         cuts.update(range(first, last, own) if run == 1 or own > size else (), {first, last})
@@ -63,39 +91,28 @@ def scan(
     cuts = {x for x in cuts if position <= x <= end}
     if run > 1:
         cuts.update(*(range(a, b, run * size) for a, b in pairwise(sorted(cuts))))
-    spans = [Span(*ends) for ends in pairwise(sorted(cuts))]
-    # Split once: the gradient of a slice would be as long as the whole call, at every span.
+    return [Span(*ends) for ends in pairwise(sorted(cuts))]
+
+
+def _split(xs: Any, spans: list[Span], axis: int) -> Iterator[tuple[Span, Any]]:
+    """Each span and its part of xs, split once: the gradient of a slice would be as long as the
+    whole call, at every span.
+    """
     tensors = [x for _, x in tree.leaves(xs) if isinstance(x, torch.Tensor)]
     parts = [x.split([span.stop - span.start for span in spans], axis) for x in tensors]
-
-    def some(state: Any, indices: range) -> tuple[list[Any], Any]:
-        ys = []
-        for i in indices:
-            start, stop = spans[i]
-            if truncate is not None and start > 0 and start % truncate == 0:
-                state = tree.detach(state)
-            pieces = iter([part[i] for part in parts])
-            part = tree.tree_map(lambda _, pieces=pieces: next(pieces), xs)
-            y, state = f(state, part, Span(start, stop))
-            ys.append(y)
-        return ys, state
-
-    if not (remat and torch.is_grad_enabled()):
-        return some(state, range(len(spans)))
-    ys = []
-    for indices in _segments(spans, size):
-        more, state = checkpoint(some, state, indices, use_reentrant=False)
-        ys += more
-    return ys, state
+    for span, *pieces in zip(spans, *parts):
+        rest = iter(pieces)
+        yield span, tree.tree_map(lambda _, rest=rest: next(rest), xs)
 
 
-def _segments(spans: list[Span], size: int) -> Iterator[range]:
+def _segments(spans: list[Span], size: int) -> list[Span]:
     """The spans in groups of at most SEGMENT chunks of `size` tokens, begun ones counted whole."""
-    first, held = 0, 0
-    for i, (start, stop) in enumerate(spans):
+    groups, held = [spans[0]], 0
+    for start, stop in spans:
         chunks = -(-(stop - start) // size)
         if held + chunks > SEGMENT:
-            yield range(first, i)
-            first, held = i, 0
+            groups.append(Span(start, stop))
+            held = 0
+        groups[-1] = Span(groups[-1].start, stop)
         held += chunks
-    yield range(first, len(spans))
+    return groups

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..memory import Gates, GradientRule, RuleState
+from ..memory import Gates, GradientRule, RuleState, Weights
 from ..memory.linalg import decay_products, inverse_unit_lower
 from ..memory.rules import shrunk
 from .chunk import note
@@ -36,29 +36,36 @@ from .writer import FastWeights, Writer, into_shell
 ON_CARD, ON_CPU = 256, 64  # tokens of a span: measured; the result does not depend on it
 
 
+class LevelState(NamedTuple):
+    """last [B, 1, K]: the key of the next write, the feature before the next token. fast: the
+    weights that learn. start: in a nested system, the value from which the level starts again
+    (else None).
+    """
+
+    last: Any
+    fast: FastWeights
+    start: Weights | None = None
+
+
 def write(
     writer: Writer,
-    fast: FastWeights,
-    last: Tensor,
-    h: Tensor,
-    v: Tensor,
-    gates: Gates,
-    span: Span,
     W0: Tensor,
+    state: LevelState,
+    xs: tuple[Tensor, Tensor, Gates],
+    span: Span,
     options: Mapping[str, Any] | None = None,
-) -> tuple[Tensor, FastWeights]:
+) -> tuple[Tensor, LevelState]:
     """What `writer` says chunk by chunk, for the tokens of a span: (y [B, T, V], state).
 
     The memory is a `Matrix`, read at "boundary"; the span is whole chunks, or lies inside of one.
-    last [B, 1, K] is the feature before the first token, h [B, T, K] are the features, v [B, T, V]
-    the values, gates [B, T], W0 [V, K] the start value. options: with these, what stands
-    between the products of whole spans goes through torch.compile.
+    xs: features h [B, T, K], values v [B, T, V], gates [B, T]. W0 [V, K] is the start value.
+    options: with these, what stands between the products of whole spans goes through torch.compile.
     """
-    rule = writer.rule
+    rule, (last, fast, _), (h, v, gates) = writer.rule, state, xs
     assert isinstance(rule, GradientRule)
     whole = span.start % writer.chunk == 0 and span.ends(writer.chunk)
     if not whole or writer.first_order or writer.backend == "naive":
-        return _chunks(writer, fast, last, h, v, gates, span, W0)
+        return _chunks(writer, W0, state, xs, span)
     note("spans", h.shape[1])
     plain = not rule.momentum and writer.half_life is None
     ys, W, S = [], fast.now[0], fast.rule
@@ -77,11 +84,12 @@ def write(
                     W = into_shell(W, W0, *writer.bound)
         ys.append(y)
         last = h[:, part][:, -1:]
-    return torch.cat(ys, 1) if len(ys) > 1 else ys[0], FastWeights((W,), (W,), S)
+    return _joined(ys), _after(state, h, FastWeights((W,), (W,), S))
 
 
-def _chunks(writer, fast, last, h, v, gates, span, W0):
+def _chunks(writer, W0, state, xs, span):
     """One chunk after another, as `Writer.write` takes them."""
+    (last, fast, _), (h, v, gates) = state, xs
     C, keys, ys = writer.chunk, torch.cat([last.to(h.dtype), h[:, :-1]], 1), []
     cuts = sorted({span.start, span.stop, *range(-(-span.start // C) * C, span.stop, C)})
     for a, b in pairwise(cuts):
@@ -91,7 +99,15 @@ def _chunks(writer, fast, last, h, v, gates, span, W0):
             _cut(gates, part), Span(a, b), (W0,),
         )  # fmt: skip
         ys.append(y)
-    return torch.cat(ys, 1) if len(ys) > 1 else ys[0], fast
+    return _joined(ys), _after(state, h, fast)
+
+
+def _joined(ys: list[Tensor]) -> Tensor:
+    return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
+
+
+def _after(state: LevelState, h: Tensor, fast: FastWeights) -> LevelState:
+    return LevelState(h[:, -1:].to(state.last.dtype).contiguous(), fast, state.start)
 
 
 def _cut(gates: Gates, part: slice) -> Gates:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..memory import Gates, Weights
 from ..memory.linalg import frobenius
-from .chunk import Chunk, Given, check_backend, note, on_card, update
+from .chunk import Chunk, Given, check_backend, note, on_card, ready
 from .loop import Span
 
 
@@ -89,10 +89,13 @@ class Writer(Chunk):
     ) -> tuple[Tensor | None, FastWeights]:
         """Write the pairs of one span and answer its queries (see `nestlearn.scan.update`)."""
         offset = span.start % self.chunk
-        o, now, rule = update(
+        run = ready(
             self, fast.now, fast.rule, q, k, v, gates, backend=self.backend,
             at=fast.start if offset else None, offset=offset,
         )  # fmt: skip
+        with torch.autocast(k.device.type, enabled=False):
+            o, now, rule = run()
+        o = None if o is None or q is None else o.to(q.dtype)
         if not span.ends(self.chunk):
             return o, FastWeights(fast.start, now, rule)
         if self.half_life is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +12,15 @@ from torch import nn
 from nestlearn.train.config import DTYPES, require
 
 
-def nats(
-    model: nn.Module, windows: torch.Tensor, dtype: str, state: Any = None
-) -> tuple[torch.Tensor, Any]:
-    """Cross entropy at every position of windows [B, T + 1], in nats, float32 [B, T]; the state."""
-    with torch.autocast(windows.device.type, DTYPES[dtype], enabled=dtype != "float32"):
-        logits, state = model(windows[:, :-1], state=state)
+def cast(device: torch.device, dtype: str) -> torch.autocast:
+    """Within: products in that type, by autocast."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def nats(logits: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """Cross entropy at every position of windows [B, T + 1], in nats, float32 [B, T]."""
     flat = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
-    return flat.view(windows.shape[0], -1), state
+    return flat.view(windows.shape[0], -1)
 
 
 @torch.no_grad()
@@ -38,8 +38,10 @@ def evaluate(
     with evaluating(model):
         total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
         for part in windows.split(batch):
-            losses, _ = nats(model, part.to(device), dtype)
-            total += losses.cpu().double().sum(0)  # Apple's GPU has no float64
+            part = part.to(device)
+            with cast(device, dtype):
+                logits, _ = model(part[:, :-1])
+            total += nats(logits, part).cpu().double().sum(0)  # Apple's GPU has no float64
     by_position = total / windows.shape[0]
     return float(by_position.mean()), by_position.float()
 

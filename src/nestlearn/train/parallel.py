@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nestlearn import state as tree
 from nestlearn.train.config import TrainConfig
-from nestlearn.train.losses import nats
 from nestlearn.train.ranks import Ranks
 
 _TRAINED = 16  # bytes of a float32 weight with its gradient and AdamW's two moments
@@ -73,49 +72,51 @@ def laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-class Loss(nn.Module):
-    """(mean loss of windows, the state after them): what DDP wraps."""
+class Detached(nn.Module):
+    """(the model's logits, its state as data): what DDP wraps, which takes all that an output
+    depends on for trained.
+    """
 
-    def __init__(self, model: nn.Module, dtype: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model = model
 
-    def forward(self, ids: torch.Tensor, given: Any) -> tuple[torch.Tensor, Any]:
-        losses, state = nats(self.model, ids, self.dtype, given)
-        # detached: DDP takes what an output depends on for trained
-        return losses.mean(), None if given is None else tree.detach(state)
+    def forward(self, ids: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        logits, after = self.model(ids, state=state)
+        return logits, None if state is None else tree.detach(after)
 
 
 class Engine:
-    """Runs a model's loss so that the backward pass averages gradients over ranks."""
+    """Runs a model so that the backward pass averages gradients over ranks."""
 
-    def __init__(self, model: nn.Module, dtype: str, ranks: Ranks, by_hand: bool = False) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, by_hand: bool = False) -> None:
         """by_hand: the caller averages (a CUDA graph holds one rank's work alone)."""
-        self.run: nn.Module = Loss(model, dtype)
+        self.run = model
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
         self._wraps = ranks.size > 1 and not self.sharded and not by_hand
 
-    def __call__(self, ids: torch.Tensor, given: Any) -> tuple[torch.Tensor, Any]:
+    def ready(self, ids: torch.Tensor, state: Any) -> nn.Module:
+        """What to call with these ids and this state; at the first call DDP looks at what it is."""
         if self._wraps:
             self._wraps = False
-            self.run = _ddp(self.run, ids, given)
-        return self.run(ids, given)
+            self.run = _ddp(Detached(self.run), ids, state)
+        return self.run
 
     @contextmanager
     def averages(self, now: bool) -> Iterator[None]:
         """Within: whether a backward pass averages, or leaves that to a later one."""
         if self.sharded:
-            self.run.model.set_requires_gradient_sync(now)  # type: ignore[operator, union-attr]
+            self.run.set_requires_gradient_sync(now)  # type: ignore[operator]
         wrapped = isinstance(self.run, nn.parallel.DistributedDataParallel)
         with self.run.no_sync() if wrapped and not now else nullcontext():  # type: ignore[operator]
             yield
 
 
-def _ddp(run: nn.Module, ids: torch.Tensor, given: Any) -> nn.Module:
+def _ddp(run: nn.Module, ids: torch.Tensor, state: Any) -> nn.Module:
     """DDP around `run`, told whether some parameters get no gradient: it would wait for them."""
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
-        loss, _ = run(ids, given)
-    reached, seen, todo = set(), set(), [loss.grad_fn]
+        logits, _ = run(ids, state)
+    reached, seen, todo = set(), set(), [logits.grad_fn]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:

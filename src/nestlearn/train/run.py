@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from nestlearn import state as tree
 from nestlearn.captured import Captured
 from nestlearn.disk import atomic_write
 from nestlearn.train.carried import Carried
@@ -30,7 +32,7 @@ from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import Corpus, keyed_seed, restarts
 from nestlearn.train.folder import RunFolder, weights
-from nestlearn.train.losses import evaluate, evaluating, nats
+from nestlearn.train.losses import cast, evaluate, evaluating, nats
 from nestlearn.train.meters import Meters
 from nestlearn.train.optimize import adamw
 from nestlearn.train.parallel import Engine, shard, shares, spare, whole
@@ -77,19 +79,19 @@ def train(
     memory = Carried(model, config, ranks) if config.stream > 1 else None
     carried = memory.state if memory else None
     folder, step, log = _open(model, run, corpus, config, out, resume, carried)
-    gradients = _Gradients(model.train(), config, memory, ranks)
+    gradients = _gradients(model.train(), config, memory, ranks)
     display = Display(config, step, progress and ranks.first, meters)
     writing = folder or contextlib.nullcontext()  # ends before the run does, whatever comes
     with _fork_rng(device), Interrupt(ranks) as interrupt, meters.traced(out), display, writing:
         try:
             while step < config.steps:
-                record = _update(model, run, corpus, config, step, gradients)
+                began, ids = time.perf_counter(), _begun(run, corpus, config, step, ranks)
+                loss = gradients(ids.to(device), restarts(step, config.batch, config.stream))
+                record = _update(model, run, corpus, config, step, loss, ranks, began)
                 step += 1
-                if step % config.eval_every == 0 or step == config.steps:
-                    record |= _validate(model, corpus, windows, config, ranks)
+                record |= _validate(model, corpus, windows, config, ranks, step)
                 log.append(record)
-                if folder:
-                    _record(folder, config, record, model, run, carried)
+                _record(folder, config, record, model, run, carried)
                 meters.step(record)
                 display.show(record)
                 if on_step:
@@ -106,8 +108,10 @@ def train(
     return log
 
 
-def _record(folder: RunFolder, config: TrainConfig, record: Record, *kept: Any) -> None:
+def _record(folder: RunFolder | None, config: TrainConfig, record: Record, *kept: Any) -> None:
     """A step's record, and a checkpoint where one is due."""
+    if folder is None:
+        return
     folder.append(record)
     step = record["step"]
     if step % config.checkpoint_every == 0 or step == config.steps:
@@ -169,24 +173,28 @@ def _batch(corpus: Corpus, config: TrainConfig, step: int) -> torch.Tensor:
     return corpus.batch(step, config.batch, config.length, config.seed, config.stream)
 
 
+def _begun(
+    optimizer: torch.optim.Optimizer, corpus: Corpus, config: TrainConfig, step: int, ranks: Ranks
+) -> torch.Tensor:
+    """A rank's rows of the batch of the step after `step` others, whose rate and draws are set."""
+    draws = () if ranks.first else (ranks.rank,)
+    torch.manual_seed(keyed_seed(config.seed, step, 1, *draws))  # dropout and the like: not stored
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    return _batch(corpus, config, step)[ranks.rows(config.batch)]
+
+
 def _update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     corpus: Corpus,
     config: TrainConfig,
     step: int,
-    gradients: _Gradients,
+    loss: torch.Tensor,
+    ranks: Ranks,
+    began: float,
 ) -> Record:
-    """One optimizer step, the one after `step` others."""
-    began = time.perf_counter()
-    ranks, device = gradients.ranks, next(model.parameters()).device
-    draws = () if ranks.first else (ranks.rank,)
-    torch.manual_seed(keyed_seed(config.seed, step, 1, *draws))  # dropout and the like: not stored
-    ids = _batch(corpus, config, step)[ranks.rows(config.batch)].to(device)
-    lr = learning_rate(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    loss = gradients(ids, restarts(step, config.batch, config.stream))
+    """The optimizer's step, by the gradients that are there; what to say of the whole step."""
     norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip)))
     losses = ranks.gather(float(loss))
     value = sum(losses) / ranks.size
@@ -204,60 +212,78 @@ def _update(
         "step": step + 1,
         "loss": value,
         "bits_per_byte": corpus.bits_per_byte(value, "train"),
-        "lr": lr,
+        "lr": learning_rate(config, step),
         "grad_norm": norm,
         "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
     }
 
 
+def _gradients(
+    model: nn.Module, config: TrainConfig, carried: Carried | None, ranks: Ranks
+) -> _Gradients | _InOneGraph:
+    eager = _Gradients(model, config, carried, ranks)
+    return _InOneGraph(eager) if eager.captures else eager
+
+
 class _Gradients:
     """The loss of a rank's rows, with gradients in `.grad`, the mean over ranks; and what is
     carried, carried on.
-
-    On CUDA forward and backward are one graph, unless the model is in parts.
     """
 
     def __init__(
         self, model: nn.Module, config: TrainConfig, carried: Carried | None, ranks: Ranks = ALONE
     ) -> None:
         self.model, self.carried, self.ranks = model, carried, ranks
-        self.parts = config.accumulate
+        self.parts, self.dtype = config.accumulate, config.dtype
         first = next(model.parameters())
         self.captures = config.cuda_graph and first.is_cuda and not isinstance(first, DTensor)
-        self.engine = Engine(model, config.dtype, ranks, by_hand=self.captures)
-        self._graph: Captured | None = None
+        self.engine = Engine(model, ranks, by_hand=self.captures)
 
-    def __call__(self, ids: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
-        """ids: a rank's rows [b, T + 1]. anew: the batch's rows that start anew, bool [B]."""
-        if self.carried:
+    def __call__(
+        self, ids: torch.Tensor, anew: torch.Tensor | None = None, takes: bool = True
+    ) -> torch.Tensor:
+        """ids: a rank's rows [b, T + 1]. anew: the batch's rows that start anew, bool [B] (None:
+        said before). takes: whether what is carried goes on.
+        """
+        if self.carried and anew is not None:
             self.carried.starts(anew)
-        if not self.captures:
-            return self._step(ids)
-        if self._graph is None:  # the runs before the capture carry nothing on
-            self._graph = Captured(self.model, self._step, ids, first=self._run)
-        loss = self._graph(ids)
-        if self.ranks.size > 1:
-            self.ranks.average(self.model)
-        return loss
-
-    def _step(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._run(ids, takes=True)
-
-    def _run(self, ids: torch.Tensor, takes: bool = False) -> torch.Tensor:
         for parameter in self.model.parameters():
             parameter.grad = None
         count = len(ids) // self.parts
         losses = []
         for begin in range(0, len(ids), count):
             rows = slice(begin, begin + count)
+            windows, read = ids[rows], ids[rows, :-1]
             with self.engine.averages(now=begin + count == len(ids)):
                 given = self.carried.given(rows) if self.carried else None
-                loss, state = self.engine(ids[rows], given)
+                with cast(ids.device, self.dtype):
+                    logits, state = self.engine.ready(read, given)(read, state=given)
+                state = tree.detach(state) if self.carried else None  # no graph of it is kept
+                loss = nats(logits, windows).mean()
                 (loss / self.parts).backward()
             losses.append(loss.detach())
             if self.carried and takes:
                 self.carried.take(state, rows)
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+
+class _InOneGraph:
+    """The same on CUDA, forward and backward as one graph; not for a model in parts."""
+
+    def __init__(self, gradients: _Gradients) -> None:
+        self.gradients = gradients
+        self._graph: Captured | None = None
+
+    def __call__(self, ids: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
+        own = self.gradients
+        if own.carried:
+            own.carried.starts(anew)
+        if self._graph is None:  # the runs before the capture carry nothing on
+            self._graph = Captured(own.model, own, ids, first=partial(own, takes=False))
+        loss = self._graph(ids)
+        if own.ranks.size > 1:
+            own.ranks.average(own.model)
+        return loss
 
 
 def resolve_device(name: str) -> torch.device:
@@ -289,8 +315,12 @@ def _apple_works() -> bool:
 
 
 def _validate(
-    model: nn.Module, corpus: Corpus, windows: torch.Tensor, config: TrainConfig, ranks: Ranks
-) -> Record:
+    model: nn.Module, corpus: Corpus, windows: torch.Tensor, config: TrainConfig, ranks: Ranks,
+    step: int,
+) -> Record:  # fmt: skip
+    """The loss on the validation text; nothing where none is due after so many steps."""
+    if step % config.eval_every and step < config.steps:
+        return {}
     if ranks.size == 1:
         loss, _ = evaluate(model, windows, config.batch, config.dtype)
     else:
@@ -309,7 +339,9 @@ def _evaluate_shares(
     with evaluating(model):
         for numbers in own.split(config.batch // ranks.size):
             some = windows[numbers.clamp(max=len(windows) - 1)].to(device)
-            losses = nats(model, some, config.dtype)[0].double().mean(1)
+            with cast(device, config.dtype):
+                logits, _ = model(some[:, :-1])
+            losses = nats(logits, some).double().mean(1)
             total += float(losses[(numbers < len(windows)).to(device)].sum())
     return sum(ranks.gather(total)) / len(windows)
 
