@@ -134,7 +134,7 @@ FORMS: dict[str, Form] = {
     "--device cuda --workers 5": Form(why="needs a GPU"),
     "nestlearn reproduce table1 --data FOLDER --models DeltaNet --steps 1500 --only 4,096 "
     "--device cuda --workers 2": Form(why="needs a GPU"),
-    "nestlearn reproduce tiny --data FOLDER": Form(
+    "nestlearn reproduce tiny --data FOLDER --device cuda --workers 4": Form(
         reproduced("tiny", "--data {data}/gutenberg"), needs="{data}/gutenberg/valid.txt.xz"
     ),
     "nestlearn reproduce language --seeds 3": Form(reproduced("language", "--seeds 1")),
@@ -150,6 +150,8 @@ FORMS: dict[str, Form] = {
     "nestlearn reproduce fig12 --device cuda": Form(why="needs a GPU"),
     "nestlearn reproduce closed-book --data FOLDER --only game --only ship --device cuda "
     "--workers 15": Form(why="needs a pretrained model that follows instructions"),
+    "nestlearn eval stream --model nestlearn/tiny --text test.txt --tokens 100000 --window 1024 "
+    "--rows windows --rows carried": Form(why="needs the books, and ten minutes"),
     "nestlearn reproduce fig6 --data FOLDER --seeds 2 --device cuda --workers 15": Form(
         why="needs a pretrained model"
     ),

@@ -15,11 +15,13 @@ MOST = 10
 
 
 def on_the_stack() -> list[tuple[str, str]]:
-    """(file, function) of the package's frames, the command's first."""
+    """(file, function) of the package's frames, the command's first. What calls the function that
+    it decorates is no step of the way.
+    """
     found, frame = [], sys._getframe(2)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
+        if path.is_relative_to(PACKAGE) and "_uncompiled" not in frame.f_code.co_qualname:
             found.insert(0, (path.relative_to(PACKAGE).as_posix(), frame.f_code.co_qualname))
         frame = frame.f_back
     return found[found.index(("cli/training.py", "train")) :]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial, wraps
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +15,26 @@ from .. import state as tree
 
 SEGMENT = 8  # chunks computed again together: their memory is about that of so many states
 RUN = 16  # chunks that one step takes where it can: their answers are one launch
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable(function)`; that loads the compiler, which takes as long as all else
+    of torch, so it is asked for only where someone else has loaded it.
+    """
+    disabled = cache(torch.compiler.disable)
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        return disabled(function)(*args, **options)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # a graph ends before the call
+    return call
 
 
 class Span(NamedTuple):
@@ -27,7 +48,7 @@ class Span(NamedTuple):
         return self.stop % chunk == 0
 
 
-@torch.compiler.disable  # it would unroll the loop: layers compile the step (`Stepping.compile`)
+@_uncompiled  # it would unroll the loop: layers compile the step (`Stepping.compile`)
 def scan(
     f: Callable[[Any, Any, Span], tuple[Any, Any]],
     state: Any,

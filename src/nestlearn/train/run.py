@@ -260,6 +260,7 @@ class _Gradients:
                     logits, state = self.engine.ready(read, given)(read, state=given)
                 state = tree.detach(state) if self.carried else None  # no graph of it is kept
                 loss = nats(logits, windows).mean()
+                del logits  # room for the backward pass
                 (loss / self.parts).backward()
             losses.append(loss.detach())
             if self.carried and takes:
