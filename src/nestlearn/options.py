@@ -136,7 +136,8 @@ class Level:
     towards what the level has learned whenever the next slower level's context ends. bound: the
     shell, in units of the start's norm, to which each matrix that learns is brought back: after
     every chunk, or with "out" after the first that ends 512 tokens or more on. half_life: tokens in
-    which what was learned fades by half towards the start (None: never). scale: a factor of the
+    which what was learned fades by half towards the start (None: never); it acts where the bound
+    does, or if that is more than a quarter of it, after every chunk. scale: a factor of the
     output, a third as large as the stream it is added to at the start of training, then learned
     (None: 1).
     """

@@ -55,10 +55,10 @@ def test_unread_books_are_as_surprising_as_was_measured(model, shared_data, unch
     lasting = tuple(replace(level, half_life=None) for level in channel.levels)
     trained = HopeLM(replace(model.config, channel=replace(channel, levels=lasting)))
     trained.load_state_dict(model.state_dict())
-    tenths = recorded["Hope", NEAR]["detail"]["tenths"]
-    lasts, fades = (bits(some, book[:20_001]) for some in (trained.eval(), model))
-    assert lasts == pytest.approx(tenths[:2], abs=0.02)
-    assert sum(fades) < sum(lasts) - 0.05  # levels that fade go on further than they were trained
+    first = recorded["Hope", NEAR]["detail"]["tenths"][0]
+    lasts, fades = (bits(some, book[:10_001]) for some in (trained.eval(), model))
+    assert lasts == pytest.approx(first, abs=0.01)
+    assert fades < lasts - 0.01  # levels that fade go on further than they were trained
     windows = torch.tensor(list(book[1_000_000:1_016_384])).view(4, 4096)
     with torch.no_grad():
         logits, _ = model(windows[:, :-1])
@@ -66,9 +66,9 @@ def test_unread_books_are_as_surprising_as_was_measured(model, shared_data, unch
     assert nats / math.log(2) < recorded["Transformer", FAR]["value"]
 
 
-def bits(model: HopeLM, text: bytes) -> list[float]:
-    """Bits a byte of both halves of a text, the memory carried."""
-    return (surprise(model, ids(text), 8192)[0] / math.log(2)).view(2, -1).mean(1).tolist()
+def bits(model: HopeLM, text: bytes) -> float:
+    """Bits a byte of a text, the memory carried."""
+    return float(surprise(model, ids(text), 8192).mean()) / math.log(2)
 
 
 def test_a_name_read_in_one_process_is_likelier_in_another(model, tmp_path):

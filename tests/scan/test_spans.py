@@ -115,7 +115,7 @@ def equal(one, two):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("half_life", [None, 20])
+@pytest.mark.parametrize("half_life", [None, 20, 300])  # fades every chunk, with the bound
 @pytest.mark.parametrize("chunk", [1, 4, 16, 64])
 def test_spans_equal_the_definition(chunk, half_life, rule):
     """Lengths around chunks and spans, from the stream's start."""
@@ -134,14 +134,14 @@ def test_spans_equal_the_definition(chunk, half_life, rule):
 @pytest.mark.parametrize("cuts", [[0, 3], [0, 37, 70], [0, 64, 65], [0, 1, 2, 3, 150]])
 def test_a_stream_may_be_cut_anywhere(cuts, rule):
     """Inside of a chunk, inside of a span, at their ends."""
-    w = writer(8, rule)
+    w = writer(8, rule, half_life=300)
     data = stream(197, rule == "momentum")
     equal(run(w, data, cuts), run(replace(w, backend="naive"), data, [0]))
 
 
 @pytest.mark.parametrize(("chunk", "most"), [(512, 1), (3, 64), (48, 64), (1, 7), (16, 256)])
 def test_the_span_changes_nothing(monkeypatch, chunk, most):
-    w = writer(chunk, bound_every=chunk * -(-200 // chunk))
+    w = writer(chunk, bound_every=chunk * -(-200 // chunk), half_life=2048)
     data = stream(600, False)
     expected = run(replace(w, backend="naive"), data, [0])
     monkeypatch.setattr(spans, "ON_CPU", most)

@@ -1,4 +1,4 @@
-"""Spans of a rule without momentum and half-life, the backward pass written out (see `spans`)."""
+"""Spans of a rule without momentum that fade seldom: the backward pass written out (`spans`)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,15 @@ class Form(NamedTuple):
     dtype: torch.dtype
     options: Mapping[str, Any] | None
 
-    def bounded(self, i: int) -> bool:
-        """Whether the bound acts after span i."""
-        stop = self.start + (i + 1) * self.size
-        return self.writer.bound is not None and stop % self.writer.bounded == 0
+    def ends(self, i: int) -> bool:
+        """Whether the weights fade and the bound acts after span i."""
+        return (self.start + (i + 1) * self.size) % self.writer.bounded == 0
+
+    @property
+    def fading(self) -> float:
+        """How far towards the start value, where the weights fade."""
+        half_life = self.writer.half_life
+        return 0.0 if half_life is None else 1 - 2 ** (-self.writer.fades / half_life)
 
     def masks(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[i < c] and l [i < c] + d [i < t], of the products' sums, and l + d."""
@@ -88,9 +93,11 @@ class Spans(torch.autograd.Function):
             with _tf32(low):
                 w[i] = inverse[i] @ torch.addcmul(aims[i], steps[i], found[i, :, :N], value=-1)
             _add(W, w[i].mT, rows[i, :, :N])
-            if form.bounded(i):
-                assert form.writer.bound is not None
-                shells.append(form(_into_shell, W, W0, *form.writer.bound))
+            if form.ends(i):
+                if form.fading:
+                    W.lerp_(W0.to(wide), form.fading)
+                if form.writer.bound is not None:
+                    shells.append(form(_into_shell, W, W0, *form.writer.bound))
         errors = form(_errors, values, found, both)
         _add(found[:, :, 1 : N + 1], read, w)
         ctx.form, ctx.kinds = form, (last.dtype, h.dtype, v.dtype)
@@ -112,16 +119,21 @@ class Spans(torch.autograd.Function):
         W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *flat = ctx.saved_tensors
         wide, n = gram.dtype, len(rows)
         shells = list(zip(flat[::2], flat[1::2]))
-        dW0, dW = torch.zeros_like(W0) if shells else None, dW.clone()
+        dW0 = torch.zeros_like(W0) if shells or form.fading else None
+        dW = dW.clone()
         earlier, factor, both = form.masks(gram.new_empty(0))
         dy, back = form(_laid_errors, dy, earlier, rows, low)
         dread = _product(dy, w.mT, wide)
         dw = _product(read.mT, dy, wide)
         dstates, g, steps = torch.empty_like(states), torch.empty_like(w), both * s
         for i in reversed(range(n)):
-            if form.bounded(i):
-                after = W if i == n - 1 else states[i + 1]
-                dW0 += form(_shell_backward, after, dW, *shells.pop(), W0, *form.writer.bound)
+            if form.ends(i):
+                if shells:
+                    after = W if i == n - 1 else states[i + 1]
+                    dW0 += form(_shell_backward, after, dW, *shells.pop(), W0, *form.writer.bound)
+                if form.fading:
+                    dW0 += form.fading * dW.sum(0)
+                    dW *= 1 - form.fading
             dstates[i].copy_(dW)
             _add(dw[i], rows[i, :, :N], dstates[i].mT)
             with _tf32(low):

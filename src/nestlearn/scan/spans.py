@@ -67,7 +67,7 @@ def write(
     if not whole or writer.first_order or writer.backend == "naive":
         return _chunks(writer, W0, state, xs, span)
     note("spans", h.shape[1])
-    plain = not rule.momentum and writer.half_life is None
+    plain = not rule.momentum and writer.fades == writer.bounded
     ys, W, S = [], fast.now[0], fast.rule
     full = span_size(writer, ON_CARD if h.is_cuda else ON_CPU)
     dtype = _products(h)
@@ -80,8 +80,9 @@ def write(
                 y, W = Spans.apply(form, W, W0, *inputs, some.eta)
             else:
                 y, W, S = _general(writer, W, S, W0, *inputs, some)
-                if writer.bound is not None and b % writer.bounded == 0:
-                    W = into_shell(W, W0, *writer.bound)
+                if b % writer.bounded == 0:
+                    W = writer.faded(W, W0) if writer.fades == writer.bounded else W
+                    W = W if writer.bound is None else into_shell(W, W0, *writer.bound)
         ys.append(y)
         last = h[:, part][:, -1:]
     return _joined(ys), _after(state, h, FastWeights((W,), (W,), S))
@@ -146,7 +147,8 @@ def _general(
     writer: Writer, W: Tensor, S: RuleState, W0: Tensor, last: Tensor, h: Tensor, v: Tensor,
     gates: Gates,
 ) -> tuple[Tensor, Tensor, RuleState]:  # fmt: skip
-    """One span with momentum and half-life: what is visible at t is a sum of writes with factors.
+    """One span with momentum and a short half-life: what is visible at t is a sum of writes with
+    factors.
 
     A write enters the momentum, S_t = θ_t S_{t−1} + w_t k_tᵀ, and W with it; what is in W fades
     towards W_0 by λ at each chunk's end. visible_ti counts how often and how faded w_i is in W_c.
@@ -159,7 +161,8 @@ def _general(
     token = torch.arange(T, device=h.device)
     chunk = torch.arange(T + 1, device=h.device) // writer.chunk  # the last: after the span
     ended = (chunk.unsqueeze(-1) - chunk[:-1]).to(wide)
-    kept = 1.0 if writer.half_life is None else 2 ** (-writer.chunk / writer.half_life)
+    often = writer.half_life is not None and writer.fades < writer.bounded
+    kept = 2 ** (-writer.chunk / writer.half_life) if often else 1.0  # type: ignore[operator]
     visible = torch.where(ended > 0, kept**ended, 0.0)
     fade = (kept ** chunk.to(wide)).unsqueeze(-1)
     carry = None

@@ -36,9 +36,9 @@ class Writer(Chunk):
     between low and high times that of its start value (projected gradient descent; None: free,
     and then nothing stops a memory that writes what it reads from growing without end).
     bound_every: tokens after which it acts, a multiple of the chunk (None: every chunk).
-    half_life: tokens in which what was learned fades by half *towards the start value*, once per
-    chunk, W ← W_0 + 2^(−chunk/half_life) (W − W_0) (None: it does not): a retention (eq. 59) for
-    streams much longer than those trained on. backend: as in `nestlearn.scan.update`.
+    half_life: tokens in which what was learned fades by half *towards the start value*,
+    W ← W_0 + 2^(−fades/half_life) (W − W_0), every `fades` tokens (None: it does not): a retention
+    (eq. 59) for streams much longer than those trained on. backend: as in `nestlearn.scan.update`.
     """
 
     chunk: int = field(kw_only=False)
@@ -69,6 +69,20 @@ class Writer(Chunk):
         """Tokens after which the bound acts."""
         return self.chunk if self.bound_every is None else self.bound_every
 
+    @property
+    def fades(self) -> int:
+        """Tokens after which it fades: where the bound acts, which costs nothing more, unless that
+        is more than a quarter of the half-life; then every chunk.
+        """
+        seldom = self.half_life is None or self.bounded <= self.half_life // 4
+        return self.bounded if seldom else self.chunk
+
+    def faded(self, W: Tensor, W0: Tensor) -> Tensor:
+        """W where it fades."""
+        if self.half_life is None:
+            return W
+        return W.lerp(W0.to(W.dtype).expand_as(W), 1 - 2 ** (-self.fades / self.half_life))
+
     def begin(self, W0: Weights, batch: int) -> FastWeights:
         """The state before the first token, from start values [...] shared by all samples."""
         W = tuple(  # a copy: the state must not change when an optimizer steps on the start values
@@ -98,9 +112,8 @@ class Writer(Chunk):
         o = None if o is None or q is None else o.to(q.dtype)
         if not span.ends(self.chunk):
             return o, FastWeights(fast.start, now, rule)
-        if self.half_life is not None:
-            faded = 1 - 2 ** (-self.chunk / self.half_life)
-            now = tuple(w.lerp(w0.to(w.dtype).expand_as(w), faded) for w, w0 in zip(now, W0))
+        if span.ends(self.fades):
+            now = tuple(self.faded(w, w0) for w, w0 in zip(now, W0))
         if self.bound is not None and span.ends(self.bounded):
             now = tuple(into_shell(w, w0, *self.bound) for w, w0 in zip(now, W0))
         if getattr(rule, "ahead", None) is not None:
