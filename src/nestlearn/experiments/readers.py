@@ -159,7 +159,9 @@ def _hope(path: Path, device: str, window: int | None) -> Opened:
     model.to(device)
     window = window or settings.get("train", {}).get("length")
     if window is None:
-        raise ValueError(f"{path} does not say on which length it was trained: give a window")
+        raise ValueError(
+            f"{path} does not say on which length it was trained: give --window, say 1024"
+        )
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
 
     def encode(text: str) -> Text:
