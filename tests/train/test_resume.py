@@ -225,12 +225,21 @@ def test_no_usable_checkpoint_is_refused_with_the_remedy(tmp_path):
             run(tmp_path, resume=True)
 
 
+def written(out, step):
+    """Wait for a checkpoint, which is written while the run goes on."""
+    until = time.monotonic() + 60
+    while not (out / f"checkpoints/step-{step:06}/meta.json").is_file():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.01)
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, whole):
     """A real refusal of the kernel: RLIMIT_FSIZE ends the second checkpoint's writing."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(record):
         if record["step"] == 6:
+            written(tmp_path, 4)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limit[1]))
 
     try:
@@ -283,6 +292,7 @@ def test_a_full_disk_under_the_log_is_named(tmp_path, monkeypatch):
 
     def fill(record):
         if record["step"] == 5:
+            written(tmp_path, 4)
             monkeypatch.setattr(Path, "open", full)
 
     with pytest.raises(OSError, match=r"cannot write .*log\.jsonl.*free some space"):

@@ -160,7 +160,7 @@ def _hope(path: Path, device: str, window: int | None) -> Opened:
     window = window or settings.get("train", {}).get("length")
     if window is None:
         raise ValueError(
-            f"{path} does not say on which length it was trained: give --window, say 1024"
+            f"{path} does not say on which length it was trained: give a window (--window)"
         )
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
 
