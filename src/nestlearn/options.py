@@ -107,10 +107,13 @@ class StaticTitans:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Gated DeltaNet: a matrix memory, the delta rule with retention. Fields as in `Titans`."""
+    """Gated DeltaNet: a matrix memory, the delta rule with retention. Fields as in `Titans`;
+    without weight_decay it is plain DeltaNet.
+    """
 
     chunk: int = 64
     eta_max: float = 1.0
+    weight_decay: bool = True
     conv: int = 4
 
 

@@ -28,16 +28,16 @@ from nestlearn.experiments.lessons import Lesson, Make, teach
 from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric
 from nestlearn.experiments.tables import model as name_of
-from nestlearn.layers.linear import StaticProjections
-from nestlearn.layers.parts import logit
 from nestlearn.models.hope import HopeConfig, HopeLM
-from nestlearn.options import Attention, Titans
+from nestlearn.options import Attention, DeltaNet, Titans
 
 STEPS, LANGUAGE = 3000, 0.1  # the latter: weight of the loss of bytes that answer nothing
 SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
-RETAINED = 0.9999
 ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Transformer")
-ROWS["Hope"] = {"mixer": Titans(half_life=None)}  # one of 2,048 has lost a needle by 16,384
+# What is written fades by later writes alone: a retention α loses a needle in 1 / (1 - α).
+ROWS["Hope"] = {"mixer": Titans(half_life=None, weight_decay=False)}
+for _name in ("DeltaNet", "DeltaNet with levels"):
+    ROWS[_name] = {**ROWS[_name], "mixer": DeltaNet(weight_decay=False)}
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
@@ -80,18 +80,6 @@ def config_of(name: str, size: tuple[int, int, int]) -> HopeConfig:
     return replace(config, mixer=replace(config.mixer, window=max(1, window), sinks=SINKS))
 
 
-def begun(config: HopeConfig) -> HopeLM:
-    """A fresh model. All retentions start where Hope's does, near 1: one of 0.993, with which
-    a DeltaNet begins elsewhere, fades by half in a hundred bytes.
-    """
-    model = HopeLM(config)
-    for part in model.modules():
-        if isinstance(part, StaticProjections) and part.writer.rule.decay:
-            with torch.no_grad():
-                part.gates.bias[part.heads : 2 * part.heads] = logit(RETAINED)
-    return model
-
-
 def _bytes(config: HopeConfig) -> int:
     with torch.device("meta"):
         return tree.nbytes(HopeLM(config).init_state(1))
@@ -102,7 +90,7 @@ def trained(cell: Cell, make: Make, tell: Tell) -> tuple[HopeLM, dict[str, Any]]
     model and size.
     """
     torch.manual_seed(cell["seed"])
-    model = begun(config_of(cell["model"], tuple(cell["size"])))
+    model = HopeLM(config_of(cell["model"], tuple(cell["size"])))
     return model, teach(model, cell, make, tell)
 
 

@@ -128,7 +128,8 @@ def gated_deltanet(
 ) -> StaticProjections:  # fmt: skip
     """Gated DeltaNet: a matrix memory, the delta rule with retention; exact at any chunk size."""
     options = chosen(options, DeltaNet, changes)
-    writer = Writer(Matrix(dim // heads, dim // heads), decay(delta()), options.chunk)
+    rule = decay(delta()) if options.weight_decay else delta()
+    writer = Writer(Matrix(dim // heads, dim // heads), rule, options.chunk)
     return StaticProjections(
         dim, heads, writer, eta_max=options.eta_max, conv=options.conv,
         truncate=truncate, remat=remat,
