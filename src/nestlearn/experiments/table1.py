@@ -26,8 +26,8 @@ from nestlearn.experiments.provenance import fingerprint
 
 LESSONS = (  # 32,768 bytes a step
     Lesson(128, 256, 1.0, 0.15), Lesson(256, 128, 0.3, 0.25), Lesson(512, 64, 0.15, 0.35),
-    Lesson(1024, 32, 0.1, 0.45), Lesson(2048, 16, 0.1, 0.55), Lesson(4096, 8, 0.05, 0.65),
-    Lesson(4096, 8, 0.0, 1.0, windows=32),
+    Lesson(1024, 32, 0.1, 0.42), Lesson(2048, 16, 0.1, 0.48), Lesson(4096, 8, 0.05, 0.54),
+    Lesson(4096, 8, 0.0, 1.0, windows=64),
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(512, 2, 0.2, 1.0, windows=2))
 DENSE, PLAIN = 0.6, 0.1
