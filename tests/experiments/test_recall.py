@@ -12,11 +12,11 @@ import torch
 
 from nestlearn import state as tree
 from nestlearn.evals import ruler
-from nestlearn.evals.haystack import Asked
+from nestlearn.evals.haystack import Asked, Row
 from nestlearn.evals.needles import Words
 from nestlearn.experiments import recall, runner
 from nestlearn.experiments.asked import SHAPED, Elsewhere, answers, read
-from nestlearn.experiments.lessons import Lesson, lessons_of
+from nestlearn.experiments.lessons import Lesson, _Batches, lessons_of
 from nestlearn.models.hope import HopeLM
 
 STORY = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n"
@@ -149,3 +149,14 @@ def test_what_has_a_cache_gets_single_windows():
     for name, windows in (("Hope", 4), ("Transformer", 1)):
         lm = HopeLM(recall.config_of(name, (32, 1, 2)))
         assert lessons_of({"lessons": lessons}, lm)[-1].windows == windows
+
+
+def test_a_batch_is_whole_when_another_thread_replaces_what_is_kept_of_it():
+    class Replaced(_Batches):
+        stream = property(lambda _: ((0, 0), "another's"), lambda *_: None)
+
+    def make(lesson, rng):
+        return Row(np.full(lesson.length + 1, 7, np.uint8), np.zeros(lesson.length + 1, bool))
+
+    ids, _ = Replaced(make, [Lesson(8, 2, 1.0, 1.0)], 0, None)._made(6, 0)
+    assert ids.tolist() == [[7] * 9] * 2

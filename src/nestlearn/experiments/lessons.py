@@ -181,7 +181,7 @@ class _Batches:
     ) -> None:
         self.make, self.lessons, self.seed, self.pool = make, lessons, seed, pool
         self.coming: dict[tuple[int, int], Any] = {}
-        self.stream: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.stream: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, step: int, place: int) -> tuple[Tensor, Tensor]:
         future = self.coming.pop((step, place), None)
@@ -191,14 +191,15 @@ class _Batches:
     def _made(self, step: int, place: int) -> tuple[Tensor, Tensor]:
         lesson = self.lessons[place]
         number, window = divmod(step, lesson.windows)
-        if (number, place) not in self.stream:
+        kept = self.stream  # another thread may replace it at any time
+        if kept is None or kept[0] != (number, place):
             rng = np.random.default_rng(keyed_seed(self.seed, number, place))
             whole = lesson._replace(length=lesson.length * lesson.windows)
             rows = [self.make(whole, rng) for _ in range(lesson.batch)]
             ids, asked = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-            self.stream = {(number, place): (ids, asked)}
+            kept = self.stream = (number, place), (ids, asked)
         part = slice(window * lesson.length, (window + 1) * lesson.length + 1)
-        ids, asked = self.stream[number, place]
+        ids, asked = kept[1]
         return ids[:, part].long(), asked[:, part]
 
 
