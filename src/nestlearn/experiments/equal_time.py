@@ -37,7 +37,8 @@ def grid(asked: Options) -> list[Cell]:
         {
             "task": size, "model": name,
             "steps": asked.pick(3, STEPS) * (2 if "twice" in name else 1),
-            "batch": asked.pick(2, BATCH), "length": asked.pick(128, LENGTH), **text,
+            "batch": asked.pick(2, BATCH),
+            "length": asked.pick(512 if "streams" in name else 128, LENGTH), **text,
         }
         for size in chosen(asked.only or asked.pick(("6M",), ()), tuple(SIZES), "size")
         for name in names
