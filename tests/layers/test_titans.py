@@ -226,14 +226,16 @@ def test_a_memory_that_alternates_does_not_grow(build):
     assert max(w.norm(dim=(-2, -1)).max() for w in memory.now) < 1e3
 
 
-def test_deltanet_layer_is_the_recurrence():
-    """The layer's memory at chunk 4 ≡ S_t = α S − β (S k − v) kᵀ token by token."""
+@pytest.mark.parametrize("retains", [True, False])
+def test_deltanet_layer_is_the_recurrence(retains):
+    """The layer's memory at chunk 4 ≡ S_t = α S − β (S k − v) kᵀ token by token; α = 1 without."""
     torch.manual_seed(0)
-    layer = gated_deltanet(D, H, DeltaNet(chunk=4)).double()
+    layer = gated_deltanet(D, H, DeltaNet(chunk=4, weight_decay=retains)).double()
     z = layer.conv(x())[0]
     q, k, v = (part.unflatten(-1, (H, W)).transpose(1, 2) for part in layer.qkv(z).chunk(3, -1))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    beta, alpha = torch.sigmoid(layer.gates(z)).transpose(1, 2).chunk(2, 1)
+    gates = torch.sigmoid(layer.gates(z)).transpose(1, 2)
+    beta, alpha = gates.chunk(2, 1) if retains else (gates, torch.ones_like(gates))
     S = torch.zeros(B, H, W, W, dtype=torch.float64)
     out = []
     for t in range(T):
