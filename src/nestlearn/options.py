@@ -113,8 +113,8 @@ class DeltaNet:
 
     chunk: int = 64
     eta_max: float = 1.0
-    weight_decay: bool = True
     conv: int = 4
+    weight_decay: bool = True
 
 
 @dataclass(frozen=True)
