@@ -22,15 +22,23 @@ def work(cell, tell):
     if mood == "dies":
         os._exit(3)
     if mood == "crowded":
+        _wait_for(cell["log"], 0)
         Path(cell["mood"]).write_text("well")
         raise torch.OutOfMemoryError("the card is full")
-    while mood == "waits" and "\n1 " not in Path(cell["log"]).read_text():
-        time.sleep(0.01)
     if mood == "waits":
+        _wait_for(cell["log"], 1)
         time.sleep(0.5)  # until the parent has heard of cell 1
     if mood == "hangs":
         time.sleep(600)
     return {"value": float(cell["n"]), "headline": f"number {cell['n']}"}
+
+
+def _wait_for(log, number):
+    """Until that cell has begun, whichever begins first."""
+    until = time.monotonic() + 60
+    while not any(at.startswith(f"{number} ") for at in Path(log).read_text().splitlines()):
+        assert time.monotonic() < until, f"cell {number} did not begin"
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

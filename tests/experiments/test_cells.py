@@ -85,7 +85,9 @@ def test_a_card_that_is_full_of_workers_gets_one_fewer_and_the_cell_a_second_try
     (tmp_path / "patience").write_text("waits")
     cells[0]["mood"] = str(tmp_path / "patience")
     assert values(run_cells(cells, odd_jobs.work, tmp_path / "cells", workers=2)) == [0, 1, 2]
-    assert ran(tmp_path) == [0, 1, 2, 1]  # after those that never had a try
+    first, second, *later = ran(tmp_path)
+    assert {first, second} == {0, 1}
+    assert later == [2, 1]  # a second try comes after those that never had one
     assert failure(tmp_path / "cells", cells[1]) is None
 
 
