@@ -52,7 +52,9 @@ class Titans:
     stream much longer than the trained ones drift; it acts where a chunk ends, every 512 tokens or
     every quarter of it: W ← W_0 + 2^(−every/half_life) (W − W_0). depth, hidden: matrices of each
     memory (1: a matrix memory) and the width between them (default: that of a head). conv: taps of
-    the short convolution before it (0: none).
+    the short convolution before it (0: none). eta_min: a step size below it is 0, so that a nearly
+    shut gate leaves what is written alone, however long (0: none is too small); its gradient is
+    that of the step size without it.
     """
 
     chunk: int = 64
@@ -69,6 +71,7 @@ class Titans:
     depth: int = 1
     hidden: int | None = None
     conv: int = 4
+    eta_min: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class DeltaNet:
     eta_max: float = 1.0
     conv: int = 4
     weight_decay: bool = True
+    eta_min: float = 0.0
 
 
 @dataclass(frozen=True)

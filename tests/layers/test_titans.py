@@ -29,8 +29,9 @@ def x(T=T):
 
 
 @torch.no_grad()
-def by_hand(layer, x, chunk, objective, eta_max):
+def by_hand(layer, x, chunk, objective, steps):
     """Eqs. 83-90, one sample, one head, one token, one memory at a time."""
+    eta_min, eta_max = steps
     z = layer.conv(x)[0]
     q_all = layer.query(z)
     out = torch.zeros(B, H, T, W, dtype=x.dtype)
@@ -58,6 +59,7 @@ def by_hand(layer, x, chunk, objective, eta_max):
                 alpha = torch.sigmoid(
                     layer.alpha.weight[h] @ read(first["alpha"], a) + layer.alpha.bias[h]
                 )
+                eta = eta if eta >= eta_min else 0 * eta
                 if eta_max > 1:
                     eta = eta * (1 + alpha) / 2
                 for n, ws in memories.items():
@@ -76,16 +78,18 @@ def by_hand(layer, x, chunk, objective, eta_max):
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.parametrize("objective", [dot_product, l2], ids=lambda o: o.name)
-def test_the_paper_by_hand(chunk, objective):
+@pytest.mark.parametrize(
+    ("objective", "steps"), [(dot_product, (0.0, 1.5)), (l2, (0.7, 1.5))], ids=["dot", "l2, shut"]
+)
+def test_the_paper_by_hand(chunk, objective, steps):
     torch.manual_seed(0)
-    eta_max = 1.5
     layer = titans(
-        chunk=chunk, objective=objective.name, eta_max=eta_max, hidden=5, bound=None
-    ).double()
+        chunk=chunk, objective=objective.name, eta_min=steps[0], eta_max=steps[1], hidden=5,
+        bound=None,
+    ).double()  # fmt: skip
     torch.nn.init.zeros_(layer.eta.bias)
     torch.nn.init.constant_(layer.alpha.bias, 2.0)
-    expected = by_hand(layer, x(), chunk, objective, eta_max)
+    expected = by_hand(layer, x(), chunk, objective, steps)
     torch.testing.assert_close(layer(x())[0], expected, **TOLERANCE)
 
 
@@ -226,16 +230,18 @@ def test_a_memory_that_alternates_does_not_grow(build):
     assert max(w.norm(dim=(-2, -1)).max() for w in memory.now) < 1e3
 
 
-@pytest.mark.parametrize("retains", [True, False])
-def test_deltanet_layer_is_the_recurrence(retains):
+@pytest.mark.parametrize(("retains", "shut"), [(True, 0.0), (False, 0.0), (False, 0.5)])
+def test_deltanet_layer_is_the_recurrence(retains, shut):
     """The layer's memory at chunk 4 ≡ S_t = α S − β (S k − v) kᵀ token by token; α = 1 without."""
     torch.manual_seed(0)
-    layer = gated_deltanet(D, H, DeltaNet(chunk=4, weight_decay=retains)).double()
+    layer = gated_deltanet(D, H, DeltaNet(chunk=4, weight_decay=retains, eta_min=shut)).double()
     z = layer.conv(x())[0]
     q, k, v = (part.unflatten(-1, (H, W)).transpose(1, 2) for part in layer.qkv(z).chunk(3, -1))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     gates = torch.sigmoid(layer.gates(z)).transpose(1, 2)
     beta, alpha = gates.chunk(2, 1) if retains else (gates, torch.ones_like(gates))
+    assert 0.2 < (beta > shut).double().mean() <= 1
+    beta = torch.where(beta < shut, 0.0, beta)
     S = torch.zeros(B, H, W, W, dtype=torch.float64)
     out = []
     for t in range(T):
@@ -244,6 +250,34 @@ def test_deltanet_layer_is_the_recurrence(retains):
         out.append(S @ q[:, :, t, :, None])
     expected = layer.readout(torch.cat(out, -1).mT, x())
     torch.testing.assert_close(layer(x())[0], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("mixer", [DeltaNet, Titans])
+def test_a_shut_gate_leaves_a_memory_alone_and_may_open(mixer):
+    """However long; where a small step would have changed it. The gradient is that of the step."""
+    grads = []
+    for eta_min in (0.0, 0.9):
+        torch.manual_seed(0)
+        kept = {"weight_decay": False, "eta_min": eta_min}
+        if mixer is DeltaNet:
+            layer = gated_deltanet(D, H, DeltaNet(4, **kept))
+            bias = layer.gates.bias
+        else:
+            layer = SelfModifyingTitans(D, H, Titans(4, half_life=None, **kept))
+            bias = layer.eta.bias
+        torch.nn.init.constant_(bias, -20.0)  # η of 2e-9
+        layer = layer.double()
+        before = layer.init_state(B)
+        y, after = layer(x(400), before)
+        olds, news = (
+            [w for _, w in state.leaves(s) if isinstance(w, torch.Tensor) and w.ndim > 3]
+            for s in (before, after)
+        )
+        assert all(map(torch.equal, olds, news)) is (eta_min > 0)
+        y.sum().backward()
+        grads.append(bias.grad)
+    assert grads[0].abs().min() > 0
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=0)
 
 
 def test_options_may_be_said_by_name():
@@ -267,6 +301,7 @@ def test_options_may_be_said_by_name():
         ({"projection_chunk": -1}, "chunk=-1"),
         ({"adapt": ("k", "z")}, r"\['z'\]"),
         ({"eta_max": 3.0}, r"eta_max=3\.0"),
+        ({"eta_min": 1.0}, r"eta_min=1\.0: give a step size in \[0, 1\.0\)"),
         ({"depth": 0}, "depth=0"),
         ({"bound": (2.0, 1.0)}, "bound="),
         ({"conv": -1}, "width=-1"),

@@ -130,6 +130,7 @@ FORMS = {  # others are among RUNS: a matrix, as it is and with wide steps; no d
     "matrix-boundary-l2": {"depth": 1, "read": "boundary", "objective": "l2"},
     "no-decay-wide-steps": {"weight_decay": False, "eta_max": 2.0},
     "wide-steps": {"eta_max": 2.0},
+    "shut": {"eta_max": 2.0, "eta_min": 0.04},  # gates begin about there
     "free": {"bound": None},
     "shrunk": {"bound": (0.25, 0.9)},
     "matrix-grown": {"depth": 1, "bound": (1.1, 2.0)},

@@ -16,7 +16,7 @@ from ..memory import momentum as with_momentum
 from ..memory.linalg import unit
 from ..options import DeltaNet, Linear, StaticTitans
 from ..scan import FastWeights, Span, Writer
-from .parts import BiasedLinear, Readout, ShortConvolution, step_sizes
+from .parts import BiasedLinear, Readout, ShortConvolution, limits, step_sizes
 from .streaming import (
     Course,
     Device,
@@ -41,17 +41,18 @@ class StaticProjections(MemoryLayer):
     """One memory per head, written with keys, values and gates from static projections.
 
     The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose
-    the memory and the rule. eta_max bounds the step: 2 gives the delta rule negative eigenvalues.
+    the memory and the rule. steps: limits of the step size, see `parts.step_sizes`; above 1 the
+    delta rule has negative eigenvalues.
     """
 
     def __init__(
-        self, dim: int, heads: int, writer: Writer, *, eta_max: float = 1.0, conv: int = 4,
-        truncate: int | None = None, remat: bool = False,
+        self, dim: int, heads: int, writer: Writer, *, steps: tuple[float, float] = (0.0, 1.0),
+        conv: int = 4, truncate: int | None = None, remat: bool = False,
     ):  # fmt: skip
         super().__init__()
         check_heads(dim, heads)
         check_truncate(truncate)
-        self.dim, self.heads, self.writer, self.eta_max = dim, heads, writer, eta_max
+        self.dim, self.heads, self.writer, self.steps = dim, heads, writer, limits(*steps)
         self.truncate, self.remat = truncate, remat
         rule = writer.rule
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -64,8 +65,6 @@ class StaticProjections(MemoryLayer):
             raise ValueError(
                 "bound: a matrix memory starts at zero, so no multiple of it bounds it"
             )
-        if not 0 < eta_max <= 2:
-            raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
         self.start = Starts(partial(start_weights, writer.memory, heads))
         self.readout = Readout(dim, heads)
 
@@ -87,7 +86,7 @@ class StaticProjections(MemoryLayer):
         gates = list(rearrange(wide(self.gates(z)), "b t (n h) -> n b h t", h=self.heads))
         eta = gates.pop(0)
         log_alpha = F.logsigmoid(gates.pop(0)) if self.writer.rule.decay else None
-        eta = step_sizes(eta, self.eta_max, log_alpha)
+        eta = step_sizes(eta, self.steps, log_alpha)
         log_theta = F.logsigmoid(gates.pop(0)) if gates else None
         return (q, k, v, Gates(eta, log_alpha, log_theta)), conv
 
@@ -131,7 +130,7 @@ def gated_deltanet(
     rule = decay(delta()) if options.weight_decay else delta()
     writer = Writer(Matrix(dim // heads, dim // heads), rule, options.chunk)
     return StaticProjections(
-        dim, heads, writer, eta_max=options.eta_max, conv=options.conv,
+        dim, heads, writer, steps=(options.eta_min, options.eta_max), conv=options.conv,
         truncate=truncate, remat=remat,
     )  # fmt: skip
 
@@ -144,6 +143,6 @@ def linear_attention(
     options = chosen(options, Linear, changes)
     writer = Writer(Matrix(dim // heads, dim // heads), hebbian(), options.chunk)
     return StaticProjections(
-        dim, heads, writer, eta_max=options.eta_max, conv=options.conv,
+        dim, heads, writer, steps=(0.0, options.eta_max), conv=options.conv,
         truncate=truncate, remat=remat,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from ..scan import FastWeights, Span, Writer
 from ..scan.fused import answers
 from ..scan.loop import RUN
 from ..scan.writer import constants
-from .parts import Readout, ShortConvolution, logit, step_sizes
+from .parts import Readout, ShortConvolution, limits, logit, step_sizes
 from .streaming import (
     Course,
     Device,
@@ -100,7 +100,7 @@ class SelfModifyingTitans(MemoryLayer):
         check_truncate(truncate)
         o = chosen(options, Titans, changes)
         replacing = _check(o, heads)
-        self.dim, self.heads, self.eta_max = dim, heads, o.eta_max
+        self.dim, self.heads, self.steps = dim, heads, limits(o.eta_min, o.eta_max)
         self.truncate, self.remat = truncate, remat
         decayed = PROJECTIONS if o.weight_decay else tuple(n for n in PROJECTIONS if n != "alpha")
         self.adapt = tuple(n for n in decayed if n in o.adapt)
@@ -218,7 +218,7 @@ class SelfModifyingTitans(MemoryLayer):
         k, v = unit(torch.stack([said["k"], said["v"]], 2))[0].split(1, 2)
         q = unit(said["q"])[0] if q is None else q
         log_alpha = None if self.alpha is None else F.logsigmoid(self.alpha(said["alpha"]))
-        eta = step_sizes(self.eta(said["eta"]), self.eta_max, log_alpha)
+        eta = step_sizes(self.eta(said["eta"]), self.steps, log_alpha)
         gates = Gates(eta, log_alpha, log_theta).map(lambda g: g.unsqueeze(2))
 
         after, os = [], []
@@ -256,7 +256,7 @@ class SelfModifyingTitans(MemoryLayer):
         after, os = [], []
         for group, fast, start, z, q in zip(self.groups, memories, starts, zs, qs):
             assert start.constants is not None
-            o, fast = group.writer.generate(fast, z, q, start.constants, self.eta_max, span)
+            o, fast = group.writer.generate(fast, z, q, start.constants, self.steps, span)
             after.append(fast)
             os.append(o)
         return _joined(os), tuple(after)
@@ -317,8 +317,6 @@ def _check(o: Titans, heads: int) -> int:
         raise ValueError(
             f"dgd={o.dgd} of heads={heads}: give a share in [0, 1] of a whole number of heads"
         )
-    if not 0 < o.eta_max <= 2:
-        raise ValueError(f"eta_max={o.eta_max}: give a step bound in (0, 2]")
     return replacing
 
 

@@ -131,18 +131,19 @@ class Writer(Chunk):
         return z.dtype == torch.float32 and given.why_not(self, call) is None
 
     def generate(
-        self, fast: FastWeights, z: Tensor, q: Tensor, constants: Tensor, eta_max: float, span: Span
-    ) -> tuple[Tensor, FastWeights]:
+        self, fast: FastWeights, z: Tensor, q: Tensor, constants: Tensor,
+        steps: tuple[float, float], span: Span,
+    ) -> tuple[Tensor, FastWeights]:  # fmt: skip
         """Whole chunks, or the beginning of one, of memories stacked [B, heads, memories, ...] that
-        say k, v, η (and log α) of z [B, heads, T, d] and are written with them, the last of them
-        answering q: see `scan.card.generated`.
+        say k, v, η within `steps` (and log α) of z [B, heads, T, d] and are written with them,
+        the last of them answering q: see `scan.card.generated`.
         """
         from .card import generated
 
         ends = span.ends(self.chunk)
         note("card: generated", z.shape[-2])
         o, now = generated.run(
-            self, self.chunk, fast.now, z, q, constants, eta_max=eta_max,
+            self, self.chunk, fast.now, z, q, constants, steps=steps,
             bound=self.bound if ends else None,
         )  # fmt: skip
         return o, FastWeights(now if ends else fast.start, now, fast.rule)

@@ -10,8 +10,8 @@ into its shell: three kernels, chunk by chunk. No chunk waits for an answer, so 
 of chunks are one launch; in the backward pass what they ask of the writes is known before the first
 of three kernels for each chunk. The logit of a gate needs no answer either: w · (W_2 h) =
 (W_2ᵀ w) · h, a product less and, in the backward pass, rank-one gradients. The η that is kept is
-eta_max σ: where α belongs to it, (1 + α) / 2 comes in on load, so that M_η and M_α need not wait
-for one another.
+eta_max σ, or 0 below eta_min (its gradient passes as if it were not 0): where α belongs to it,
+(1 + α) / 2 comes in on load, so that M_η and M_α need not wait for one another.
 
 `constants` [B, heads, 2 (d + 1) + 2 memories]: w and b of η, of α, and the norms of the start
 values, first matrices first: one tensor, so that their gradients are summed once. Parts of it that
@@ -64,7 +64,7 @@ def run(
     q: Tensor,
     constants: Tensor,
     *,
-    eta_max: float,
+    steps: tuple[float, float],
     bound: tuple[float, float] | None,
 ) -> tuple[Tensor, Weights]:
     """(o, W) after whole chunks of so many tokens, or after the beginning of one: z, q
@@ -75,7 +75,7 @@ def run(
     form, gain = _form(chunk, precision())
     W = tuple(w.contiguous() for w in W)
     given = (z, q, constants, W[0], W[1] if len(W) > 1 else None)
-    plan = _plan(tokens, form, gain, eta_max, bound, *given)
+    plan = _plan(tokens, form, gain, steps, bound, *given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         *after, o = _SelfModified.apply(plan, *given)
     else:
@@ -110,8 +110,9 @@ class Plan(NamedTuple):
 
 
 def _plan(
-    tokens: int, form: str, gain: float, eta_max: float, bound: tuple[float, float] | None,
-    z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None,
+    tokens: int, form: str, gain: float, steps: tuple[float, float],
+    bound: tuple[float, float] | None, z: Tensor, q: Tensor, constants: Tensor,
+    W1: Tensor, W2: Tensor | None,
 ) -> Plan:  # fmt: skip
     B, heads, memories = W1.shape[:3]
     T = min(tokens, z.shape[2])
@@ -119,9 +120,11 @@ def _plan(
     many = constants.shape[-1]
     norms = memories * (1 if W2 is None else 2)
     low, high = bound or (0.0, 0.0)
+    eta_min, eta_max = map(float, steps)
     kind = _kind(
         form, float(gain), K, H, V, many - norms > V + 1, T, *_precisions(form, K, H, V), own=True,
-        shell=bound is not None, low=float(low), high=float(high), eta_max=float(eta_max),
+        shell=bound is not None, low=float(low), high=float(high), eta_min=eta_min,
+        eta_max=eta_max,
     )  # fmt: skip
     place = Place(B * heads * memories, T, memories, 1, memories, memories - 1)
     chunks = z.shape[2] // T

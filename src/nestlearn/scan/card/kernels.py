@@ -61,7 +61,9 @@ def _generate(
         at = _constants(i, held) + (role - 2) * (kind.V + 1)
         logit = _say_gate(W2, z_, a, constants + at, n, kind)
         _put_row(rows, role * M + i, T, logit)
-        gate = tl.where(role == 2, kind.eta_max * tl.sigmoid(logit), _log_sigmoid(logit))
+        eta = kind.eta_max * tl.sigmoid(logit)
+        eta = tl.where(eta < kind.eta_min, 0.0, eta)
+        gate = tl.where(role == 2, eta, _log_sigmoid(logit))
         _put_row(rows, (role + 2) * M + i, T, gate)
 
 

@@ -19,7 +19,7 @@ class Kind(NamedTuple):
 
     full: the chunk fills its tile, so that no token is masked. own: v is what every memory makes
     its own values from. shell: W ends within low and high times the norm of its start value.
-    eta_max: the bound of step sizes that the memories generate.
+    eta_min, eta_max: the limits of step sizes that the memories generate.
     """
 
     K: int
@@ -42,6 +42,7 @@ class Kind(NamedTuple):
     shell: bool = False
     low: float = 0.0
     high: float = 0.0
+    eta_min: float = 0.0
     eta_max: float = 1.0
 
 
