@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.layers.linear import StaticProjections
-from nestlearn.memory import Matrix, delta
 from nestlearn.models.hope import HopeConfig, HopeLM, SwiGLU
 from nestlearn.options import (
     Attention,
@@ -30,7 +28,6 @@ from nestlearn.options import (
     names,
 )
 from nestlearn.options import SwiGLU as MLP
-from nestlearn.scan import Writer
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,6 @@ class Contender:
     """title: in tables. mixer, options: its mixer, and what it changes of it beside what the
     skeleton says (None: an LSTM, which is no Hope). channel: None, Hope's continuum memory. paper:
     its row in the paper's tables.
-
-    instead: makes, for a model of that configuration, a mixer that the options have no name for.
     """
 
     title: str
@@ -47,25 +42,12 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
     channel: Channel | None = None
     paper: str | None = None
-    instead: Callable[[HopeConfig], nn.Module] | None = None
 
 
-def plain_deltanet(config: HopeConfig) -> nn.Module:
-    """DeltaNet without a retention gate (Yang et al., 2024): W ← W (I − η k kᵀ) + η v kᵀ.
-
-    Its eigenvalues lie in [1 − eta_max, 1]. Those of the library's gated DeltaNet, W (α I − η k kᵀ)
-    as in eq. 88, lie in (α − eta_max, α) and so reach −1 already with steps up to 1: other than in
-    α (I − η k kᵀ) a small α makes them negative, and then parity is easy.
-    """
-    options = config.mixer
-    assert isinstance(options, DeltaNet)
-    width = config.dim // config.heads
-    writer = Writer(Matrix(width, width), delta(), options.chunk)
-    return StaticProjections(
-        config.dim, config.heads, writer, eta_max=options.eta_max, conv=options.conv,
-        truncate=config.truncate, remat=config.remat,
-    )  # fmt: skip
-
+# DeltaNet of Yang et al. (2024) has no retention: W ← W (I − η k kᵀ) + η v kᵀ, eigenvalues in
+# [1 − eta_max, 1]. Those of gated DeltaNet as in eq. 88, W (α I − η k kᵀ), reach −1 with steps up
+# to 1: other than in α (I − η k kᵀ) a small α makes them negative, and then parity is easy.
+PLAIN = {"weight_decay": False}
 
 _SLOW = Continuum((Level(chunk=32), Level(chunk=64), Level()), "sequential")
 _DOT = Continuum(tuple(Level(chunk=chunk, objective="dot") for chunk in (4, 16, None)))
@@ -74,11 +56,9 @@ CONTENDERS: dict[str, Contender] = {
     "hope": Contender("Hope", paper="Hope"),
     "hope-attention": Contender("Hope-Attention", Attention),
     "titans": Contender("Titans", StaticTitans, channel=MLP(), paper="Titans"),
-    "deltanet": Contender(
-        "DeltaNet", DeltaNet, {"eta_max": 1.0}, MLP(), "DeltaNet", plain_deltanet
-    ),
+    "deltanet": Contender("DeltaNet", DeltaNet, {"eta_max": 1.0} | PLAIN, MLP(), "DeltaNet"),
     "deltanet-negative": Contender(
-        "DeltaNet, steps up to 2", DeltaNet, {"eta_max": 2.0}, MLP(), instead=plain_deltanet
+        "DeltaNet, steps up to 2", DeltaNet, {"eta_max": 2.0} | PLAIN, MLP()
     ),
     "deltanet-gated": Contender("DeltaNet, gated", DeltaNet, {"eta_max": 1.0}, MLP()),
     "linear": Contender("Linear attention", Linear, {"eta_max": 1.0}, MLP(), "Linear"),
@@ -164,11 +144,7 @@ def build(name: str, vocab_size: int, skeleton: Mapping[str, Any], *, match: boo
     config = _config(own, vocab_size, skeleton)
     if match and config != base:
         config = with_parameters(config, parameter_count(base))
-    model = HopeLM(config)
-    if own.instead is not None:
-        for block in model.blocks:
-            block.mixer = own.instead(config)
-    return model
+    return HopeLM(config)
 
 
 def _config(own: Contender, vocab_size: int, skeleton: Mapping[str, Any]) -> HopeConfig:
