@@ -143,8 +143,9 @@ class Level:
     towards what the level has learned whenever the next slower level's context ends. bound: the
     shell, in units of the start's norm, to which each matrix that learns is brought back: after
     every chunk, or with "out" after the first that ends 512 tokens or more on. half_life: tokens in
-    which what was learned fades by half towards the start (None: never); it acts where the bound
-    does, or if that is more than a quarter of it, after every chunk. scale: a factor of the
+    which what was learned fades by half towards the start (None: never), without which levels drift
+    on streams much longer than the trained windows; it acts after the first chunk that ends 512
+    tokens or more on, or if that is more than half of it, after every chunk. scale: a factor of the
     output, a third as large as the stream it is added to at the start of training, then learned
     (None: 1).
     """
@@ -156,7 +157,7 @@ class Level:
     objective: str = "l2"
     meta_lr: float = 0.1
     bound: tuple[float, float] | None = (0.25, 2.0)
-    half_life: int | None = None
+    half_life: int | None = 2048
     scale: float | None = 0.3
     learns: str = "out"
 

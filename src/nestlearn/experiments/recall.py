@@ -29,15 +29,21 @@ from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric
 from nestlearn.experiments.tables import model as name_of
 from nestlearn.models.hope import HopeConfig, HopeLM
-from nestlearn.options import Attention, DeltaNet, Titans
+from nestlearn.options import Attention, Continuum, DeltaNet, Titans
 
 STEPS, LANGUAGE = 3000, 0.1  # the latter: weight of the loss of bytes that answer nothing
 SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
 ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Transformer")
 # What is written fades by later writes alone: a retention α loses a needle in 1 / (1 - α).
-ROWS["Hope"] = {"mixer": Titans(half_life=None, weight_decay=False)}
-for _name in ("DeltaNet", "DeltaNet with levels"):
-    ROWS[_name] = {**ROWS[_name], "mixer": DeltaNet(weight_decay=False)}
+_LASTING = Continuum(tuple(replace(level, half_life=None) for level in Continuum().levels))
+_PLAIN = DeltaNet(weight_decay=False)
+_OWN: dict[str, dict[str, Any]] = {
+    "Hope": {"mixer": Titans(half_life=None, weight_decay=False), "channel": _LASTING},
+    "Hope-Attention": {"channel": _LASTING},
+    "DeltaNet with levels": {"mixer": _PLAIN, "channel": _LASTING},
+    "DeltaNet": {"mixer": _PLAIN},
+}
+ROWS |= {name: ROWS[name] | own for name, own in _OWN.items()}
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too

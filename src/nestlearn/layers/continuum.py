@@ -23,7 +23,7 @@ from .streaming import Device, Starts, Stepping, StreamingLayer, check_input, ch
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADIENTS = ("full", "first-order")
-BOUND_EVERY = 512  # tokens: the bound of a level acts at the first chunk's end after so many
+SELDOM = 512  # tokens: a level fades, its bound acts at the first chunk's end after so many
 STRETCH = 2048  # tokens computed again together
 
 
@@ -62,11 +62,12 @@ class LevelMLP(Stepping):
         with_momentum = level.rule == "momentum"
         rule = GradientRule(delta=level.rule == "dgd", momentum=with_momentum, normalize=True)
         self.linear = level.learns == "out"
+        seldom = -(-SELDOM // level.chunk) * level.chunk
         self.writer = Writer(
             Matrix(hidden, dim) if self.linear else self.memory, rule, level.chunk,
             objective=level.objective, read="boundary", bound=level.bound,
             half_life=level.half_life, first_order=meta_gradient == "first-order",
-            bound_every=-(-BOUND_EVERY // level.chunk) * level.chunk if self.linear else None,
+            bound_every=seldom if self.linear else None, fade_every=seldom,
         )  # fmt: skip
         self.value = nn.Linear(dim, dim, bias=False)
         self.lr = nn.Parameter(torch.empty(1))

@@ -131,14 +131,14 @@ def nested(data: dict[str, Any]) -> dict[str, Any]:
     one from since then as it is.
 
     What did not apply to its mixer or channel is left out, as the model did with it. What is not
-    said had another meaning than now: memories did not fade, and both matrices of a level learned.
+    said had another meaning than now: nothing faded, and both matrices of a level learned.
     ValueError for an unknown mixer or channel.
     """
     if any(isinstance(data.get(name), dict) for name in ("mixer", "channel")):
         return data
     said = {"half_life": None, **data}
     if "levels" in data:
-        said["levels"] = [{"learns": "all", **level} for level in data["levels"]]
+        said["levels"] = [{"learns": "all", "half_life": None, **level} for level in data["levels"]]
     mixer = type(named("mixer", data.get("mixer", "hope")))
     channel = type(named("channel", data.get("channel", "cms")))
 

@@ -38,7 +38,9 @@ class Writer(Chunk):
     bound_every: tokens after which it acts, a multiple of the chunk (None: every chunk).
     half_life: tokens in which what was learned fades by half *towards the start value*,
     W ← W_0 + 2^(−fades/half_life) (W − W_0), every `fades` tokens (None: it does not): a retention
-    (eq. 59) for streams much longer than those trained on. backend: as in `nestlearn.scan.update`.
+    (eq. 59) for streams much longer than those trained on. fade_every: those tokens (None: as of
+    the bound, which costs nothing more). If they are more than half of the half-life, it fades
+    after every chunk. backend: as in `nestlearn.scan.update`.
     """
 
     chunk: int = field(kw_only=False)
@@ -46,6 +48,7 @@ class Writer(Chunk):
     half_life: int | None = None
     backend: str = "auto"
     bound_every: int | None = None
+    fade_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,11 +74,10 @@ class Writer(Chunk):
 
     @property
     def fades(self) -> int:
-        """Tokens after which it fades: where the bound acts, which costs nothing more, unless that
-        is more than a quarter of the half-life; then every chunk.
-        """
-        seldom = self.half_life is None or self.bounded <= self.half_life // 4
-        return self.bounded if seldom else self.chunk
+        """Tokens after which it fades."""
+        every = self.fade_every or self.bounded
+        seldom = self.half_life is None or every <= self.half_life // 2
+        return every if seldom else self.chunk
 
     def faded(self, W: Tensor, W0: Tensor) -> Tensor:
         """W where it fades."""

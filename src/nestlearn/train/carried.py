@@ -99,5 +99,6 @@ def _periods(model: nn.Module) -> list[int]:
         groups = getattr(module, "groups", ())  # a number in a convolution of torch
         parts = (module, *groups) if isinstance(groups, tuple) else (module,)
         writers += [getattr(part, "writer", None) for part in parts]
-    ends = [w.chunk if w.bound is None else w.bounded for w in writers if isinstance(w, Writer)]
-    return [*ends, *fades]
+    known = [writer for writer in writers if isinstance(writer, Writer)]
+    ends = [w.chunk if w.bound is None else w.bounded for w in known]
+    return [*ends, *fades, *(w.chunk if w.half_life is None else w.fades for w in known)]
