@@ -127,7 +127,7 @@ FORMS: dict[str, Form] = {
             reproduced(name, "--data {data} --models DeltaNet"),
             needs="{data}/gutenberg/valid.txt.xz",
         )
-        for name in ("table1", "fig9")
+        for name in ("table1", "fig9", "reach")
     },
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '

@@ -58,7 +58,9 @@ class Here(Elsewhere):
         return answers(self.lm, tree.load(state, like), questions, most)
 
 
-@pytest.mark.parametrize(("name", "model"), [("table1", "Hope"), ("fig9", "Transformer")])
+@pytest.mark.parametrize(
+    ("name", "model"), [("table1", "Hope"), ("reach", "DeltaNet, shut"), ("fig9", "Transformer")]
+)
 def test_it_trains_asks_and_draws(folder, tmp_path, monkeypatch, name, model):
     monkeypatch.setattr(recall, "Elsewhere", Here)
     options = {"data": str(folder), "quick": True, "workers": 0, "progress": False}

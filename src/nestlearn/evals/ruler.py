@@ -99,12 +99,15 @@ def _size(pieces: Sequence[Piece]) -> int:
 # -------------------------------------------------------------------------------- to train on
 
 
-def row(length: int, words: Words, text: Bytes, rng: np.random.Generator, dense: float) -> Row:
+def row(
+    length: int, words: Words, text: Bytes, rng: np.random.Generator, dense: float,
+    names: Sequence[str] = NAMES,
+) -> Row:  # fmt: skip
     """A sequence of exactly `length` bytes: with probability `dense` many needles and questions,
-    else one of the tasks as it is tested; where that has no room, the former.
+    else one of the named tasks as it is tested; where that has no room, the former.
     """
     if rng.random() >= dense:
-        task = TASKS[NAMES[int(rng.integers(len(NAMES)))]]
+        task = TASKS[names[int(rng.integers(len(names)))]]
         gap, ahead = int(rng.integers(1, GAP)), bool(rng.integers(2))
         try:
             found = _made(task, length, words, text, rng, ahead=ahead, gap=gap)

@@ -88,6 +88,7 @@ def _score(asked: Asked, said: str) -> float:
 
 
 EXPERIMENT = recall.experiment(
-    "fig9", "BABILong: questions about facts in books, by length to 10 million bytes", "~2 hours",
-    grid, work, {"qa1 to qa5": babilong.NAMES} | {name: (name,) for name in babilong.NAMES},
+    "fig9", "BABILong: questions about facts in books, by length to 10 million bytes",
+    ("–", "~2 hours"), grid, work,
+    {"qa1 to qa5": babilong.NAMES} | {name: (name,) for name in babilong.NAMES},
 )  # fmt: skip

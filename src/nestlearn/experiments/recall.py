@@ -33,7 +33,9 @@ from nestlearn.options import Attention, Continuum, DeltaNet, Titans
 
 STEPS, LANGUAGE = 3000, 0.1  # the latter: weight of the loss of bytes that answer nothing
 SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
-ROWS = families("Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "Transformer")
+ROWS = families(
+    "Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "DeltaNet, shut", "Transformer"
+)  # fmt: skip
 # What is written fades by later writes alone: a retention α loses a needle in 1 / (1 - α).
 _LASTING = Continuum(tuple(replace(level, half_life=None) for level in Continuum().levels))
 _PLAIN = DeltaNet(weight_decay=False)
@@ -42,6 +44,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "Hope-Attention": {"channel": _LASTING},
     "DeltaNet with levels": {"mixer": _PLAIN, "channel": _LASTING},
     "DeltaNet": {"mixer": _PLAIN},
+    "DeltaNet, shut": {"mixer": replace(_PLAIN, eta_min=0.2)},
 }
 ROWS |= {name: ROWS[name] | own for name, own in _OWN.items()}
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
@@ -69,7 +72,7 @@ def cells(
             "lessons": asked.pick(*lessons), "setting": " ".join(names),
             "lengths": asked.pick([short], [known[length] for length in names]),
             "validated": asked.pick(short, lengths[0]), "out": str(asked.out.resolve()),
-            "steps": asked.steps or asked.pick(4, STEPS), "language": LANGUAGE, **own, **text,
+            "steps": asked.steps or asked.pick(4, STEPS), "language": LANGUAGE, **text, **own,
         }
         for name in chosen(asked.models, tuple(ROWS), "model")
     ]  # fmt: skip
@@ -178,15 +181,15 @@ NOTE = (
 
 
 def experiment(
-    name: str, shows: str, price: str, grid: Callable[[Options], list[Cell]], work: Work,
-    panels: Mapping[str, Sequence[str]],
+    name: str, shows: str, price: tuple[str, str], grid: Callable[[Options], list[Cell]],
+    work: Work, panels: Mapping[str, Sequence[str]],
 ) -> Experiment:  # fmt: skip
-    """Table 1 or figure 9. price: on a card. panels: of the figure, a group of tasks each."""
+    """Table 1, figure 9, or what is like them. panels: of the figure, a group of tasks each."""
     names = tuple(dict.fromkeys(name for group in panels.values() for name in group))
     return Experiment(
         name=name,
         shows=shows,
-        price=("–", price),
+        price=price,
         takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
         grid=grid,
         work=work,

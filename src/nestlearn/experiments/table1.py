@@ -11,6 +11,7 @@ before the text, too. --only names the lengths, in bytes; what was trained is no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -36,48 +37,60 @@ DEPTHS, SAMPLES, FEW = 5, 8, 2  # places of a needle, texts for each, and of val
 
 
 def grid(asked: Options) -> list[Cell]:
+    return recall.cells(
+        asked, "needles", (QUICK_LESSONS, LESSONS), LENGTHS, usual=3, short=600, **own(asked)
+    )
+
+
+def own(asked: Options) -> Cell:
+    """What cells of needles hold beside those of others; ValueError without their words."""
     lists = [
         Path(asked.data or "", "ruler_words", f"{kind}list.txt") for kind in ("adjective", "noun")
     ]
     if asked.data is None or not lists[-1].is_file():
         raise ValueError(f"--data {asked.data}: give a folder with gutenberg/ and ruler_words/")
-    return recall.cells(
-        asked, "needles", (QUICK_LESSONS, LESSONS), LENGTHS, usual=3, short=600,
-        depths=asked.pick(1, DEPTHS), samples=asked.pick(1, SAMPLES),
-        said=asked.pick(4, ruler.SAID), words=fingerprint(lists),
-    )  # fmt: skip
+    return {
+        "depths": asked.pick(1, DEPTHS), "samples": asked.pick(1, SAMPLES),
+        "said": asked.pick(4, ruler.SAID), "words": fingerprint(lists),
+    }  # fmt: skip
 
 
 @cache
-def _words(folder: str) -> tuple[needles.Words, needles.Words]:
+def words_of(folder: str) -> tuple[needles.Words, needles.Words]:
     return ruler.parted(needles.Words.read(Path(folder) / "ruler_words"))
 
 
-def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
-    """One sequence to train on: a drill, needles with questions, or the plain text of a book."""
+def make(
+    folder: str, lesson: Lesson, rng: np.random.Generator, names: Sequence[str] = ruler.NAMES,
+    dense: float = DENSE,
+) -> Row:  # fmt: skip
+    """One sequence to train on: a drill, needles with questions (of dense rows or of the named
+    tasks), or the plain text of a book.
+    """
     text, size = recall.haystacks(Path(folder))["train"], lesson.length + 1
     draw = rng.random()
     if draw < lesson.drill:
-        return ruler.drill(size, _words(folder)[0], rng)
+        return ruler.drill(size, words_of(folder)[0], rng)
     if draw < lesson.drill + PLAIN:
         return Row(cut(text, size, rng), np.zeros(size, bool))
-    return ruler.row(size, _words(folder)[0], text, rng, DENSE)
+    return ruler.row(size, words_of(folder)[0], text, rng, dense, names)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers on validation books."""
     made = partial(make, cell["folder"])
-    return recall.measured(cell, tell, made, ruler.NAMES, _asked, ruler.score)
+    return recall.measured(cell, tell, made, ruler.NAMES, ask, ruler.score)
 
 
-def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
+def ask(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
+    """Questions of a task about texts of a length: as many as the cell has depths and samples."""
     text, depths = recall.haystacks(Path(cell["folder"]))[split], cell["depths"]
     first = 10_000 if split == "valid" else 0
     few = split == "valid" or length > recall.LONG
     count = depths * (min(FEW, cell["samples"]) if few else cell["samples"])
     return [
         ruler.sample(
-            name, length, _words(cell["folder"])[1], text, first + i,
+            name, length, words_of(cell["folder"])[1], text, first + i,
             depth=(i % depths + 0.5) / depths, ahead=ahead,
         )
         for i in range(count)
@@ -85,6 +98,6 @@ def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[
 
 
 EXPERIMENT = recall.experiment(
-    "table1", "RULER's needles by length, asked of a saved state in another process", "~1.5 hours",
-    grid, work, {name: (name,) for name in ruler.NAMES},
+    "table1", "RULER's needles by length, asked of a saved state in another process",
+    ("–", "~1.5 hours"), grid, work, {name: (name,) for name in ruler.NAMES},
 )  # fmt: skip

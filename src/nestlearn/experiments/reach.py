@@ -1,0 +1,65 @@
+"""How far one needle is found again: up to a million bytes, by a small model, on two cores.
+
+    nestlearn reproduce reach --data FOLDER [--only 65,536 ...]
+
+FOLDER, texts and questions are those of `nestlearn.experiments.table1`, of its single needles of
+digits alone. Models have half a million parameters, and read no more than 4,096 bytes at a time
+while they are trained. One of them leaves its memory alone where a gate is nearly shut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from nestlearn.evals.haystack import Row
+from nestlearn.experiments import recall, table1
+from nestlearn.experiments.experiment import Cell, Options, Tell
+from nestlearn.experiments.lessons import Lesson
+
+NAMES = ("S-NIAH-1", "S-NIAH-2")
+MODELS = ("DeltaNet", "DeltaNet, shut")
+SIZE, STEPS, RATE = (96, 3, 2), 1000, 6e-3  # width, layers, heads; steps of 8,192 bytes
+DENSE, SAMPLES = 0.3, 4  # fewer needles and more of a haystack than in table 1; fewer texts
+LESSONS = (
+    Lesson(128, 64, 1.0, 0.2), Lesson(256, 32, 0.3, 0.32), Lesson(512, 16, 0.15, 0.45),
+    Lesson(1024, 8, 0.1, 0.6), Lesson(2048, 4, 0.05, 0.8), Lesson(4096, 2, 0.05, 1.0),
+)  # fmt: skip
+
+
+def grid(asked: Options) -> list[Cell]:
+    size = asked.pick(recall.QUICK_SIZE, SIZE)
+    return recall.cells(
+        replace(asked, models=asked.models or MODELS, steps=asked.steps or asked.pick(4, STEPS)),
+        "reach", (table1.QUICK_LESSONS, LESSONS), table1.LENGTHS, usual=len(table1.LENGTHS),
+        short=600, size=size, **{**table1.own(asked), "samples": asked.pick(1, SAMPLES)},
+    )  # fmt: skip
+
+
+def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
+    """One sequence to train on, of the tasks that are asked."""
+    return table1.make(folder, lesson, rng, NAMES, DENSE)
+
+
+def work(cell: Cell, tell: Tell) -> dict[str, Any]:
+    """Train one, and ask it; "value" is what it answers on validation books."""
+    return recall.measured(
+        cell, tell, partial(make, cell["folder"]), NAMES, table1.ask, table1.ruler.score
+    )
+
+
+EXPERIMENT = replace(  # both rows at one rate
+    recall.experiment(
+        "reach", "one needle in up to a million bytes, found by a small model",
+        ("~2 hours", "–"), grid, work, {name: (name,) for name in NAMES},
+    ),
+    rates=(RATE,),
+    quick_rates=(0, 1),
+    device="cpu",
+    sources=tuple(
+        f"experiments/{name}.py" for name in ("recall", "lessons", "asked", "books", "table1")
+    ),
+)  # fmt: skip
