@@ -30,8 +30,8 @@ LANGUAGES = ("parity", "anbncn")
 
 
 def levels(*chunks: int | None, **options: Any) -> list[dict[str, Any]]:
-    """A level for each chunk, as JSON."""
-    return [asdict(Level(chunk=chunk, **options)) for chunk in chunks]
+    """A level for each chunk, as JSON; it does not fade."""
+    return [asdict(Level(chunk=chunk, half_life=None, **options)) for chunk in chunks]
 
 
 DOT: dict[str, Any] = {"objective": "dot"}
