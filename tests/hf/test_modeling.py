@@ -84,7 +84,7 @@ def test_a_file_from_before_there_were_options_loads(tmp_path, auto):
     saved = Path(__file__).parents[1] / "models" / "saved" / "transformers_config.json"
     (tmp_path / "config.json").write_text(saved.read_text())
     config = (AutoConfig if auto else HopeConfig).from_pretrained(tmp_path, heads=1)
-    levels = Continuum((Level(chunk=2), Level()))
+    levels = Continuum((Level(chunk=2, half_life=None), Level(half_life=None)))
     mixer = Titans(4, half_life=8, dgd=0.5)
     expected = nestlearn.HopeConfig(11, 8, 1, 1, mixer=mixer, channel=levels)
     assert config.to_hope() == expected

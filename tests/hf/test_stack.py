@@ -529,7 +529,7 @@ def test_generating_with_and_without_cache_agree_under_a_memory():
 
 def test_a_layers_level_stands_for_a_delta_level():
     level = Level(8, lr=0.2, rule="gd", half_life=64, bound=(0.5, 3.0))
-    config = stack_levels(tiny(), [level, Level(bound=None)]).config
+    config = stack_levels(tiny(), [level, Level(bound=None, half_life=None)]).config
     same = DeltaLevel(8, lr=0.2, rule="gd", half_life=64, bound=3.0)
     assert config.levels == (same, DeltaLevel(bound=None))
 

@@ -36,7 +36,7 @@ from pairs import pair
 BASE = dataclasses.replace(
     CONFIG, steps=4, batch=4, eval_every=4, eval_windows=3, checkpoint_every=2
 )
-LEVELS = Continuum((Level(chunk=2, learns="all"), Level(chunk=8, learns="all")))
+LEVELS = Continuum(tuple(Level(n, learns="all", half_life=None) for n in (2, 8)))
 MODELS = {  # several blocks where they are quick: to share them out is the same for all
     "hope": {"layers": 1, "mixer": Titans(chunk=4, half_life=None), "channel": LEVELS},
     "attention": {"layers": 2, "mixer": "attention", "channel": "mlp"},

@@ -36,8 +36,8 @@ SEVERAL = [(2, 3), (8, 4), (3, 8), (5, 2)]  # (batch, stream)
 
 def hope(**changes) -> HopeLM:
     torch.manual_seed(1)
-    levels = (Level(chunk=2, learns="all"), Level(chunk=8, learns="all"))
-    own = {"mixer": titans(), "channel": Continuum(levels)}
+    levels = [Level(chunk, learns="all", half_life=None) for chunk in (2, 8)]
+    own = {"mixer": titans(), "channel": Continuum(tuple(levels))}
     return HopeLM(HopeConfig(32, 8, 1, 2, **{**own, **changes}))
 
 
@@ -66,7 +66,8 @@ class Remembering(Tiny):
 
 def unbounded() -> HopeLM:
     """A model whose start values count through the first state alone."""
-    levels = (Level(chunk=2, bound=None), Level(chunk=8, bound=None, rule="momentum"))
+    free = {"bound": None, "half_life": None}
+    levels = (Level(chunk=2, **free), Level(chunk=8, rule="momentum", **free))
     return hope(mixer=titans(bound=None), channel=Continuum(levels))
 
 
@@ -349,7 +350,11 @@ def test_a_length_that_cuts_a_chunk_or_a_bound_is_refused(tmp_path):
         ({"mixer": titans(projection_chunk=16)}, 16),
         ({"mixer": titans(half_life=2048)}, 512),
         ({"mixer": titans(half_life=48)}, 24),
-        ({"channel": Continuum((Level(chunk=8),))}, 512),  # the bound of a level acts that seldom
+        (
+            {"channel": Continuum((Level(8, half_life=None),))},
+            512,
+        ),  # its bound acts as seldom
+        ({"channel": Continuum((Level(8, bound=None),))}, 512),  # and so does its fade
         ({"mixer": StaticTitans(16), "channel": "mlp"}, 16),
         ({"mixer": DeltaNet(5), "channel": "mlp"}, 5),
     ]:
