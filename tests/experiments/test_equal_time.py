@@ -1,7 +1,7 @@
 """equal-time and defaults: who takes part, with what; a missing text is refused before any work."""
 
 import lzma
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -54,10 +54,10 @@ def test_stability_shows_every_rate_and_no_place_of_the_machine(tmp_path):
 
 
 def test_the_default_is_the_best_candidate():
-    """What results/defaults/table.md has first."""
+    """What results/defaults/table.md has first, but for the half-life, which came later."""
     chosen = defaults.CANDIDATES["l2, 4 and 16, side by side"]
     channel = HopeConfig().channel
-    levels = [asdict(level) for level in channel.levels]
+    levels = [asdict(replace(level, half_life=None)) for level in channel.levels]
     assert (levels, channel.variant) == (chosen["levels"], chosen["variant"])
 
 
