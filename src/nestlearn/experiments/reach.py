@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nestlearn.evals import ruler
 from nestlearn.evals.haystack import Row
 from nestlearn.experiments import recall, table1
 from nestlearn.experiments.experiment import Cell, Options, Tell
@@ -47,7 +48,7 @@ def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers on validation books."""
     return recall.measured(
-        cell, tell, partial(make, cell["folder"]), NAMES, table1.ask, table1.ruler.score
+        cell, tell, partial(make, cell["folder"]), NAMES, table1.ask, ruler.score
     )
 
 

@@ -57,6 +57,7 @@ def own(asked: Options) -> Cell:
 
 @cache
 def words_of(folder: str) -> tuple[needles.Words, needles.Words]:
+    """Words to train on, and words to test on."""
     return ruler.parted(needles.Words.read(Path(folder) / "ruler_words"))
 
 
