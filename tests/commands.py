@@ -129,6 +129,8 @@ FORMS: dict[str, Form] = {
         )
         for name in ("table1", "fig9", "reach")
     },
+    "nestlearn reproduce reach --data FOLDER --only 4,096 --only 65,536 --only 1,048,576 "
+    '--models "DeltaNet, shut"': Form(why="an hour and a quarter on one core"),
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
     "--device cuda --workers 5": Form(why="needs a GPU"),
