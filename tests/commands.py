@@ -131,6 +131,9 @@ FORMS: dict[str, Form] = {
     },
     "nestlearn reproduce reach --data FOLDER --only 4,096 --only 65,536 --only 1,048,576 "
     '--models "DeltaNet, shut"': Form(why="an hour and a quarter on one core"),
+    "nestlearn reproduce reach --data FOLDER --only 4,096 --only 65,536 --models DeltaNet": Form(
+        why="three quarters of an hour on one core"
+    ),
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
     "--device cuda --workers 5": Form(why="needs a GPU"),

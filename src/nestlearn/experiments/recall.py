@@ -34,13 +34,15 @@ from nestlearn.options import Attention, Continuum, DeltaNet, Titans
 STEPS, LANGUAGE = 3000, 0.1  # the latter: weight of the loss of bytes that answer nothing
 SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
 ROWS = families(
-    "Hope", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "DeltaNet, shut", "Transformer"
+    "Hope", "Hope, shut", "Hope-Attention", "DeltaNet with levels", "DeltaNet", "DeltaNet, shut",
+    "Transformer",
 )  # fmt: skip
 # What is written fades by later writes alone: a retention α loses a needle in 1 / (1 - α).
 _LASTING = Continuum(tuple(replace(level, half_life=None) for level in Continuum().levels))
-_PLAIN = DeltaNet(weight_decay=False)
+_PLAIN, _FREE = DeltaNet(weight_decay=False), Titans(half_life=None, weight_decay=False)
 _OWN: dict[str, dict[str, Any]] = {
-    "Hope": {"mixer": Titans(half_life=None, weight_decay=False), "channel": _LASTING},
+    "Hope": {"mixer": _FREE, "channel": _LASTING},
+    "Hope, shut": {"mixer": replace(_FREE, eta_min=0.1), "channel": _LASTING},
     "Hope-Attention": {"channel": _LASTING},
     "DeltaNet with levels": {"mixer": _PLAIN, "channel": _LASTING},
     "DeltaNet": {"mixer": _PLAIN},
