@@ -42,6 +42,21 @@ def test_step_size_zero_is_an_mlp():
     torch.testing.assert_close(moving(x())[0], x() + mlp_by_hand(moving.mlps[0], x()), **TOLERANCE)
 
 
+@pytest.mark.parametrize("learns", LEARNS)
+@pytest.mark.parametrize(("chunk", "due"), [(64, 512), (96, 576)])
+def test_by_default_a_level_fades_after_512_tokens_and_is_as_it_was_before(learns, chunk, due):
+    """W ← W₀ + 2^(−due/2048) (W − W₀) at the end of that chunk, and nothing within it."""
+    kind = {"chunk": chunk, "learns": learns, "bound": None, "lr": 0.05}
+    fading, lasting = build([Level(**kind)]), build([Level(half_life=None, **kind)])
+    assert torch.equal(fading(x(due))[0], lasting(x(due))[0])
+    for short in (due - 1, due):
+        own, other = (layer(x(short))[1].levels[0].fast.now for layer in (fading, lasting))
+        for w, free, w0 in zip(own, other, fading.mlps[0].learning, strict=True):
+            kept = 1.0 if short < due else 2 ** (-due / 2048)
+            assert (free - w0).abs().max() > 1e-3
+            torch.testing.assert_close(w, w0 + kept * (free - w0), **TOLERANCE)
+
+
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_scale_is_a_learned_factor_of_the_output_alone(chunk):
     """What a level writes does not depend on it, and it learns."""

@@ -301,7 +301,7 @@ def test_options_may_be_said_by_name():
         ({"projection_chunk": -1}, "chunk=-1"),
         ({"adapt": ("k", "z")}, r"\['z'\]"),
         ({"eta_max": 3.0}, r"eta_max=3\.0"),
-        ({"eta_min": 1.0}, r"eta_min=1\.0: give a step size in \[0, 1\.0\)"),
+        ({"eta_min": 1.0}, r"eta_min=1\.0: give a step size from 0 to below eta_max=1\.0"),
         ({"depth": 0}, "depth=0"),
         ({"bound": (2.0, 1.0)}, "bound="),
         ({"conv": -1}, "width=-1"),

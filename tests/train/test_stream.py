@@ -350,11 +350,8 @@ def test_a_length_that_cuts_a_chunk_or_a_bound_is_refused(tmp_path):
         ({"mixer": titans(projection_chunk=16)}, 16),
         ({"mixer": titans(half_life=2048)}, 512),
         ({"mixer": titans(half_life=48)}, 24),
-        (
-            {"channel": Continuum((Level(8, half_life=None),))},
-            512,
-        ),  # its bound acts as seldom
-        ({"channel": Continuum((Level(8, bound=None),))}, 512),  # and so does its fade
+        ({"channel": Continuum((Level(8, half_life=None),))}, 512),  # its bound is as seldom
+        ({"channel": Continuum((Level(8, bound=None),))}, 512),  # and so is its fade
         ({"mixer": StaticTitans(16), "channel": "mlp"}, 16),
         ({"mixer": DeltaNet(5), "channel": "mlp"}, 5),
     ]:

@@ -69,15 +69,15 @@ class Readout(nn.Module):
         return self.out(o * F.silu(self.gate(x)))
 
 
-def step_sizes(logits: Tensor, between: tuple[float, float], log_alpha: Tensor | None) -> Tensor:
-    """η below the upper limit, 0 below the lower one; beyond 1 and with a retention α, the former
-    times (1 + α) / 2.
+def step_sizes(logits: Tensor, steps: tuple[float, float], log_alpha: Tensor | None) -> Tensor:
+    """η below the upper of `steps`, and 0 below the lower; beyond 1 and with a retention α, times
+    (1 + α) / 2.
 
     Then α − η, the smallest eigenvalue of a transition, stays above −1: where it does not, a memory
     that is to alternate grows without end. The gradient passes the lower limit as if it were not
     there: a gate that is shut may open again.
     """
-    eta_min, eta_max = between
+    eta_min, eta_max = steps
     eta = eta_max * torch.sigmoid(logits)
     if eta_min > 0:
         eta = eta - torch.where(eta < eta_min, eta, 0.0).detach()
@@ -87,11 +87,11 @@ def step_sizes(logits: Tensor, between: tuple[float, float], log_alpha: Tensor |
 
 
 def limits(eta_min: float, eta_max: float) -> tuple[float, float]:
-    """Of step sizes; ValueError for what cannot be."""
+    """Of step sizes, (eta_min, eta_max); ValueError for what cannot be."""
     if not 0 < eta_max <= 2:
         raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
     if not 0 <= eta_min < eta_max:
-        raise ValueError(f"eta_min={eta_min}: give a step size in [0, {eta_max}), eta_max")
+        raise ValueError(f"eta_min={eta_min}: give a step size from 0 to below eta_max={eta_max}")
     return eta_min, eta_max
 
 
