@@ -1,22 +1,20 @@
 """Table 1 and figure 9 end to end, tiny; and what another process answers from a saved state."""
 
 import io
-import json
 import lzma
 import random
 import tarfile
 
-import numpy as np
 import pytest
 import torch
 
 from nestlearn import state as tree
 from nestlearn.evals import ruler
-from nestlearn.evals.haystack import Asked, Row
+from nestlearn.evals.haystack import Asked
 from nestlearn.evals.needles import Words
 from nestlearn.experiments import recall, runner
 from nestlearn.experiments.asked import SHAPED, Elsewhere, answers, read
-from nestlearn.experiments.lessons import Lesson, _Batches, lessons_of
+from nestlearn.experiments.lessons import Lesson
 from nestlearn.models.hope import HopeLM
 
 STORY = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n"
@@ -96,8 +94,7 @@ def test_states_of_windows_have_the_bytes_of_hope():
         assert cache + recall._bytes(config) == pytest.approx(of, rel=0.01)
 
 
-@pytest.mark.parametrize("last", [Lesson(96, 2, 1.0, 1.0), Lesson(64, 2, 1.0, 1.0, windows=5)])
-def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, last):
+def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):
     words = Words(("blue", "old", "tiny"), ("fox", "lamp", "river"))
 
     def make(lesson, rng):
@@ -105,7 +102,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, last):
 
     cell = {
         "model": "DeltaNet", "size": (16, 1, 2), "steps": 24, "language": 0.1, "lr": 1e-2,
-        "seed": 0, "device": "cpu", "lessons": [Lesson(32, 2, 1.0, 0.5), last],
+        "seed": 0, "device": "cpu", "lessons": [Lesson(32, 2, 1.0, 0.5), Lesson(96, 2, 1.0, 1.0)],
     }  # fmt: skip
     whole, told = recall.trained({**cell, "out": tmp_path / "whole"}, make, lambda *_: None)
     assert {lesson for _, lesson, _ in told["curve"]} == {0, 1}
@@ -119,46 +116,3 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, last):
     parts, _ = recall.trained({**cell, "out": tmp_path / "parts"}, make, lambda *_: None)
     for one, other in zip(whole.parameters(), parts.parameters()):
         assert torch.equal(one, other)
-
-
-def test_a_lesson_of_streams_reads_on_where_the_window_before_it_ended(tmp_path):
-    words = Words(("blue", "old", "tiny"), ("fox", "lamp", "river"))
-    lesson, read = Lesson(64, 2, 1.0, 1.0, windows=3), []
-
-    def make(whole, rng):
-        read.append(ruler.drill(whole.length + 1, words, rng))
-        return read[-1]
-
-    cell = {
-        "model": "DeltaNet", "size": (16, 1, 2), "steps": 4, "language": 1.0, "lr": 1e-9,
-        "seed": 0, "device": "cpu", "lessons": [lesson], "out": tmp_path,
-    }  # fmt: skip
-    lm, _ = recall.trained(cell, make, lambda *_: None)
-    (log,) = tmp_path.glob("models/*/log.jsonl")
-    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    ids, asked = (torch.from_numpy(np.stack(part)) for part in zip(*read[:2]))
-    with torch.no_grad():  # whole, in one piece; the rate is so small that nothing was learned
-        nats = -lm(ids[:, :-1].long())[0].log_softmax(-1).gather(2, ids[:, 1:, None].long())[..., 0]
-    for window in range(3):
-        part = slice(window * 64, (window + 1) * 64)
-        answers, told = nats[:, part], asked[:, 1:][:, part]
-        expected = answers[told].sum() / max(1, told.sum()) + answers[~told].mean()
-        assert losses[window] == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_what_has_a_cache_gets_single_windows():
-    lessons = [Lesson(128, 2, 1.0, 0.5), Lesson(512, 2, 1.0, 1.0, windows=4)]
-    for name, windows in (("Hope", 4), ("Transformer", 1)):
-        lm = HopeLM(recall.config_of(name, (32, 1, 2)))
-        assert lessons_of({"lessons": lessons}, lm)[-1].windows == windows
-
-
-def test_a_batch_is_whole_when_another_thread_replaces_what_is_kept_of_it():
-    class Replaced(_Batches):
-        stream = property(lambda _: ((0, 0), "another's"), lambda *_: None)
-
-    def make(lesson, rng):
-        return Row(np.full(lesson.length + 1, 7, np.uint8), np.zeros(lesson.length + 1, bool))
-
-    ids, _ = Replaced(make, [Lesson(8, 2, 1.0, 1.0)], 0, None)._made(6, 0)
-    assert ids.tolist() == [[7] * 9] * 2

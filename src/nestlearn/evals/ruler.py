@@ -22,7 +22,6 @@ HELD = 5  # one word in so many is for tests
 GAP = 24  # newlines, at most, before a question
 SAID = 56  # bytes, at most, of an answer
 ROOM = 192  # bytes, about, of a needle and a question
-FULL = 4096  # bytes, about, of needles and questions that a row has at most
 
 
 def parted(words: Words) -> tuple[Words, Words]:
@@ -124,8 +123,7 @@ def _dense(length: int, words: Words, text: Bytes, rng: np.random.Generator) -> 
     """Needles about one to five keys, and questions about them as soon as they have stood there, or
     all at the end; as many as fill a part of the length.
     """
-    # in a long text they are few: a question with its answer tells the needle once more
-    fill, late = max(ROOM, rng.uniform(0.3, 0.95) * min(length, FULL)), bool(rng.integers(2))
+    fill, late = max(ROOM, rng.uniform(0.3, 0.95) * length), bool(rng.integers(2))
     pieces: list[Piece] = []
     told: list[tuple[str, str, str, float]] = []
     for key in draw_keys(rng, words, int(rng.integers(1, 6))):

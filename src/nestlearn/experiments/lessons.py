@@ -1,9 +1,8 @@
 """A course of lessons: sequences of growing length, of which some bytes are answers.
 
-A lesson ends when most of its answers are right, or at its share of the steps. The last one may be
-of streams: sequences in several windows, one a step, with the memory carried from window to window.
-Sequences are made on the fly, a function of (seed, step, lesson) alone, in the background; a killed
-training goes on from its last checkpoint.
+A lesson ends when most of its answers are right, or at its share of the steps. Sequences are made
+on the fly, a function of (seed, step, lesson) alone, in the background; a killed training goes on
+from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestlearn import state as tree
 from nestlearn.captured import Captured
 from nestlearn.evals.haystack import Row
 from nestlearn.experiments.asked import autocast
 from nestlearn.experiments.cells import PLACES, Cell, Tell
 from nestlearn.models.hope import HopeLM
-from nestlearn.options import Attention
-from nestlearn.train.carried import Carried
 from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import keyed_seed
@@ -45,7 +40,6 @@ LATE = 20  # steps over which a lesson's answers are counted
 class Lesson(NamedTuple):
     """length, batch: of its sequences, in bytes. drill: the share of them that are drills. until:
     of all steps, the share after which it ends at the latest. enough: of the answers' bytes right.
-    windows: of such a length that a sequence has.
     """
 
     length: int
@@ -53,7 +47,6 @@ class Lesson(NamedTuple):
     drill: float
     until: float
     enough: float = 0.95
-    windows: int = 1
 
 
 Make = Callable[[Lesson, np.random.Generator], Row]
@@ -67,34 +60,30 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     """
     device = resolve_device(cell["device"])
     model.to(device).train()
-    steps, lessons = cell["steps"], lessons_of(cell, model)
+    steps, lessons = cell["steps"], [Lesson(*lesson) for lesson in cell["lessons"]]
     last = lessons[-1]
     settings = TrainConfig(
         steps=steps, lr=cell["lr"], warmup=max(1, min(200, steps // 10)), seed=cell["seed"],
-        length=last.length, batch=last.batch, stream=last.windows,
+        length=last.length, batch=last.batch,
     )  # fmt: skip
-    carried = Carried(model, settings) if last.windows > 1 else None
-    state = carried and carried.state
     optimizer = adamw(model, settings, device)
     identity = {"train": asdict(settings), "corpus": course(cell), "model": model.config.to_dict()}
     folder = RunFolder(folder_of(cell), identity)
     if folder.out.is_dir():
-        step, log = folder.resume(model, optimizer, state)
+        step, log = folder.resume(model, optimizer)
     else:
         folder.start()
         step, log = 0, []
-    update, saved = _Update(model, cell["language"], device, carried), max(1, steps // 20)
+    update, saved = _Update(model, cell["language"], device), max(1, steps // 20)
     with ThreadPoolExecutor(1) as pool:
         batches = _Batches(make, lessons, cell["seed"], pool)
         while step < steps:
             began, place = time.perf_counter(), _place(log, lessons, steps)
             lesson = lessons[place]
-            begins = step % lesson.windows == 0 or not log or log[-1]["lesson"] < place
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
             ids, asked = batches(step, place)
-            anew = None if lesson.windows == 1 else begins
-            loss, right = update(ids.to(device), asked.to(device), anew)
+            loss, right = update(ids.to(device), asked.to(device))
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             if not (loss.isfinite() and norm.isfinite()):
                 raise FloatingPointError(
@@ -111,19 +100,10 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
             log.append(record)
             folder.append(record)
             if step % saved == 0 or step == steps:
-                folder.save(step, model, optimizer, state)
+                folder.save(step, model, optimizer)
                 tell(step / steps, f"{lesson.length:,} bytes: {float(right):.2f} right")
     model.eval()
     return _told(model, log, lessons)
-
-
-def lessons_of(cell: Cell, model: HopeLM) -> list[Lesson]:
-    """The cell's lessons. A cache of attention grows, and is not carried: it has single windows."""
-    lessons = [Lesson(*lesson) for lesson in cell["lessons"]]
-    assert all(lesson.windows == 1 for lesson in lessons[:-1]), "only the last is of streams"
-    if isinstance(model.config.mixer, Attention):
-        lessons[-1] = lessons[-1]._replace(windows=1)
-    return lessons
 
 
 TESTS = ("lengths", "setting", "validated", "depths", "samples", "said")  # no part of a course
@@ -181,7 +161,6 @@ class _Batches:
     ) -> None:
         self.make, self.lessons, self.seed, self.pool = make, lessons, seed, pool
         self.coming: dict[tuple[int, int], Any] = {}
-        self.stream: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, step: int, place: int) -> tuple[Tensor, Tensor]:
         future = self.coming.pop((step, place), None)
@@ -189,65 +168,42 @@ class _Batches:
         return self._made(step, place) if future is None else future.result()
 
     def _made(self, step: int, place: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng(keyed_seed(self.seed, step, place))
         lesson = self.lessons[place]
-        number, window = divmod(step, lesson.windows)
-        kept = self.stream  # another thread may replace it at any time
-        if kept is None or kept[0] != (number, place):
-            rng = np.random.default_rng(keyed_seed(self.seed, number, place))
-            whole = lesson._replace(length=lesson.length * lesson.windows)
-            rows = [self.make(whole, rng) for _ in range(lesson.batch)]
-            ids, asked = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-            kept = self.stream = (number, place), (ids, asked)
-        part = slice(window * lesson.length, (window + 1) * lesson.length + 1)
-        ids, asked = kept[1]
-        return ids[:, part].long(), asked[:, part]
+        rows = [self.make(lesson, rng) for _ in range(lesson.batch)]
+        ids, asked = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
+        return ids.long(), asked
 
 
 class _Update:
     """Loss, with gradients in `.grad`, and the share of the answers' bytes that are right; on CUDA
-    one graph for each shape. carried: the memory of a lesson of streams.
+    one graph for each shape.
     """
 
-    def __init__(
-        self, model: HopeLM, language: float, device: torch.device, carried: Carried | None
-    ) -> None:
-        self.model, self.language, self.device, self.carried = model, language, device, carried
+    def __init__(self, model: HopeLM, language: float, device: torch.device) -> None:
+        self.model, self.language, self.device = model, language, device
         self.graphs: dict[tuple[int, ...], Captured] = {}
         self.right = torch.zeros((), device=device)
 
-    def __call__(
-        self, ids: Tensor, asked: Tensor, anew: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """anew: whether these windows begin their streams (None: they are whole sequences)."""
-        run = self._run
-        if anew is not None:
-            assert self.carried is not None
-            self.carried.starts(torch.tensor([anew]).expand(len(ids)))
-            run = partial(self._run, carried=self.carried)
+    def __call__(self, ids: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         if self.device.type != "cuda":
-            return run(ids, asked), self.right
-        if (shape := (*ids.shape, anew is None)) not in self.graphs:
+            return self._run(ids, asked), self.right
+        if (shape := tuple(ids.shape)) not in self.graphs:
             self.graphs.clear()  # a lesson does not come again
-            first = partial(run, takes=False)
-            self.graphs[shape] = Captured(self.model, run, ids, asked, first=first)
+            self.graphs[shape] = Captured(self.model, self._run, ids, asked)
         return self.graphs[shape](ids, asked), self.right
 
-    def _run(
-        self, ids: Tensor, asked: Tensor, carried: Carried | None = None, takes: bool = True
-    ) -> Tensor:
+    def _run(self, ids: Tensor, asked: Tensor) -> Tensor:
         for parameter in self.model.parameters():
             parameter.grad = None
         with autocast(self.device):
-            logits, state = self.model(ids[:, :-1], carried.given() if carried else None)
-        state = tree.detach(state) if carried else None  # no graph of it is kept
+            logits, _ = self.model(ids[:, :-1])
         target, answer = ids[:, 1:], asked[:, 1:].float()
         nats = F.cross_entropy(logits.mT.float(), target, reduction="none")
         count = answer.sum().clamp(min=1)
         rest = (1 - answer) / (1 - answer).sum().clamp(min=1)
         loss = (nats * (answer / count + self.language * rest)).sum()
         loss.backward()
-        if carried and takes:
-            carried.take(state)
         with torch.no_grad():
             self.right.copy_(((logits.argmax(-1) == target) * answer).sum() / count)
         return loss.detach()

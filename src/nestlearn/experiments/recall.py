@@ -42,7 +42,7 @@ _LASTING = Continuum(tuple(replace(level, half_life=None) for level in Continuum
 _PLAIN, _FREE = DeltaNet(weight_decay=False), Titans(half_life=None, weight_decay=False)
 _OWN: dict[str, dict[str, Any]] = {
     "Hope": {"mixer": _FREE, "channel": _LASTING},
-    "Hope, shut": {"mixer": replace(_FREE, eta_min=0.1), "channel": _LASTING},
+    "Hope, shut": {"mixer": replace(_FREE, eta_min=0.1)},  # its levels hold no needles, and fade
     "Hope-Attention": {"channel": _LASTING},
     "DeltaNet with levels": {"mixer": _PLAIN, "channel": _LASTING},
     "DeltaNet": {"mixer": _PLAIN},

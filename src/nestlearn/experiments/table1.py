@@ -26,11 +26,10 @@ from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
 
 LESSONS = (  # 32,768 bytes a step
-    Lesson(128, 256, 1.0, 0.15), Lesson(256, 128, 0.3, 0.25), Lesson(512, 64, 0.15, 0.35),
-    Lesson(1024, 32, 0.1, 0.42), Lesson(2048, 16, 0.1, 0.48), Lesson(4096, 8, 0.05, 0.54),
-    Lesson(4096, 8, 0.0, 1.0, windows=64),
+    Lesson(128, 256, 1.0, 0.2), Lesson(256, 128, 0.3, 0.32), Lesson(512, 64, 0.15, 0.45),
+    Lesson(1024, 32, 0.1, 0.6), Lesson(2048, 16, 0.05, 0.8), Lesson(4096, 8, 0.05, 1.0),
 )  # fmt: skip
-QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(512, 2, 0.2, 1.0, windows=2))
+QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(512, 2, 0.2, 1.0))
 DENSE, PLAIN = 0.6, 0.1
 LENGTHS = (4096, 8192, 16_384, 65_536, 262_144, 1_048_576)
 DEPTHS, SAMPLES, FEW = 5, 8, 2  # places of a needle, texts for each, and of validation or long ones
