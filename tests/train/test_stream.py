@@ -120,6 +120,17 @@ def test_rows_start_anew_in_turn(batch, stream):
     assert each.max() <= -(-batch // stream)
 
 
+def test_streams_may_begin_later():
+    """Until then every window starts anew, of the same text."""
+    settings = [dataclasses.replace(STREAM, stream_from=n) for n in (0, 4, 999)]
+    logs = [run(None, each, Remembering())[1] for each in settings]
+    losses = [[r["loss"] for r in log] for log in logs]
+    assert losses[1][:4] == losses[2][:4] != losses[0][:4]
+    assert losses[1][4:] != losses[2][4:]
+    with pytest.raises(ValueError, match=r"stream_from=-1"):
+        dataclasses.replace(STREAM, stream_from=-1)
+
+
 def test_every_place_of_a_stream_is_drawn_and_a_short_text_is_refused():
     data = Corpus(torch.arange(27), torch.arange(30), 30)
     rows = data.batch(0, 60, 8, seed=0, stream=3)

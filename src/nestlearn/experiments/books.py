@@ -129,12 +129,13 @@ def losses(
 
 
 def trained(
-    cell: Cell, config: HopeConfig, tell: Tell, stream: int = 1
+    cell: Cell, config: HopeConfig, tell: Tell, stream: int = 1, alone: float = 0.0
 ) -> tuple[HopeLM, dict[str, Any]]:
     """Train a cell's model; "value" is minus the validation loss at the trained length, "test" and
     "validation" are nats a token at that length and at STRETCH times it.
 
-    stream: windows that a row of the batch reads one after another.
+    stream: windows that a row of the batch reads one after another. alone: the first share of the
+    steps, in which every window starts anew all the same.
     """
     text = read(Path(cell["folder"]), config.vocab_size)
     steps, T, batch = cell["steps"], cell["length"], cell["batch"]
@@ -143,6 +144,7 @@ def trained(
         steps=steps, batch=batch, length=T, lr=cell["lr"], warmup=max(1, steps // 6),
         eval_every=steps, seed=cell["seed"], device=cell["device"],
         dtype="bfloat16" if on_card else "float32", stream=stream,
+        stream_from=int(alone * steps),
     )  # fmt: skip
     torch.manual_seed(cell["seed"])
     model = HopeLM(config)

@@ -1,10 +1,11 @@
-"""The weights in the package: a Hope of 800,000 parameters on books, beside a Transformer.
+"""The weights in the package, of 0.8 million parameters, and larger ones: Hope beside attention.
 
-    nestlearn reproduce tiny --data FOLDER
+    nestlearn reproduce tiny --data FOLDER [--only 10M]
 
-FOLDER as in `nestlearn.experiments.books`. Both models read as many bytes of the same books: Hope
-in streams of 4 windows, attention, which carries no memory, in windows that begin anew. The weights
-are written into models/ beside the results, in bfloat16, as they were after training.
+FOLDER as in `nestlearn.experiments.books`. All models of a size read as many bytes of the same
+books. Hope reads streams of 4 windows, in the last third of its steps or in all; attention carries
+no memory, and each of its windows begins anew. The weights are written into models/ beside the
+results, in bfloat16, as they were after training.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,27 +21,44 @@ from nestlearn.evals import Record
 from nestlearn.experiments import books
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
-from nestlearn.experiments.tables import Column, mean
-from nestlearn.options import Attention, SwiGLU
+from nestlearn.experiments.models import FAMILIES, families
+from nestlearn.experiments.tables import Column, mean, words
+from nestlearn.options import Attention
 
-ROWS: dict[str, dict[str, Any]] = {
-    "Hope": {},
-    "Transformer": {"mixer": Attention(), "channel": SwiGLU()},
+
+class Size(NamedTuple):
+    """shape: width, layers, heads."""
+
+    shape: tuple[int, int, int]
+    rates: tuple[float, ...]
+    models: tuple[str, ...]
+
+
+STREAMS = "Hope, streams in all steps"
+SIZES = {
+    "0.8M": Size((128, 3, 2), (12e-3, 24e-3), ("Hope", STREAMS, "Transformer")),
+    # the rate that validation books chose for all three in table 2
+    "10M": Size((320, 7, 5), (6e-3,), ("Hope", "Hope-Attention", "Transformer++")),
 }
-SIZE, STEPS, BATCH, LENGTH, WINDOWS = (128, 3, 4), 1500, 64, 1024, 4
+ROWS = families("Hope", STREAMS, "Hope-Attention", "Transformer")
+ROWS["Transformer++"] = FAMILIES["Transformer"]
+STEPS, BATCH, LENGTH, WINDOWS = 1500, 64, 1024, 4
+ALONE = {"Hope": 2 / 3}  # the share of the steps before streams are carried
 STREAM = 100_000  # bytes
 
 
 def grid(asked: Options) -> list[Cell]:
-    """A cell for each model."""
+    """A cell for each model of each size; of the smaller one unless others are asked for."""
     text = books.text_of(asked.data)
     return [
         {
-            "task": "books", "model": name, "steps": asked.steps or asked.pick(3, STEPS),
+            "task": size, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
             "batch": asked.pick(1, BATCH), "length": asked.pick(512, LENGTH),
-            "size": asked.pick((32, 1, 2), SIZE), "out": str(asked.out.resolve()), **text,
+            "size": asked.pick((32, 1, 2), SIZES[size].shape), "out": str(asked.out.resolve()),
+            **text,
         }
-        for name in chosen(asked.models, tuple(ROWS), "model")
+        for size in chosen(asked.only or ("0.8M",), tuple(SIZES), "size")
+        for name in chosen(asked.models, SIZES[size].models, "model")
     ]  # fmt: skip
 
 
@@ -49,13 +67,15 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
     carries = not isinstance(config.mixer, Attention)
-    lm, result = books.trained(cell, config, tell, WINDOWS if carries else 1)
+    streams = WINDOWS if carries else 1
+    lm, result = books.trained(cell, config, tell, streams, ALONE.get(cell["model"], 0))
     lm.eval()
     # attention has half of its window before each byte; a memory is carried through all of them
     read = text.test[None, : STREAM + 1]
     nats = books.surprise(lm, read, (16 if carries else 1) * cell["length"], carried=carries)[0]
     result["tenths"] = [round(float(part.mean()) / math.log(2), 4) for part in nats.chunk(10)]
-    place = Path(cell["out"], "models", f"{cell['model']}-{cell['lr']}-seed{cell['seed']}".lower())
+    name = f"{cell['task']}-{cell['model']}-{cell['lr']}-seed{cell['seed']}".lower()
+    place = Path(cell["out"], "models", name)
     told = f"{result['tokens']:,} bytes of books of Project Gutenberg, `nestlearn reproduce tiny`"
     lm.to(torch.bfloat16).save_pretrained(place, trained=told)
     return books.in_bits(text, result)
@@ -68,21 +88,22 @@ def columns(records: Sequence[Record]) -> list[Column]:
         return lambda record: record.detail.get("tenths", [None] * 10)[which]
 
     return [
-        *books.columns(records),
+        words("size", lambda r: r.task), *books.columns(records),
         mean("first tenth of 100,000 bytes", tenth(0)), mean("last tenth", tenth(-1)),
     ]  # fmt: skip
 
 
 EXPERIMENT = Experiment(
     name="tiny",
-    shows="the weights in the package: a small Hope on books, beside a Transformer",
+    shows="the weights in the package, and larger ones: Hope on books, beside a Transformer",
     price=("~20 hours", "~6 minutes"),
-    takes=("seeds", "steps", "models", "data", "workers", "device"),
+    takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
     grid=grid,
     work=work,
-    rates=(6e-3, 12e-3),
+    rates=lambda cell: SIZES[cell["task"]].rates,
     quick_rates=(0, None),
     seeds=1,
     columns=columns,
+    by=lambda r: (r.task, r.model),
     sources=("experiments/books.py",),
 )

@@ -33,6 +33,7 @@ class TrainConfig:
     learns to go on in streams much longer than its windows. The gradient stays within a step: what
     was carried is data, and start values learn as if the memory were theirs plus a constant. Rows
     start anew at different steps; validation reads every window from the start.
+    stream_from: steps in which every window starts anew all the same, before streams are carried.
     accumulate: parts that a step's batch is read in, one after another, for want of memory.
     parallel: with several processes, "ddp" (each holds the whole model), "fsdp" (each a part of it)
     or "auto" (ddp, unless that would fill half of a card). profile: trace a few steps. batch is
@@ -56,6 +57,7 @@ class TrainConfig:
     device: str = "auto"
     cuda_graph: bool = True
     stream: int = 1
+    stream_from: int = 0
     accumulate: int = 1
     parallel: str = "auto"
     profile: bool = False
@@ -64,6 +66,7 @@ class TrainConfig:
         for name in _COUNTS:
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, name, value, "an integer of 1 or more")
+        require(self.stream_from >= 0, "stream_from", self.stream_from, "0 or more steps")
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
         shorter = f"at most steps={self.steps}, e.g. warmup={self.steps // 10}"
         require(self.warmup <= self.steps, "warmup", self.warmup, shorter)

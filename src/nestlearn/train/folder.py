@@ -41,7 +41,8 @@ MAY_CHANGE = frozenset(
     }
 )
 _MAY_MOVE = frozenset({"name", "files", "skipped_files"})  # the corpus' sha256 is what counts
-_ADDED = {"stream": 1}  # settings that older runs lack, with the value that they ran with
+# settings that older runs lack, with the value that they ran with
+_ADDED = {"stream": 1, "stream_from": 0}
 _RUN_FILES = ("config.json", "log.jsonl", "checkpoints", "model")
 _STALE = re.compile(r"\.(config\.json|log\.jsonl|loss\.png|model|step-\d+)\.[0-9a-f]{8}\.tmp")
 _log = logging.getLogger("nestlearn")

@@ -86,7 +86,8 @@ def train(
         try:
             while step < config.steps:
                 began, ids = time.perf_counter(), _begun(run, corpus, config, step, ranks)
-                loss = gradients(ids.to(device), restarts(step, config.batch, config.stream))
+                anew = restarts(step, config.batch, config.stream) | (step < config.stream_from)
+                loss = gradients(ids.to(device), anew)
                 record = _update(model, run, corpus, config, step, loss, ranks, began)
                 step += 1
                 record |= _validate(model, corpus, windows, config, ranks, step)
