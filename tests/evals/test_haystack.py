@@ -72,6 +72,18 @@ def test_rows_have_exact_lengths_and_mark_answers_that_were_told(length, dense):
                 assert f"is: {value}." in bytes(row.ids[:begin]).decode(errors="ignore")
 
 
+def test_rows_to_train_on_have_numbers_in_the_haystack_and_questions_have_none():
+    plain, rng = as_bytes(b"No digit is told here, on any page. " * 999), np.random.default_rng(0)
+    held = [ruler.numbered(plain[:4096], rng) for _ in range(20)]
+    numbers = [(hay >= 48) & (hay < 58) for hay in held]
+    assert all(((hay != plain[:4096]) == there).all() for hay, there in zip(held, numbers))
+    counts = [int(there.sum()) for there in numbers]
+    assert min(counts) < 20 < 150 < max(counts) <= 64 * 7
+    asked = ruler.sample("S-NIAH-2", 4096, WORDS, plain, 0)
+    told = asked.text.decode().replace(asked.answers[0], "").split("number")
+    assert not any(c.isdigit() for part in told for c in part[40:])  # beyond a key of the tests
+
+
 def test_a_drill_asks_for_what_stands_there_again():
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -57,7 +57,8 @@ class Here(Elsewhere):
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("table1", "Hope"), ("reach", "DeltaNet, shut"), ("fig9", "Transformer")]
+    ("name", "model"),
+    [("table1", "Hope"), ("reach", "DeltaNet, shut below 0.2"), ("fig9", "Transformer")],
 )
 def test_it_trains_asks_and_draws(folder, tmp_path, monkeypatch, name, model):
     monkeypatch.setattr(recall, "Elsewhere", Here)

@@ -21,6 +21,7 @@ NAMES = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH") 
 HELD = 5  # one word in so many is for tests
 GAP = 24  # newlines, at most, before a question
 SAID = 56  # bytes, at most, of an answer
+DIGITS = 7  # of a number
 ROOM = 192  # bytes, about, of a needle and a question
 
 
@@ -60,7 +61,9 @@ def _made(
     task: Task, length: int, words: Words, text: Bytes, rng: np.random.Generator, *,
     depth: float | None = None, ahead: bool = False, gap: int | None = None,
 ) -> Asked:  # fmt: skip
-    """gap: newlines before the question, which then counts, with its answer, in the length."""
+    """gap: newlines before the question, which then counts, with its answer, in the length; a row
+    to train on, with decoys.
+    """
     keys = draw_keys(rng, words, task.keys)
     values = [[draw_value(rng, task.value) for _ in range(task.values)] for _ in keys]
     asked = sorted(int(i) for i in rng.permutation(len(keys))[: task.queries])
@@ -81,14 +84,27 @@ def _made(
     ending = f"{chr(10) * (gap or 1)}{question}".encode()
     rest = 0 if gap is None else len(ending) + len(said(answers))
     size = length - len(head) - _size(pieces) - rest
-    found, depths = hide(_hay(task.haystack == "noise", size, text, rng), pieces)
+    found, depths = hide(_hay(task.haystack == "noise", size, text, rng, gap is not None), pieces)
     return Asked(head + found.ids.tobytes(), ending, answers, depths)
 
 
-def _hay(noise: bool, size: int, text: Bytes, rng: np.random.Generator) -> Bytes:
+def _hay(noise: bool, size: int, text: Bytes, rng: np.random.Generator, decoys: bool) -> Bytes:
     if size < 0:
         raise ValueError(f"no room for the needles and the question: give {-size} bytes more")
-    return repeated(NOISE, size) if noise else cut(text, size, rng)
+    hay = repeated(NOISE, size) if noise else cut(text, size, rng)
+    return numbered(hay, rng) if decoys else hay
+
+
+def numbered(hay: Bytes, rng: np.random.Generator) -> Bytes:
+    """The haystack with some of its words overwritten by numbers, up to one in 64 bytes: a book has
+    few, so a memory would learn late that a number alone is no needle.
+    """
+    found, spaces = hay.copy(), np.flatnonzero(hay[:-DIGITS] == 32)
+    count = int(rng.random() ** 2 * len(hay) / 64)
+    for at in rng.permutation(spaces)[:count]:
+        size = int(rng.integers(1, DIGITS + 1))
+        found[at + 1 : at + 1 + size] = rng.integers(48, 58, size)
+    return found
 
 
 def _size(pieces: Sequence[Piece]) -> int:
@@ -151,7 +167,7 @@ def _dense(length: int, words: Words, text: Bytes, rng: np.random.Generator) -> 
         if _size(pieces) > length:
             raise ValueError(f"length={length}: no room for a needle and a question")
     noise = rng.random() < 0.3
-    return hide(_hay(noise, length - _size(pieces), text, rng), pieces)[0]
+    return hide(_hay(noise, length - _size(pieces), text, rng, True), pieces)[0]
 
 
 def _drawn(rng: np.random.Generator, length: int) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from nestlearn.experiments.experiment import Cell, Options, Tell
 from nestlearn.experiments.lessons import Lesson
 
 NAMES = ("S-NIAH-1", "S-NIAH-2")
-MODELS = ("DeltaNet", "DeltaNet, shut")
+MODELS = ("DeltaNet", *(name for name in recall.ROWS if "shut" in name))
 SIZE, STEPS, RATE = (96, 3, 2), 1000, 6e-3  # width, layers, heads; steps of 8,192 bytes
 DENSE, SAMPLES = 0.3, 4  # fewer needles and more of a haystack than in table 1; fewer texts
 LESSONS = (
