@@ -26,6 +26,8 @@ from nestlearn.captured import Captured
 from nestlearn.evals.haystack import Row
 from nestlearn.experiments.asked import autocast
 from nestlearn.experiments.cells import PLACES, Cell, Tell
+from nestlearn.layers.linear import StaticProjections
+from nestlearn.layers.parts import BiasedLinear
 from nestlearn.models.hope import HopeLM
 from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig, learning_rate
@@ -55,8 +57,9 @@ Make = Callable[[Lesson, np.random.Generator], Row]
 def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     """Train the cell's model in place, or read what an earlier call has left of it.
 
-    cell: lessons, steps, language (the weight of the loss of bytes that answer nothing), lr, seed,
-    device, out, and all else that the training depends on.
+    cell: lessons, steps, language (the weight of the loss of bytes that answer nothing), writes
+    (that of the mean step of a DeltaNet), lr, seed, device, out, and all else that the training
+    depends on.
     """
     device = resolve_device(cell["device"])
     model.to(device).train()
@@ -74,7 +77,7 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     else:
         folder.start()
         step, log = 0, []
-    update, saved = _Update(model, cell["language"], device), max(1, steps // 20)
+    update, saved = _Update(model, cell["language"], cell["writes"], device), max(1, steps // 20)
     with ThreadPoolExecutor(1) as pool:
         batches = _Batches(make, lessons, cell["seed"], pool)
         while step < steps:
@@ -178,10 +181,17 @@ class _Batches:
 class _Update:
     """Loss, with gradients in `.grad`, and the share of the answers' bytes that are right; on CUDA
     one graph for each shape.
+
+    writes: what a step costs, also one that a lower limit makes none. A gate that is just below it
+    costs no answer, and another book opens it.
     """
 
-    def __init__(self, model: HopeLM, language: float, device: torch.device) -> None:
-        self.model, self.language, self.device = model, language, device
+    def __init__(self, model: HopeLM, language: float, writes: float, device: torch.device) -> None:
+        self.model, self.language, self.writes, self.device = model, language, writes, device
+        self.steps: list[Tensor] = []
+        for layer in model.modules():
+            if writes and isinstance(layer, StaticProjections):
+                layer.gates.register_forward_hook(self._see)
         self.graphs: dict[tuple[int, ...], Captured] = {}
         self.right = torch.zeros((), device=device)
 
@@ -193,9 +203,15 @@ class _Update:
             self.graphs[shape] = Captured(self.model, self._run, ids, asked)
         return self.graphs[shape](ids, asked), self.right
 
+    def _see(self, gates: nn.Module, _: Any, out: Tensor) -> None:
+        if torch.is_grad_enabled():
+            assert isinstance(gates, BiasedLinear)
+            self.steps.append(out[..., : gates.heads].sigmoid().mean())
+
     def _run(self, ids: Tensor, asked: Tensor) -> Tensor:
         for parameter in self.model.parameters():
             parameter.grad = None
+        self.steps.clear()
         with autocast(self.device):
             logits, _ = self.model(ids[:, :-1])
         target, answer = ids[:, 1:], asked[:, 1:].float()
@@ -203,7 +219,8 @@ class _Update:
         count = answer.sum().clamp(min=1)
         rest = (1 - answer) / (1 - answer).sum().clamp(min=1)
         loss = (nats * (answer / count + self.language * rest)).sum()
-        loss.backward()
+        cost = self.writes * torch.stack(self.steps).mean() if self.steps else 0.0
+        (loss + cost).backward()
         with torch.no_grad():
             self.right.copy_(((logits.argmax(-1) == target) * answer).sum() / count)
         return loss.detach()

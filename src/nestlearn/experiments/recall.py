@@ -51,6 +51,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "Transformer": {},
 } | _SHUT
 ROWS = {name: families(name)[name] | own for name, own in _OWN.items()}
+# What the mean step costs in training: without, many steps of a book stay just below the limit.
+WRITES = {name: 1.0 for name in _SHUT if "DeltaNet" in name}
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
@@ -76,7 +78,8 @@ def cells(
             "lessons": asked.pick(*lessons), "setting": " ".join(names),
             "lengths": asked.pick([short], [known[length] for length in names]),
             "validated": asked.pick(short, lengths[0]), "out": str(asked.out.resolve()),
-            "steps": asked.steps or asked.pick(4, STEPS), "language": LANGUAGE, **text, **own,
+            "steps": asked.steps or asked.pick(4, STEPS), "language": LANGUAGE,
+            "writes": WRITES.get(name, 0.0), **text, **own,
         }
         for name in chosen(asked.models, tuple(ROWS), "model")
     ]  # fmt: skip
