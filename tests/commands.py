@@ -129,18 +129,19 @@ FORMS: dict[str, Form] = {
         )
         for name in ("table1", "fig9", "reach")
     },
-    "nestlearn reproduce reach --data FOLDER --only 4,096 --only 65,536 --only 1,048,576 "
-    '--models "DeltaNet, shut below 0.2"': Form(why="an hour and a quarter on one core"),
-    "nestlearn reproduce reach --data FOLDER --only 4,096 --only 65,536 --models DeltaNet": Form(
-        why="three quarters of an hour on one core"
-    ),
+    "nestlearn reproduce reach --data FOLDER --device cuda --workers 6 --only 4,096 --only 65,536 "
+    "--only 1,048,576": Form(why="needs a GPU"),
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
     "--device cuda --workers 5": Form(why="needs a GPU"),
-    "nestlearn reproduce table1 --data FOLDER --models DeltaNet --steps 1500 --only 4,096 "
-    "--device cuda --workers 2": Form(why="needs a GPU"),
-    "nestlearn reproduce tiny --data FOLDER --device cuda --workers 4": Form(
+    "nestlearn reproduce table1 --data FOLDER --device cuda --steps 1500 --only 4,096 "
+    '--only 65,536 --only 1,048,576 --models "DeltaNet, shut below 0.2" --models DeltaNet '
+    "--models Transformer": Form(why="needs a GPU"),
+    "nestlearn reproduce tiny --data FOLDER --device cuda --workers 6": Form(
         reproduced("tiny", "--data {data}/gutenberg"), needs="{data}/gutenberg/valid.txt.xz"
+    ),
+    "nestlearn reproduce tiny --data FOLDER --device cuda --workers 3 --only 10M": Form(
+        why="needs a GPU"
     ),
     "nestlearn reproduce language --seeds 3": Form(reproduced("language", "--seeds 1")),
     "nestlearn reproduce frontier --data ../shared/data --only novel": Form(

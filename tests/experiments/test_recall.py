@@ -102,8 +102,9 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):
         return ruler.drill(lesson.length + 1, words, rng)
 
     cell = {
-        "model": "DeltaNet", "size": (16, 1, 2), "steps": 24, "language": 0.1, "writes": 0.5, "lr": 1e-2,
-        "seed": 0, "device": "cpu", "lessons": [Lesson(32, 2, 1.0, 0.5), Lesson(96, 2, 1.0, 1.0)],
+        "model": "DeltaNet", "size": (16, 1, 2), "steps": 24, "language": 0.1, "writes": 0.5,
+        "lessons": [Lesson(32, 2, 1.0, 0.5), Lesson(96, 2, 1.0, 1.0)],
+        "lr": 1e-2, "seed": 0, "device": "cpu",
     }  # fmt: skip
     whole, told = recall.trained({**cell, "out": tmp_path / "whole"}, make, lambda *_: None)
     assert {lesson for _, lesson, _ in told["curve"]} == {0, 1}

@@ -55,6 +55,10 @@ Windows = Annotated[
         )
     ),
 ]
+WindowsFrom = Annotated[
+    int,
+    _training(help="Steps in which every window starts anew all the same, before --stream begins."),
+]
 Rate = Annotated[float, _training(help="The peak learning rate.")]
 Seed = Annotated[int, _training(help="Of weights, batches and split.")]
 DtypeName = Annotated[Literal["float32", "bfloat16"], _training(help="bfloat16 is autocast.")]
