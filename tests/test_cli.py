@@ -60,7 +60,7 @@ def test_help_names_every_option(call):
 def test_defaults_are_those_of_the_library():
     given = inspect.signature(cli.training.train).parameters
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in given]
-    assert len(fields) == 12
+    assert len(fields) == 13
     for field in fields:
         assert given[field.name].default == field.default, field.name
 
