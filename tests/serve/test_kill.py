@@ -55,6 +55,9 @@ def test_what_was_saved_survives_a_kill(tmp_path, server):
                     os.kill(child.pid, signal.SIGKILL)
     child.join()
     assert len(saved) >= 5
+    written = [tmp_path / "mine", *(tmp_path / "mine").rglob("*")]
+    assert len(written) > 3
+    assert not any(path.stat().st_mode & 0o077 for path in written)  # this account's alone
     there = Session(stacked(), tmp_path / "mine", Bytes(), read_only=True)
     position = there.memory.position
     assert saved[-1] <= position < len(TEXT * 40)

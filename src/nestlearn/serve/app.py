@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -109,6 +110,7 @@ def run(
     ready: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Serve until Ctrl-C or a TERM signal. ready: called with the URL once requests are taken.
+    Files that are written meanwhile belong to this account alone.
 
     ValueError for an address that others reach, without tokens; OSError for a port that is taken.
     """
@@ -138,5 +140,9 @@ def run(
         server_header=False, timeout_keep_alive=30, limit_concurrency=2048, backlog=512,
         timeout_graceful_shutdown=10, h11_max_incomplete_event_size=2**16,
     )  # fmt: skip
-    with listening:
-        Server(config).run([listening])
+    usual = os.umask(0o077)  # a memory holds what was read: no other account may open its files
+    try:
+        with listening:
+            Server(config).run([listening])
+    finally:
+        os.umask(usual)
