@@ -129,8 +129,8 @@ FORMS: dict[str, Form] = {
         )
         for name in ("table1", "fig9", "reach")
     },
-    "nestlearn reproduce reach --data FOLDER --device cuda --workers 6 --only 4,096 --only 65,536 "
-    "--only 1,048,576": Form(why="needs a GPU"),
+    "nestlearn reproduce reach --data FOLDER --seeds 3 --device cuda --workers 6 --only 4,096 "
+    "--only 65,536 --only 1,048,576": Form(why="needs a GPU"),
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
     "--device cuda --workers 5": Form(why="needs a GPU"),

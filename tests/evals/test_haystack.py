@@ -1,5 +1,7 @@
 """Facts in haystacks of bytes: exact lengths, facts in their places, nothing shared with tests."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -72,7 +74,15 @@ def test_rows_have_exact_lengths_and_mark_answers_that_were_told(length, dense):
                 assert f"is: {value}." in bytes(row.ids[:begin]).decode(errors="ignore")
 
 
-def test_rows_to_train_on_have_numbers_in_the_haystack_and_questions_have_none():
+@pytest.mark.parametrize("dense", [0.0, 1.0])
+def test_rows_to_train_on_have_numbers_in_the_haystack(dense):
+    plain, rng = as_bytes(b"No digit is told here, on any page. " * 999), np.random.default_rng(0)
+    rows = [bytes(ruler.row(4097, WORDS, plain, rng, dense).ids) for _ in range(20)]
+    # in a word of the book, where neither a needle nor a question has one
+    assert sum(bool(re.search(rb"No \d|digit \d|told \d|on any \d", row)) for row in rows) > 8
+
+
+def test_questions_have_none():
     plain, rng = as_bytes(b"No digit is told here, on any page. " * 999), np.random.default_rng(0)
     held = [ruler.numbered(plain[:4096], rng) for _ in range(20)]
     numbers = [(hay >= 48) & (hay < 58) for hay in held]

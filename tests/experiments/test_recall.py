@@ -14,7 +14,8 @@ from nestlearn.evals.haystack import Asked
 from nestlearn.evals.needles import Words
 from nestlearn.experiments import recall, runner
 from nestlearn.experiments.asked import SHAPED, Elsewhere, answers, read
-from nestlearn.experiments.lessons import Lesson
+from nestlearn.experiments.lessons import Lesson, _Update
+from nestlearn.layers.linear import StaticProjections
 from nestlearn.models.hope import HopeLM
 
 STORY = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n"
@@ -93,6 +94,24 @@ def test_states_of_windows_have_the_bytes_of_hope():
         kept = config.mixer.window + recall.SINKS
         cache = 2 * kept * 64 * 3 * recall.CACHED
         assert cache + recall._bytes(config) == pytest.approx(of, rel=0.01)
+
+
+def test_a_step_costs_what_it_is_told_to():
+    """Gates hear of it, and nothing else."""
+    torch.manual_seed(0)
+    ids, asked = torch.randint(0, 99, (2, 33)), torch.ones(2, 33, dtype=torch.bool)
+    found = {}
+    for writes in (0.0, 1.0, 3.0):
+        torch.manual_seed(0)
+        lm = HopeLM(recall.config_of("DeltaNet, shut below 0.2", (16, 1, 2)))
+        _Update(lm, 0.1, writes, torch.device("cpu"))(ids, asked)
+        (gates,) = [m.gates for m in lm.modules() if isinstance(m, StaticProjections)]
+        found[writes] = gates.bias.grad[:2]
+    once, thrice = found[1.0] - found[0.0], found[3.0] - found[0.0]
+    assert (once > 0.01).all()  # of sigmoid(0): 1/4, of two heads
+    torch.testing.assert_close(thrice, 3 * once)
+    with pytest.raises(AssertionError, match="static projections"):
+        _Update(HopeLM(recall.config_of("Hope", (16, 1, 2))), 0.1, 1.0, torch.device("cpu"))
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):

@@ -127,8 +127,9 @@ def test_streams_may_begin_later():
     losses = [[r["loss"] for r in log] for log in logs]
     assert losses[1][:4] == losses[2][:4] != losses[0][:4]
     assert losses[1][4:] != losses[2][4:]
-    with pytest.raises(ValueError, match=r"stream_from=-1"):
-        dataclasses.replace(STREAM, stream_from=-1)
+    for wrong in ({"stream_from": -1}, {"stream_from": 4, "stream": 1}):
+        with pytest.raises(ValueError, match=r"stream_from=.* more than 1 window"):
+            dataclasses.replace(STREAM, **wrong)
 
 
 def test_every_place_of_a_stream_is_drawn_and_a_short_text_is_refused():

@@ -189,9 +189,10 @@ class _Update:
     def __init__(self, model: HopeLM, language: float, writes: float, device: torch.device) -> None:
         self.model, self.language, self.writes, self.device = model, language, writes, device
         self.steps: list[Tensor] = []
-        for layer in model.modules():
-            if writes and isinstance(layer, StaticProjections):
-                layer.gates.register_forward_hook(self._see)
+        layers = [m for m in model.modules() if isinstance(m, StaticProjections)] if writes else []
+        assert layers or not writes, "only the steps of static projections are seen"
+        for layer in layers:
+            layer.gates.register_forward_hook(self._see)
         self.graphs: dict[tuple[int, ...], Captured] = {}
         self.right = torch.zeros((), device=device)
 

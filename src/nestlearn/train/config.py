@@ -66,7 +66,9 @@ class TrainConfig:
         for name in _COUNTS:
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, name, value, "an integer of 1 or more")
-        require(self.stream_from >= 0, "stream_from", self.stream_from, "0 or more steps")
+        later = "0 or more steps, with a stream of more than 1 window"
+        ok = self.stream_from >= 0 and (self.stream > 1 or not self.stream_from)
+        require(ok, "stream_from", self.stream_from, later)
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
         shorter = f"at most steps={self.steps}, e.g. warmup={self.steps // 10}"
         require(self.warmup <= self.steps, "warmup", self.warmup, shorter)
