@@ -53,21 +53,11 @@ def train(
     from nestlearn.train import train as run
 
     config = TrainConfig(
-        steps=steps,
-        batch=batch,
-        length=length,
-        stream=stream,
-        stream_from=stream_from,
-        lr=lr,
-        warmup=min(TrainConfig.warmup, max(steps, 0) // 10),
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        parallel=parallel,
-        accumulate=accumulate,
-        checkpoint_every=checkpoint_every,
+        steps=steps, batch=batch, length=length, stream=stream, stream_from=stream_from, lr=lr,
+        warmup=min(TrainConfig.warmup, max(steps, 0) // 10), seed=seed, dtype=dtype, device=device,
+        parallel=parallel, accumulate=accumulate, checkpoint_every=checkpoint_every,
         profile=profile,
-    )
+    )  # fmt: skip
     with processes.joined(device) as ranks:
         if processes.restarted():  # perhaps before anything was written
             resume = ranks.first_says((out / "config.json").is_file)

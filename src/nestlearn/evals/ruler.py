@@ -96,8 +96,9 @@ def _hay(noise: bool, size: int, text: Bytes, rng: np.random.Generator, decoys: 
 
 
 def numbered(hay: Bytes, rng: np.random.Generator) -> Bytes:
-    """The haystack with some of its words overwritten by numbers, up to one in 64 bytes: a book has
-    few, so a memory would learn late that a number alone is no needle.
+    """The haystack with numbers over some of its bytes, each after a space, up to one in 64 bytes.
+
+    A book has few, so a memory would learn late that a number alone is no needle.
     """
     found, spaces = hay.copy(), np.flatnonzero(hay[:-DIGITS] == 32)
     count = int(rng.random() ** 2 * len(hay) / 64)

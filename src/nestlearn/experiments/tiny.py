@@ -51,6 +51,8 @@ STREAM = 100_000  # bytes
 def grid(asked: Options) -> list[Cell]:
     """A cell for each model of each size; of the smaller one unless others are asked for."""
     text = books.text_of(asked.data)
+    sizes = chosen(asked.only or ("0.8M",), tuple(SIZES), "size")
+    models = chosen(asked.models, [n for size in sizes for n in SIZES[size].models], "model")
     return [
         {
             "task": size, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
@@ -58,9 +60,9 @@ def grid(asked: Options) -> list[Cell]:
             "size": asked.pick((32, 1, 2), SIZES[size].shape), "out": str(asked.out.resolve()),
             **text,
         }
-        for size in chosen(asked.only or ("0.8M",), tuple(SIZES), "size")
-        for name in chosen(asked.models, tuple(ROWS), "model")
-        if name in SIZES[size].models
+        for size in sizes
+        for name in SIZES[size].models
+        if name in models
     ]  # fmt: skip
 
 

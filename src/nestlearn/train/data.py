@@ -224,13 +224,13 @@ class Corpus:
         }
 
 
-def restarts(step: int, batch: int, stream: int) -> torch.Tensor:
-    """Return which rows of `Corpus.batch` start a new stream at this step, bool [batch].
+def restarts(step: int, batch: int, stream: int, first: int = 0) -> torch.Tensor:
+    """Return which rows of `Corpus.batch` start anew at this step, bool [batch].
 
-    At step 0 all do, then about batch / stream rows at every step.
+    At step 0 and before step `first` all do, then about batch / stream rows at every step.
     """
     anew = [(step + _stagger(row, batch, stream)) % stream == 0 for row in range(batch)]
-    return torch.tensor(anew) if step else torch.ones(batch, dtype=torch.bool)
+    return torch.tensor(anew) | (step < max(1, first))
 
 
 def _stagger(row: int, batch: int, stream: int) -> int:

@@ -86,8 +86,7 @@ def train(
         try:
             while step < config.steps:
                 began, ids = time.perf_counter(), _begun(run, corpus, config, step, ranks)
-                anew = restarts(step, config.batch, config.stream) | (step < config.stream_from)
-                loss = gradients(ids.to(device), anew)
+                loss = gradients(ids.to(device), _anew(config, step))
                 record = _update(model, run, corpus, config, step, loss, ranks, began)
                 step += 1
                 record |= _validate(model, corpus, windows, config, ranks, step)
@@ -172,6 +171,10 @@ def _other_than_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 def _batch(corpus: Corpus, config: TrainConfig, step: int) -> torch.Tensor:
     return corpus.batch(step, config.batch, config.length, config.seed, config.stream)
+
+
+def _anew(config: TrainConfig, step: int) -> torch.Tensor:
+    return restarts(step, config.batch, config.stream, config.stream_from)
 
 
 def _begun(
