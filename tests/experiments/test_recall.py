@@ -12,7 +12,7 @@ from nestlearn import state as tree
 from nestlearn.evals import ruler
 from nestlearn.evals.haystack import Asked
 from nestlearn.evals.needles import Words
-from nestlearn.experiments import recall, runner
+from nestlearn.experiments import books, recall, runner
 from nestlearn.experiments.asked import SHAPED, Elsewhere, answers, read
 from nestlearn.experiments.lessons import Lesson, _Update
 from nestlearn.layers.linear import StaticProjections
@@ -88,12 +88,12 @@ def test_another_process_answers_as_this_one_does(tmp_path):
 def test_states_of_windows_have_the_bytes_of_hope():
     with torch.device("meta"):
         hope = HopeLM(recall.config_of("Hope", (64, 3, 2)))
-    of = recall._bytes(hope.config)
+    of = books.state_bytes(hope.config)
     for name in ("Transformer", "Hope-Attention"):
         config = recall.config_of(name, (64, 3, 2))
-        kept = config.mixer.window + recall.SINKS
-        cache = 2 * kept * 64 * 3 * recall.CACHED
-        assert cache + recall._bytes(config) == pytest.approx(of, rel=0.01)
+        kept = config.mixer.window + books.SINKS
+        cache = 2 * kept * 64 * 3 * books.CACHED
+        assert cache + books.state_bytes(config) == pytest.approx(of, rel=0.01)
 
 
 def test_a_step_costs_what_it_is_told_to():

@@ -66,6 +66,10 @@ AnyDevice = Annotated[str, _training(help="auto, cpu, cuda, cuda:1, mps")]
 Accumulate = Annotated[
     int, _training(min=1, help="Parts that a step's batch is read in, for want of memory.")
 ]
+Remat = Annotated[
+    bool,
+    _training("--remat", help="Compute memories again in the backward pass: less memory, slower."),
+]
 Parallel = Annotated[
     Literal["auto", "ddp", "fsdp"],
     _training(

@@ -37,6 +37,7 @@ def train(
     device: options.AnyDevice = "auto",
     parallel: options.Parallel = "auto",
     accumulate: options.Accumulate = 1,
+    remat: options.Remat = False,
     checkpoint_every: options.CheckpointEvery = 100,
     profile: options.Profile = False,
 ) -> None:
@@ -63,7 +64,7 @@ def train(
             resume = ranks.first_says((out / "config.json").is_file)
         say = _say if ranks.first else lambda *_: None
         corpus = load_text(data, tokenizer=tokenizer, seed=seed)
-        model = _new_model(corpus, size, mixer, channel, seed)
+        model = _new_model(corpus, seed, size, mixer=mixer, channel=channel, remat=remat)
         _introduce(corpus, model, say)
         try:
             _conclude(run(model, corpus, config, out, resume=resume), out, say)
@@ -80,14 +81,13 @@ def _conclude(log: list[dict[str, Any]], out: Path, say: Callable[..., None]) ->
     say(f'The model is in {out / "model"}. Try: nestlearn generate {out} --prompt "..."', "green")
 
 
-def _new_model(corpus: Corpus, size: str, mixer: str, channel: str, seed: int) -> Any:
+def _new_model(corpus: Corpus, seed: int, size: str, **parts: Any) -> Any:
     import torch
 
     from nestlearn.models.hope import HopeConfig, HopeLM
 
     torch.manual_seed(seed)
-    config = HopeConfig.size(size, vocab_size=corpus.vocab_size, mixer=mixer, channel=channel)
-    return HopeLM(config)
+    return HopeLM(HopeConfig.size(size, vocab_size=corpus.vocab_size, **parts))
 
 
 def _introduce(corpus: Corpus, model: Any, say: Callable[..., None]) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestlearn import state as tree
 from nestlearn.evals import Record
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.figures import Along
@@ -37,6 +38,7 @@ from nestlearn.experiments.tables import (
 )
 from nestlearn.experiments.tables import model as name
 from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.options import Attention
 from nestlearn.train import Corpus, TrainConfig, evaluate, train
 
 BOOKS = ("train-0.txt.xz", "valid.txt.xz", "test.txt.xz")
@@ -44,6 +46,7 @@ BYTES = 256
 STRETCH = 4  # the second measurement: windows so many times longer than the trained ones
 NEAR, FAR = "bits a byte at the trained length", "at four times it"
 STREAMS = (100_000, 1_000_000)  # bytes
+SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
 TAUGHT = 20_000_000  # bytes of the training books from which the pieces are found
 
 
@@ -108,6 +111,22 @@ def sized(
     base = HopeConfig(vocabulary, dim=size[0], layers=size[1], heads=size[2])
     config = replace(base, **change)
     return config if config == base else with_parameters(config, parameter_count(base))
+
+
+def bounded(config: HopeConfig, hope: HopeConfig) -> HopeConfig:
+    """The configuration, in which attention sees a window, and sinks, so many that its state has
+    the bytes of that of `hope`.
+    """
+    if not isinstance(config.mixer, Attention):
+        return config
+    room = state_bytes(hope) - state_bytes(config)
+    window = room // (2 * config.dim * config.layers * CACHED) - SINKS
+    return replace(config, mixer=replace(config.mixer, window=max(1, window), sinks=SINKS))
+
+
+def state_bytes(config: HopeConfig) -> int:
+    with torch.device("meta"):
+        return tree.nbytes(HopeLM(config).init_state(1))
 
 
 def windows(model: str) -> int:
@@ -208,22 +227,34 @@ def curve_of(axis: int, column: int) -> Callable[[Record], Along]:
 
 
 @torch.no_grad()
-def surprise(model: HopeLM, ids: Tensor, length: int, *, carried: bool = True) -> Tensor:
-    """Nats [B, T − 1] of every token of texts [B, T] after the first, read in pieces of `length`
-    with the memory carried; or in windows of that length, of which half is read again each time, so
-    that every token has at least half of it before it.
+def surprise(model: HopeLM, ids: Tensor, length: int) -> Tensor:
+    """Nats [B, T] of every token of texts [B, T + 1] after the first, read in pieces of `length`
+    with the state carried.
     """
     device = next(model.parameters()).device
     state, parts = None, []
-    step = length if carried else length // 2
-    for a in range(0, ids.shape[1] - 1, step):
-        first = a if carried else max(0, a + step - length)
-        part = ids[:, first : a + step + 1].long().to(device)
+    for a in range(0, ids.shape[1] - 1, length):
+        part = ids[:, a : a + length + 1].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits, state = model(part[:, :-1], state if carried else None)
-        loss = F.cross_entropy(logits.mT.float(), part[:, 1:], reduction="none")
-        parts.append(loss[:, a - first :].cpu())
+            logits, state = model(part[:, :-1], state)
+        parts.append(F.cross_entropy(logits.mT.float(), part[:, 1:], reduction="none").cpu())
     return torch.cat(parts, 1)
+
+
+def anew(model: HopeLM, ids: Tensor, length: int) -> Tensor:
+    """Nats [B, T] as `surprise`, read in windows of `length` that start anew, of which half is read
+    again, so that every token has at least half a window before it.
+    """
+    B, T, half = len(ids), ids.shape[1] - 1, length // 2
+    if length >= T:
+        return surprise(model, ids, length)
+    windows = ids.unfold(1, length + 1, half)
+    windows = torch.cat([windows, ids[:, None, -length - 1 :]], 1)
+    nats = torch.cat([surprise(model, some, length) for some in windows.flatten(0, 1).split(16)])
+    nats = nats.view(B, -1, length)
+    known = torch.cat([nats[:, 0, :half], nats[:, :-1, half : 2 * half].flatten(1)], 1)
+    rest = T - known.shape[1]
+    return torch.cat([known, nats[:, -1, length - rest :]], 1)
 
 
 def stream(model: HopeLM, ids: Tensor, length: int) -> dict[str, Any]:
@@ -239,8 +270,8 @@ def stream(model: HopeLM, ids: Tensor, length: int) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         windows = ids[: total + 1].unfold(0, length + 1, length).split(16)
-        anew = [surprise(model, some, length).flatten() for some in windows]
-        rows = (surprise(model, ids[None, : total + 1], 16 * length)[0], torch.cat(anew))
+        apart = [surprise(model, some, length).flatten() for some in windows]
+        rows = (surprise(model, ids[None, : total + 1], 16 * length)[0], torch.cat(apart))
         tenths = [[round(float(t.mean()), 4) for t in row.chunk(10)] for row in rows]
         out[str(total)] = {"carried": tenths[0], "anew": tenths[1]}
         if device.type == "cuda":

@@ -3,15 +3,17 @@
     nestlearn reproduce fig10 --data FOLDER
 
 FOLDER as in `nestlearn.experiments.books`. Models train on windows of LENGTH, or on streams of 8 of
-them with the memory carried, and read the test books as streams. A Transformer reads windows of its
-trained length, of which half is read again each time. A token's place is that in its stream; the
-figure has the mean loss between each power of two and the next.
+them with the memory carried. They read the test books twice: as streams with the state carried, and
+"in windows" of the trained length, of which half is read again each time. On a stream attention
+sees a window and four sinks, with the bytes of Hope's state. A token's place is that in its stream;
+the figure has the mean loss between each power of two and the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,12 @@ from nestlearn.experiments import books
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.models import families
-from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
+from nestlearn.experiments.tables import RATE, SEEDS, mean, metric, model
 from nestlearn.models.hope import HopeLM
-from nestlearn.options import Attention
 
 ROWS = families(
-    "Hope", "Hope, streams of 8 windows", "DeltaNet with levels",
-    "DeltaNet with levels, streams of 8 windows", "Transformer",
+    "Hope", "Hope, streams of 8 windows", "DeltaNet with levels, streams of 8 windows",
+    "Hope-Attention", "Transformer",
 )  # fmt: skip
 SIZE, STEPS, BATCH, LENGTH = (320, 7, 5), 600, 16, 2048
 LENGTHS = {"131,072": (131_072, 8), "1,000,000": (1_000_000, 1)}  # tokens, and texts of so many
@@ -53,33 +54,35 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     config = books.sized(ROWS[cell["model"]], cell["size"])
     text = books.read(Path(cell["folder"]))
     lm, result = books.trained(cell, config, tell, books.windows(cell["model"]))
-    found = {
-        name: places(lm, text.test, total, count, cell["length"])
-        for name, (total, count) in cell["streams"].items()
+    reader = HopeLM(books.bounded(config, books.sized({}, cell["size"]))).to(cell["device"])
+    reader.load_state_dict(lm.state_dict())
+    ways = {
+        "": partial(books.surprise, reader.eval()),
+        ", in windows": partial(books.anew, lm.eval()),
     }
-    last = {name: per_place[-1][1] for name, per_place in found.items()}
     return result | {
-        "places": found, "scores": last,
-        "headline": ", ".join(f"{value:.3f} at {name}" for name, value in last.items()),
+        "models": {
+            cell["model"] + way: measured(read, text, cell) for way, read in ways.items()
+        },
     }  # fmt: skip
 
 
-def places(lm: HopeLM, ids: Tensor, total: int, count: int, length: int) -> list[list[float]]:
-    """[place, nats a token] for each doubling of the place in `count` texts of `total` tokens."""
-    lm.eval()
-    starts = [i * (len(ids) - total - 1) // max(1, count - 1) for i in range(count)]
-    rows = torch.stack([ids[a : a + total + 1] for a in starts])
-    carried = not isinstance(lm.config.mixer, Attention)
-    nats = books.surprise(lm, rows, length, carried=carried).mean(0)
-    edges = [0, *(FIRST * 2**i for i in range(math.ceil(math.log2(total / FIRST)))), total]
-    return [[float(b), float(nats[a:b].mean())] for a, b in pairwise(edges)]
+def measured(read: Callable[[Tensor, int], Tensor], text: books.Text, cell: Cell) -> dict[str, Any]:
+    """The loss by place in every kind of stream, and at its end."""
+    found = {}
+    for name, (total, count) in cell["streams"].items():
+        starts = [i * (len(text.test) - total - 1) // max(1, count - 1) for i in range(count)]
+        rows = torch.stack([text.test[a : a + total + 1] for a in starts])
+        bits = read(rows, cell["length"]).mean(0) / math.log(2)
+        edges = [0, *(FIRST * 2**i for i in range(math.ceil(math.log2(total / FIRST)))), total]
+        found[name] = [[float(b), float(bits[a:b].mean())] for a, b in pairwise(edges)]
+    return {"places": found, "scores": {name: rows[-1][1] for name, rows in found.items()}}
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
     return [
-        model(), RATE, SEEDS, mean("nats at the trained length", detail("test", 0)),
-        *(mean(f"at the end of {name}", metric(name)) for name in dict.fromkeys(
-            r.metric for r in records)),
+        model(), RATE, SEEDS, *(mean(f"bits a byte at the end of {name}", metric(name)) for name in
+            dict.fromkeys(r.metric for r in records)),
     ]  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
             return place, nats
 
         own = (r for r in records if r.detail)  # the first record of a cell has all its places
-        return Panel(f"streams of {name} bytes", "place", "nats a byte", lines(own, along))
+        return Panel(f"streams of {name} bytes", "place", "bits a byte", lines(own, along))
 
     panels = [panel(name) for name in dict.fromkeys(r.metric for r in records)]
     curves(panels, path, marker=True, log="x")
@@ -103,7 +106,7 @@ EXPERIMENT = Experiment(
     price=("–", "~1 hour"),
     takes=("seeds", "steps", "models", "data", "workers", "device"),
     grid=grid, work=work,
-    rates=(3e-3, 6e-3),
+    rates=(6e-3, 1.2e-2), seeds=1,
     columns=columns, figure=figure,
     sources=("experiments/books.py",),
 )  # fmt: skip

@@ -29,10 +29,9 @@ from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric
 from nestlearn.experiments.tables import model as name_of
 from nestlearn.models.hope import HopeConfig, HopeLM
-from nestlearn.options import Attention, Continuum, DeltaNet, Titans
+from nestlearn.options import Continuum, DeltaNet, Titans
 
 STEPS, LANGUAGE = 3000, 0.1  # the latter: weight of the loss of bytes that answer nothing
-SINKS, CACHED = 4, 2  # tokens; bytes of a number of a cache on a card
 # What is written fades by later writes alone: a retention α loses a needle in 1 / (1 - α).
 _LASTING = Continuum(tuple(replace(level, half_life=None) for level in Continuum().levels))
 _PLAIN, _FREE = DeltaNet(weight_decay=False), Titans(half_life=None, weight_decay=False)
@@ -84,18 +83,7 @@ def cells(
 
 def config_of(name: str, size: tuple[int, int, int]) -> HopeConfig:
     """The row's model, with Hope's parameters. Attention's window gives its state Hope's bytes."""
-    hope = books.sized(ROWS["Hope"], size)
-    config = books.sized(ROWS[name], size)
-    if not isinstance(config.mixer, Attention):
-        return config
-    room = _bytes(hope) - _bytes(config)
-    window = room // (2 * config.dim * config.layers * CACHED) - SINKS
-    return replace(config, mixer=replace(config.mixer, window=max(1, window), sinks=SINKS))
-
-
-def _bytes(config: HopeConfig) -> int:
-    with torch.device("meta"):
-        return tree.nbytes(HopeLM(config).init_state(1))
+    return books.bounded(books.sized(ROWS[name], size), books.sized(ROWS["Hope"], size))
 
 
 def trained(cell: Cell, make: Make, tell: Tell) -> tuple[HopeLM, dict[str, Any]]:

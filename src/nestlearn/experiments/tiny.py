@@ -75,8 +75,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     lm, result = books.trained(cell, config, tell, streams, ALONE.get(cell["model"], 0))
     lm.eval()
     # attention has half of its window before each byte; a memory is carried through all of them
-    read = text.test[None, : STREAM + 1]
-    nats = books.surprise(lm, read, (16 if carries else 1) * cell["length"], carried=carries)[0]
+    read, T = text.test[None, : STREAM + 1], cell["length"]
+    nats = books.surprise(lm, read, 16 * T)[0] if carries else books.anew(lm, read, T)[0]
     result["tenths"] = [round(float(part.mean()) / math.log(2), 4) for part in nats.chunk(10)]
     name = f"{cell['task']}-{cell['model']}-{cell['lr']}-seed{cell['seed']}".lower()
     place = Path(cell["out"], "models", name)
