@@ -134,6 +134,13 @@ FORMS: dict[str, Form] = {
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
     "--device cuda --workers 5": Form(why="needs a GPU"),
+    **{
+        f"nestlearn reproduce {name} --data FOLDER --device cuda --workers 6": Form(
+            reproduced(name, "--data {data}/gutenberg --models Hope"),
+            needs="{data}/gutenberg/valid.txt.xz",
+        )
+        for name in ("table6", "fig10")
+    },
     "nestlearn reproduce table1 --data FOLDER --device cuda --steps 1500 --only 4,096 "
     '--only 65,536 --only 1,048,576 --models "DeltaNet, shut below 0.2" --models DeltaNet '
     "--models Transformer": Form(why="needs a GPU"),

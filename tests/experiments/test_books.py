@@ -113,14 +113,23 @@ def test_rows_have_the_parameters_of_hope(rows):
     assert 9e6 < counts[0] < 12e6
 
 
-def test_a_panel_for_each_length_of_streams(tmp_path, monkeypatch):
-    """The first record of a cell holds the places of all."""
+def test_what_a_carried_state_adds_at_each_length(tmp_path, monkeypatch):
+    """The first record of a reading holds its places at all lengths."""
     shown = []
     monkeypatch.setattr(fig10, "curves", lambda panels, *_, **__: shown.extend(panels))
-    places = {"100": [[64.0, 2.0], [100.0, 1.5]], "200": [[64.0, 2.0], [200.0, 1.2]]}
+    readings = {
+        "Hope": {"100": [[64.0, 2.0], [100.0, 1.5]], "200": [[64.0, 2.0], [200.0, 1.25]]},
+        "Hope, in windows": {
+            "100": [[64.0, 2.0], [100.0, 2.0]],
+            "200": [[64.0, 2.0], [200.0, 3.0]],
+        },
+    }
     records = [
-        Record("fig10", "books", name, "Hope", 0, name, 1.0, 1, 1, 1, 1.0, detail=detail)
+        Record("fig10", "books", name, model, 0, name, 1.0, 1, 1, 1, 1.0, detail=detail)
+        for model, places in readings.items()
         for name, detail in (("100", {"places": places}), ("200", {}))
     ]
     fig10.figure(records, tmp_path / "fig10.png")
-    assert [panel.lines["Hope"][0][-1] for panel in shown] == [100.0, 200.0]
+    assert [panel.lines for panel in shown] == [
+        {"Hope": ([64.0, 100.0], [[0.0, -0.5]])}, {"Hope": ([64.0, 200.0], [[0.0, -1.75]])},
+    ]  # fmt: skip

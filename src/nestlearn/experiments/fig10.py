@@ -6,7 +6,7 @@ FOLDER as in `nestlearn.experiments.books`. Models train on windows of LENGTH, o
 them with the memory carried. They read the test books twice: as streams with the state carried, and
 "in windows" of the trained length, of which half is read again each time. On a stream attention
 sees a window and four sinks, with the bytes of Hope's state. A token's place is that in its stream;
-the figure has the mean loss between each power of two and the next.
+the loss is the mean between each power of two and the next.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ROWS = families(
 SIZE, STEPS, BATCH, LENGTH = (320, 7, 5), 600, 16, 2048
 LENGTHS = {"131,072": (131_072, 8), "1,000,000": (1_000_000, 1)}  # tokens, and texts of so many
 FIRST = 64  # tokens of the first place
+ANEW = ", in windows"  # ends the name of a reading without a carried state
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -58,7 +59,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     reader.load_state_dict(lm.state_dict())
     ways = {
         "": partial(books.surprise, reader.eval()),
-        ", in windows": partial(books.anew, lm.eval()),
+        ANEW: partial(books.anew, lm.eval()),
     }
     return result | {
         "models": {
@@ -87,15 +88,18 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """Loss along the place in the stream, a panel for each length."""
+    """Loss along the place, less that of the same model in windows: a text's own part falls out."""
+    own = [r for r in records if r.detail]  # the first record of a reading has all its places
+    there = {(r.model, r.seed): r.detail["places"] for r in own}
 
     def panel(name: str) -> Panel:
         def along(r: Record) -> Along:
-            place, nats = zip(*r.detail["places"][name])
-            return place, nats
+            carried, anew = (there[model, r.seed][name] for model in (r.model, r.model + ANEW))
+            return [x for x, _ in carried], [a - b for (_, a), (_, b) in zip(carried, anew)]
 
-        own = (r for r in records if r.detail)  # the first record of a cell has all its places
-        return Panel(f"streams of {name} bytes", "place", "bits a byte", lines(own, along))
+        carried = (r for r in own if not r.model.endswith(ANEW))
+        label = "bits a byte, less those in windows"
+        return Panel(f"streams of {name} bytes", "place", label, lines(carried, along))
 
     panels = [panel(name) for name in dict.fromkeys(r.metric for r in records)]
     curves(panels, path, marker=True, log="x")
