@@ -49,14 +49,14 @@ def table(rows=4):
 def test_it_learns_and_stops_when_all_that_is_held_out_is_met():
     told = []
     out = fit(table(), successor(), FAST, lambda *news: told.append(news))
-    best = settled(out.to_dict())
-    assert best["scores"] == out.checks[-1]["scores"] == {"short": 100, "long": 100}
-    assert out.steps < 60
-    assert out.steps % 20 == 0
-    assert best["best_step"] == out.steps
-    assert told[-1] == (out.steps / 60, "short 100.0 long 100.0")
-    assert out.parameters == 16
-    assert out.diverged is None
+    best = settled(out)
+    assert best["scores"] == out["checks"][-1]["scores"] == {"short": 100, "long": 100}
+    assert out["steps"] < 60
+    assert out["steps"] % 20 == 0
+    assert best["best_step"] == out["steps"]
+    assert told[-1] == (out["steps"] / 60, "short 100.0 long 100.0")
+    assert out["parameters"] == 16
+    assert out["diverged"] is None
     assert best["value"] == 100
 
 
@@ -67,12 +67,12 @@ def test_validation_data_choose_the_checkpoint_whatever_the_test_says(monkeypatc
         module, "_test", lambda *_: dict(zip(("short", "long"), map(float, next(told))))
     )
     out = fit(table(), successor(), replace(FAST, eval_every=15))
-    best = settled(out.to_dict())
+    best = settled(out)
     assert best["best_step"] == 30  # the sooner of two equal means
     assert best["value"] == 50
     assert best["scores"] == {"short": 1, "long": 2}
-    assert [check["step"] for check in out.checks] == [15, 30, 45, 60]
-    assert out.checks[-1]["scores"] == {"short": 99, "long": 99}
+    assert [check["step"] for check in out["checks"]] == [15, 30, 45, 60]
+    assert out["checks"][-1]["scores"] == {"short": 99, "long": 99}
 
 
 def test_every_example_comes_once_an_epoch_and_lengths_keep_company():
@@ -95,7 +95,7 @@ def test_every_example_comes_once_an_epoch_and_lengths_keep_company():
 
 def test_the_seed_alone_decides():
     outs = [fit(table(), successor(), replace(FAST, seed=seed, steps=12)) for seed in (0, 0, 1)]
-    curves = [out.checks for out in outs]
+    curves = [out["checks"] for out in outs]
     assert curves[0] == curves[1] != curves[2]
 
 
@@ -125,8 +125,8 @@ class Explodes(nn.Module):
 def test_divergence_is_a_result_not_an_exception(error):
     model = Explodes(error)
     out = fit(model, successor(), FAST)
-    assert out.diverged == out.steps == 4
-    assert settled(out.to_dict())["scores"] == {"short": 0, "long": 0}
+    assert out["diverged"] == out["steps"] == 4
+    assert settled(out)["scores"] == {"short": 0, "long": 0}
     assert model.table.weight.isfinite().all()  # the update was not made
 
 
@@ -215,4 +215,4 @@ def test_an_lstm_learns_parity_beyond_its_lengths():
     torch.manual_seed(0)
     task = formal.task("parity", train=600, test=30)
     out = fit(build("lstm", 2, SKELETON), task, FitConfig(steps=250, lr=1e-2, eval_every=50))
-    assert settled(out.to_dict())["scores"] == {"bin0": 100, "bin1": 100}
+    assert settled(out)["scores"] == {"bin0": 100, "bin1": 100}

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nestlearn.cli import streaming
+from nestlearn.cli.options import Device
 
 Seeds = Annotated[
     int | None,
@@ -32,7 +33,6 @@ Workers = Annotated[
     int | None,
     typer.Option(min=0, help="Trainings side by side (default: one for each core; CUDA: 1)."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Quick = Annotated[
     bool, typer.Option("--quick", help="A minute in all: shows that it runs, not how good it is.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 
 # ------------------------------------------------------------------------------------ train
 

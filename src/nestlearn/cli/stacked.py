@@ -89,16 +89,12 @@ def _plain(model: Any) -> Any:
 
 def words_of(folder: Path) -> Any:
     """The tokenizer of a stacked model's folder."""
-    from transformers import AutoTokenizer
-
-    from nestlearn.hf.llama2c import FILE, Llama2cTokenizer
+    from nestlearn.hf.llama2c import tokenizer_of
 
     base = folder / "base"
-    if (base / FILE).is_file():
-        return Llama2cTokenizer(base / FILE)
     if not any(base.glob("*token*")):
         raise ValueError(f"{base} has no tokenizer: put the model's tokenizer files there")
-    return AutoTokenizer.from_pretrained(base, local_files_only=True)
+    return tokenizer_of(base)
 
 
 def encode(tokenizer: Any, paths: list[Path]) -> list[int]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nestlearn.cli.options import Device
+
 if TYPE_CHECKING:
     from nestlearn.evals.streams import Text
     from nestlearn.experiments.readers import Opened
@@ -41,7 +43,7 @@ def stream(
     window: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a window (default: as it was trained).")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file, too.")
     ] = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -106,10 +107,8 @@ def sample(name: str, length: int, words: Words, count: Count, seed: int, text: 
         raise ValueError(f"length={length}: no room for {name}'s needles and question")
     while count(built(high)[0]) <= spare:
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(built(middle)[0]) <= spare else (low, middle)
-    context, depths = built(low)
+    above = bisect_right(range(high), spare, low + 1, key=lambda size: count(built(size)[0]))
+    context, depths = built(above - 1)
     answers = tuple(value for key in asked for value in values[key])
     return Sample(before, context, question, answers, depths)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .protocol import Scorable, predict
 
@@ -139,9 +140,8 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
 
 def padded(rows: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Examples:
     """Rows of several lengths, padded on the right by input 0 and IGNORED."""
-    T = max(map(len, rows))
-    inputs = np.zeros((len(rows), T), np.int64)
-    asked = np.full((len(rows), T), IGNORED, np.int64)
-    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
-        inputs[i, : len(row)], asked[i, : len(row)] = row, target
-    return Examples(torch.from_numpy(inputs), torch.from_numpy(asked))
+    inputs, asked = ([torch.from_numpy(row).long() for row in some] for some in (rows, targets))
+    return Examples(
+        pad_sequence(inputs, batch_first=True),
+        pad_sequence(asked, batch_first=True, padding_value=IGNORED),
+    )

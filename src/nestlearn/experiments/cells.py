@@ -324,6 +324,3 @@ class _Board:
             self.row, completed=self.ended + sum(self.parts.values()), count=count, rate=rate,
             text=text or best,
         )  # fmt: skip
-
-
-__all__ = ["Cell", "Tell", "Work", "cell_path", "failure", "run_cells", "settled"]

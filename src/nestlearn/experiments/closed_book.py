@@ -198,13 +198,13 @@ def _read(
     return stacked.weights(session.memory), sum(session.bytes.values())
 
 
-def _lora(words_of: Any, text: str, cell: Cell, tell: Tell, rank: int = 8) -> tuple[Any, float]:
+def _lora(words_of: Any, text: str, cell: Cell, tell: Tell) -> tuple[Any, float]:
     """The model with adapters that learned the page's next tokens, and their bytes."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(cell["seed"])
     plain, _ = pretrained.opened(Path(cell["folder"]), cell["device"])
-    asked = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    asked = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     reader: Any = get_peft_model(plain, asked)
     mine = [p for p in reader.parameters() if p.requires_grad]
     adam = torch.optim.Adam(mine, LORA_RATE)

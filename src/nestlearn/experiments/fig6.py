@@ -24,7 +24,7 @@ from torch import Tensor
 from nestlearn.evals import classes
 from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments import pretrained
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
 from nestlearn.experiments.tables import detail, mean, model, words
@@ -46,15 +46,8 @@ ROWS: dict[str, tuple[str, tuple[float, ...]]] = {  # how, and the values of its
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each set and row."""
-    base = pretrained.part(asked)
-    return [
-        {
-            "task": name, "model": row, **base,
-            "sizes": asked.pick({"train": 4, "validation": 1, "test": 2, "most": 2}, {}),
-        }
-        for name in chosen(asked.only, tuple(classes.SETS), "set")
-        for row in chosen(asked.models, tuple(ROWS), "row")
-    ]  # fmt: skip
+    sizes = asked.pick({"train": 4, "validation": 1, "test": 2, "most": 2}, {})
+    return pretrained.cells(asked, classes.SETS, "set", ROWS, sizes=sizes)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from nestlearn.evals import needles
 from nestlearn.evals.files import rows_of, text_of
 from nestlearn.evals.tasks import stream
 from nestlearn.experiments import pretrained
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
 from nestlearn.experiments.learners import padded
 from nestlearn.experiments.tables import at, mean, model
 
@@ -110,15 +110,8 @@ def right(answer: str, said: str) -> bool:
 
 
 def grid(asked: Options) -> list[Cell]:
-    base = pretrained.part(asked)
-    return [
-        {
-            "task": name, "model": row, **base,
-            "count": asked.pick(QUICK_ASKED, ASKED), "length": asked.pick(400, LENGTH),
-        }
-        for name in chosen(asked.only, tuple(SETS), "set")
-        for row in chosen(asked.models, tuple(ROWS), "row")
-    ]  # fmt: skip
+    count, length = asked.pick((QUICK_ASKED, 400), (ASKED, LENGTH))
+    return pretrained.cells(asked, SETS, "set", ROWS, count=count, length=length)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

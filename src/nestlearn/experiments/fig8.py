@@ -19,7 +19,7 @@ from nestlearn.evals.classes import Group, Text
 from nestlearn.evals.files import rows_of
 from nestlearn.evals.tasks import stream
 from nestlearn.experiments import pretrained
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
 from nestlearn.experiments.learners import Learner, Reader
 from nestlearn.experiments.pretrained import BM25
 from nestlearn.experiments.tables import detail, mean, metric, model, words
@@ -106,15 +106,7 @@ class Translator(Learner):
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each order and row."""
-    base = pretrained.part(asked)
-    return [
-        {
-            "task": order, "model": row, **base,
-            "short": asked.quick,
-        }
-        for order in chosen(asked.only, tuple(ORDERS), "order")
-        for row in chosen(asked.models, tuple(ROWS), "row")
-    ]  # fmt: skip
+    return pretrained.cells(asked, ORDERS, "order", ROWS, short=asked.quick)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

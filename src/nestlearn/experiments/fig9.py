@@ -10,7 +10,6 @@ bytes; what was trained is not trained again.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,7 @@ def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers in validation books."""
-    made = partial(make, cell["folder"])
-    return recall.measured(cell, tell, made, babilong.NAMES, _asked, _score)
+    return recall.measured(cell, tell, make, babilong.NAMES, _asked, _score)
 
 
 def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,38 +73,21 @@ class FitConfig:
             raise ValueError(f"clip={self.clip}: give a positive norm (math.inf: no clipping)")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a training came to, as plain data.
-
-    checks: what each test found: {"step", "loss": of training since the last test, "validation",
-    "scores": percent by set}; of step 0, with zeros, if none came. steps, tokens, seconds: spent,
-    padding and what nobody asks for not counted. diverged: the step whose loss or gradient was not
-    finite, else None.
-    """
-
-    checks: list[dict[str, Any]]
-    parameters: int
-    steps: int
-    tokens: int
-    seconds: float
-    diverged: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
-
-
 def fit(
     module: nn.Module,
     task: Task,
     config: FitConfig,
     tell: Callable[[float, str], None] | None = None,
-) -> Outcome:
+) -> dict[str, Any]:
     """Train the module in place on the task, testing it as it goes.
 
     module: ids [B, T] -> logits [B, T, V ≥ classes], alone or first of a tuple. tell: called with
     (share done, text) at every test. Afterwards the weights are those of the last step.
+
+    Returns plain JSON data. checks: what each test found: {"step", "loss": of training since the
+    last test, "validation", "scores": percent by set}; of step 0, with zeros, if none came.
+    parameters. steps, tokens, seconds: spent, padding and what nobody asks for not counted.
+    diverged: the step whose loss or gradient was not finite, else None.
     """
     device = resolve_device(config.device)
     began = time.perf_counter()
@@ -139,14 +122,11 @@ def fit(
                     break
     none = dict.fromkeys(task.tests, 0.0)
     untested = {"step": 0, "loss": 0.0, "validation": none, "scores": none}
-    return Outcome(
-        checks=checks or [untested],
-        parameters=sum(p.numel() for p in model.parameters()),
-        steps=step,
-        tokens=tokens,
-        seconds=round(time.perf_counter() - began, 2),
-        diverged=diverged,
-    )
+    return {
+        "checks": checks or [untested], "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": step, "tokens": tokens, "seconds": round(time.perf_counter() - began, 2),
+        "diverged": diverged,
+    }  # fmt: skip
 
 
 class _Update:
@@ -255,7 +235,7 @@ def _batches(task: Task, config: FitConfig) -> Iterator[Examples]:
 def train_cell(
     cell: Cell, task: Task, tell: Tell, *, wrap: Callable[[Any, Task], nn.Module] | None = None
 ) -> dict[str, Any]:
-    """Train and test one cell: an Outcome's fields, metric and headline.
+    """Train and test one cell: what `fit` returns, metric and headline.
 
     cell: model, skeleton, fit (fields of FitConfig), lr, seed, device, and match (see `build`) if
     not True. wrap: makes of the model what answers the task, where that is not the model itself.
@@ -267,12 +247,12 @@ def train_cell(
         module = wrap(model, task) if wrap else model
     own = {key: cell[key] for key in ("lr", "seed", "device")}
     out = fit(module, task, FitConfig(**{**cell["fit"], **own}), tell)
-    line = _line(out.checks[-1]["validation"])
-    if out.diverged:
-        line += f", diverged at step {out.diverged}"
+    line = _line(out["checks"][-1]["validation"])
+    if out["diverged"]:
+        line += f", diverged at step {out['diverged']}"
     return {
-        **out.to_dict(),
-        "headline": f"{line} after {out.steps} steps, {out.seconds:.0f} s",
+        **out,
+        "headline": f"{line} after {out['steps']} steps, {out['seconds']:.0f} s",
         "metric": f"{task.metric} accuracy (%)",
     }
 

@@ -146,13 +146,9 @@ def folder_name(cell: Cell) -> str:
     return f"{slug}-seed{cell['seed']}"
 
 
-def place(cell: Cell) -> Path:
-    return Path(cell["out"]) / folder_name(cell)
-
-
 def check_folder(cell: Cell) -> None:
     """ValueError where the training's folder is of another cell."""
-    path = place(cell) / "cell.json"
+    path = Path(cell["out"], folder_name(cell), "cell.json")
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != _identity(cell):
         raise ValueError(
             f"{path.parent} holds other settings, or is of another version of nestlearn: give "
@@ -167,7 +163,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One model, one seed: trained in a folder of its own, measured, sampled."""
-    corpus, folder = corpus_of(tuple(cell["folder"])), place(cell)
+    corpus, folder = corpus_of(tuple(cell["folder"])), Path(cell["out"], folder_name(cell))
     check_folder(cell)
     own = {**cell["train"], "betas": tuple(cell["train"]["betas"])}
     config = TrainConfig(**own, lr=cell["lr"], seed=cell["seed"], device=cell["device"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments.pretrained import opened
@@ -68,10 +69,9 @@ class Reader:
 
 def padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Rows as ids and mask [N, T]; padded behind."""
-    gaps = [max(map(len, rows)) - len(row) for row in rows]
-    ids = [row + [0] * gap for row, gap in zip(rows, gaps)]
-    mask = [[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps)]
-    return torch.tensor(ids), torch.tensor(mask)
+    ids = [torch.tensor(row) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 class Learner(Reader):

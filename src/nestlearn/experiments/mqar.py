@@ -8,6 +8,7 @@ differ, and are in the table.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,8 @@ def sized(model: str, kib: float, skeleton: Mapping[str, Any] = SKELETON) -> dic
     def at(units: int) -> int:
         return state_bytes(model, {**skeleton, "dim": units * heads})
 
-    low, high = 1, 2048  # the state grows with the width
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle) <= target else (low, middle)
-    best = min((low, high), key=lambda units: abs(at(units) - target))
+    above = bisect_right(range(2049), target, 2, 2048, key=at)  # the state grows with the width
+    best = min((above - 1, above), key=lambda units: abs(at(units) - target))
     if abs(at(best) / target - 1) > TOLERANCE:
         raise ValueError(
             f"{model} at {kib} KiB: the nearest state has {at(best) / 1024:.1f} KiB; give another "

@@ -13,10 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from nestlearn.evals import ruler
-from nestlearn.evals.haystack import Row
 from nestlearn.experiments import recall, table1
 from nestlearn.experiments.experiment import Cell, Options, Tell
 from nestlearn.experiments.lessons import Lesson
@@ -40,16 +37,10 @@ def grid(asked: Options) -> list[Cell]:
     )  # fmt: skip
 
 
-def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
-    """One sequence to train on, of the tasks that are asked."""
-    return table1.make(folder, lesson, rng, NAMES, DENSE)
-
-
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers on validation books."""
-    return recall.measured(
-        cell, tell, partial(make, cell["folder"]), NAMES, table1.ask, ruler.score
-    )
+    make = partial(table1.make, names=NAMES, dense=DENSE)
+    return recall.measured(cell, tell, make, NAMES, table1.ask, ruler.score)
 
 
 EXPERIMENT = replace(  # all rows at one rate

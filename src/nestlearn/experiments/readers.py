@@ -252,15 +252,9 @@ def _transformer(
 
 def _words(folder: Path) -> tuple[Callable[[str], Text], int]:
     """What encodes a text without marks, and the id of a newline."""
-    from transformers import AutoTokenizer
+    from nestlearn.hf.llama2c import tokenizer_of
 
-    from nestlearn.hf.llama2c import FILE, Llama2cTokenizer
-
-    words: Any = (
-        Llama2cTokenizer(folder / FILE)
-        if (folder / FILE).is_file()
-        else AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    )
+    words = tokenizer_of(folder)
 
     def encode(text: str) -> Text:
         if not getattr(words, "is_fast", False):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nestlearn import state as tree
-from nestlearn.evals.haystack import Asked
+from nestlearn.evals.haystack import Asked, Row
 from nestlearn.experiments import books
 from nestlearn.experiments.asked import Elsewhere, answers, read
 from nestlearn.experiments.cells import Work
@@ -116,14 +116,15 @@ def said(
 
 
 def measured(
-    cell: Cell, tell: Tell, make: Make, names: Sequence[str], ask: Ask,
+    cell: Cell, tell: Tell, make: Callable[..., Row], names: Sequence[str], ask: Ask,
     score: Callable[[Asked, str], float],
 ) -> dict[str, Any]:  # fmt: skip
     """Train a cell's model, and ask it: percent of the answers that are said, by task, length and
-    reading; "value": on validation texts. cell: as of `trained`, with lengths, validated (a
-    length), said (bytes of an answer), and what `ask` needs of it.
+    reading; "value": on validation texts. make(folder, lesson, rng): a sequence to train on. cell:
+    as of `trained`, with lengths, validated (a length), said (bytes of an answer), and what `ask`
+    needs of it.
     """
-    lm, result = trained(cell, make, tell)
+    lm, result = trained(cell, partial(make, cell["folder"]), tell)
 
     def percent(key: tuple[str, int, str], ahead: bool, who: Elsewhere | None) -> float:
         asked = ask(cell, *key, ahead)

@@ -14,16 +14,16 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nestlearn.experiments.books import surprise
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.fit import train_lm
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric, model
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Channel, Continuum, DeltaNet, Mixer, SwiGLU, Titans
-from nestlearn.train import Corpus, TrainConfig
+from nestlearn.train import Corpus
 
 SYMBOLS, LENGTH, STAY, SHARPNESS, TABLES = 32, 512, 192, 4.0, 4
 MIXERS: dict[str, Mixer] = {
@@ -105,8 +105,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     torch.manual_seed(cell["seed"])
     config = config_of(cell["model"])
     model = HopeLM(config)
-    log, settings = train_lm(model, corpus, cell, tell, length=LENGTH, warmup=max(1, steps // 8))
-    val, test = (_losses(model, w, settings) for w in held)
+    log, _ = train_lm(model, corpus, cell, tell, length=LENGTH, warmup=max(1, steps // 8))
+    val, test = (_losses(model.eval(), w) for w in held)
     return {
         "value": -val["all"], "scores": test, "validation": val, "config": config.to_dict(),
         "parameters": model.parameter_count(), "tokens": steps * cell["batch"] * LENGTH,
@@ -115,17 +115,10 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@torch.no_grad()
-def _losses(model: HopeLM, w: Walks, settings: TrainConfig) -> dict[str, float]:
+def _losses(model: HopeLM, w: Walks) -> dict[str, float]:
     """Nats per symbol: all, those so long after a change, and of whoever knows the tables."""
-    model.eval()
-    device, low = next(model.parameters()).device, settings.dtype == "bfloat16"
-    parts = []
-    for ids in w.ids.to(device).split(64):
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            logits = model(ids[:, :-1])[0]
-        parts.append(F.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none").cpu())
-    loss, since, changed = torch.cat(parts), w.since[:, 1:], w.changed[:, 1:]
+    loss = torch.cat([surprise(model, ids, LENGTH) for ids in w.ids.split(64)])
+    since, changed = w.since[:, 1:], w.changed[:, 1:]
     found = {"all": float(loss.mean())}
     for a, b in SINCE:
         found[f"{a}–{b}"] = float(loss[changed & (since >= a) & (since < b)].mean())
@@ -149,4 +142,5 @@ EXPERIMENT = Experiment(
     grid=grid, work=work,
     rates=(3e-3, 6e-3, 1.2e-2),
     columns=COLUMNS, notes=notes,
+    sources=("experiments/books.py",),
 )  # fmt: skip

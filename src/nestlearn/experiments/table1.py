@@ -12,7 +12,7 @@ before the text, too. --only names the lengths, in bytes; what was trained is no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,7 @@ def make(
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train one, and ask it; "value" is what it answers on validation books."""
-    made = partial(make, cell["folder"])
-    return recall.measured(cell, tell, made, ruler.NAMES, ask, ruler.score)
+    return recall.measured(cell, tell, make, ruler.NAMES, ask, ruler.score)
 
 
 def ask(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:

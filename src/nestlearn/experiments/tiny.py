@@ -23,7 +23,7 @@ from nestlearn.experiments import books
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.experiment import Experiment, Options, chosen
 from nestlearn.experiments.models import FAMILIES, families
-from nestlearn.experiments.tables import Column, mean, words
+from nestlearn.experiments.tables import Column, detail, mean, words
 from nestlearn.options import Attention
 
 
@@ -89,16 +89,12 @@ def columns(records: Sequence[Record]) -> list[Column]:
     """Bits a byte at both lengths, in a stream, and in its first and last tenth."""
 
     def stream(record: Record) -> float | None:
-        tenths = record.detail.get("tenths")
-        return statistics.fmean(tenths) if tenths else None
-
-    def tenth(which: int) -> Any:
-        return lambda record: record.detail.get("tenths", [None] * 10)[which]
+        return statistics.fmean(record.detail["tenths"]) if record.detail else None
 
     return [
         words("size", lambda r: r.task), *books.columns(records),
-        mean("100,000 bytes as a stream", stream), mean("first tenth", tenth(0)),
-        mean("last tenth", tenth(-1)),
+        mean("100,000 bytes as a stream", stream), mean("first tenth", detail("tenths", 0)),
+        mean("last tenth", detail("tenths", -1)),
     ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from nestlearn.layers.streaming import wide
 from .door import check_ran, check_weight, evaluating, find_blocks, probe
 from .lending import Effective, Factors, Weights, adopt, adopted, kernel, lend, release, version
 from .plan import WINDOW, StackConfig, StackMemory, chosen
-from .version import version_of
 from .writes import Fast, LevelState, Pace
 
 MOMENTUM = 0.9  # θ of DeltaLevel(rule="momentum"), unless it is trained
+_SAMPLES = 32  # numbers of each tensor: an update past the version counter (`.data`) moves them
 
 
 class Deltas(nn.Module):
@@ -144,10 +145,6 @@ class Deltas(nn.Module):
             if level.fast or len(self.starts)
         }
 
-    def current(self, memory: StackMemory) -> Weights:
-        """What the layers compute with under a memory of one batch."""
-        return self.effective(self.fasts(memory))
-
     def weights(self, memory: StackMemory | Sequence[StackMemory] | None) -> Weights:
         """The weights of every layer that a memory has changed; none for an untouched one."""
         memory = self.init_memory() if memory is None else memory
@@ -238,6 +235,21 @@ def _beside(deltas: list[Factors]) -> tuple[Factors]:
         return (deltas[0],)
     rights = [delta.right for delta in deltas if delta.right is not None]
     return (Factors(torch.cat([delta.left for delta in deltas], -1), torch.cat(rights, 1)),)
+
+
+def version_of(tensors: Iterable[Tensor]) -> str:
+    """Another for other tensors, or once one of these is written, without reading all of them: by
+    their places, autograd's version counters, and some of their numbers.
+    """
+    content, samples = hashlib.sha256(), list[Tensor]()
+    for tensor in tensors:
+        content.update(f"{tensor.data_ptr()} {tensor._version} {tensor.dtype} ".encode())
+        numbers = tensor.detach().reshape(-1)
+        some = numbers[:: max(1, len(numbers) // _SAMPLES)][:_SAMPLES]
+        samples.append(some.to(torch.float64))
+    if samples:
+        content.update(torch.cat(samples).cpu().numpy().tobytes())
+    return content.hexdigest()
 
 
 def _fixed(values) -> nn.ParameterList:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nestlearn.disk import atomic_write, disk_errors
@@ -42,12 +43,13 @@ def fingerprint(model: StackedModel) -> str:
 
 
 def _digest(model: StackedModel) -> str:
-    """The sha256 of the bytes as they are."""
-    content = hashlib.sha256()
-    tensors = [
-        *model.base.state_dict().items(),
-        *model.starts.state_dict(prefix="start.").items(),
-    ]
+    starts = model.starts.state_dict(prefix="start.")
+    return digest_of([*model.base.state_dict().items(), *starts.items()])
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]], head: bytes = b"") -> str:
+    """The sha256 of `head` and of tensors, by their names: their bytes as they are."""
+    content = hashlib.sha256(head)
     for name, tensor in sorted(tensors):
         content.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

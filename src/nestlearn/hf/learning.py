@@ -66,7 +66,8 @@ def _unroll(
         at += length
         memory = memory._replace(levels=_write_due(model, memory.levels, at, drift))
         parts.append(loss)
-    parts.append(read(model, piece[0], memory, model.current(memory))[0])
+    weights = model.effective(model.fasts(memory))
+    parts.append(read(model, piece[0], memory, weights)[0])
     loss = torch.cat(parts, 1)[:, -ids.shape[1] :]
     return loss, memory._replace(position=memory.position + ids.shape[1], pending=piece)
 

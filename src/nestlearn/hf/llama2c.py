@@ -10,11 +10,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 def load_llama2c(path: str | Path) -> LlamaForCausalLM:
@@ -140,3 +141,10 @@ class Llama2cTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write it beside a model, as `FILE`."""
         (Path(folder) / FILE).write_bytes(self._raw)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer beside a saved model: this one, or transformers' own."""
+    if (folder / FILE).is_file():
+        return Llama2cTokenizer(folder / FILE)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -144,8 +144,7 @@ class StackConfig:
 
     def parents(self) -> list[int | None]:
         """For each level the number of the next slower one, where that reaches into it."""
-        order = sorted((x.chunk, i) for i, x in enumerate(self.levels) if x.chunk is not None)
-        above = {i: j for (_, i), (_, j) in pairwise(order)} if self._linked else {}
+        above = dict(pairwise(self.faster_first())) if self._linked else {}
         return [above.get(i) for i in range(len(self.levels))]
 
     def faster_first(self) -> list[int]:

@@ -22,7 +22,7 @@ def losses(model: Deltas, ids: Tensor, memory: StackMemory | None) -> Tensor:
     memory = memory._replace(levels=levels or memory.levels)
     check(model, ids, memory, None, None, None)
     step, parts = model.window - model.again, []
-    weights = model.current(memory)
+    weights = model.effective(model.fasts(memory))
     with evaluating(model.base):
         for a in range(0, ids.shape[1], step):
             memory = make_room(model, memory, step)
@@ -82,7 +82,7 @@ def make_room(model: Deltas, memory: StackMemory, length: int) -> StackMemory:
         return memory
     context, cache = memory.context[:, -(model.again + 1) :], _EMPTY
     if model.again:
-        _, cache = forward(model, context[:, :-1], (), model.current(memory))
+        _, cache = forward(model, context[:, :-1], (), model.effective(model.fasts(memory)))
     return memory._replace(context=context, cache=cache)
 
 

@@ -137,6 +137,19 @@ def size(delta: Factors) -> Tensor:
     return squared.clamp(min=0.0).sqrt()
 
 
+def inner(one: Fast, two: Fast) -> float:
+    """The inner product of one sample's deltas in two memories; of low rank, by their factors."""
+    total = 0.0
+    for a, b in zip(one, two):  # () where nothing was learned: zero
+        left, other = a.left[0].double(), b.left[0].double()
+        if a.right is None or b.right is None:
+            total += float((a.dense()[0].double() * b.dense()[0].double()).sum())
+        else:
+            rights = a.right[0].double() @ b.right[0].double().T
+            total += float(((left.T @ other) * rights).sum())
+    return total
+
+
 def decay(fast: Fast, inputs: list[Tensor], weight: Tensor, lr: Tensor, forget: Tensor) -> Fast:
     """Delta gradient descent's retention term (eq. 57) as a gradient: it makes the level let go
     of what it adds along the present inputs x [B, T, in].

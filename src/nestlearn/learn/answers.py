@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class Frame(NamedTuple):
 
 @torch.no_grad()
 def thoughts(
-    model: StackedModel, tokenizer: object, questions: list[Question], tell: Tell,
+    model: StackedModel, tokenizer: Any, questions: list[Question], tell: Tell,
     weights: Weights | None = None,
 ) -> list[Example]:  # fmt: skip
     """What the model thinks of each answer's tokens with the passage, if any, before the question;
@@ -89,7 +89,7 @@ def thoughts(
     shown = [
         Example(
             [prompt(tokenizer, _told(questions[i]))],
-            _encode(tokenizer, questions[i].answer) + end,
+            tokenizer.encode(questions[i].answer, add_special_tokens=False) + end,
             model.lr[0],
         )
         for i in order
@@ -207,12 +207,8 @@ def _untold(question: Question, i: int) -> list[str]:
     return [w + brief * ((i + n) % 2) for n, w in enumerate((question.text, *question.ways))]
 
 
-def _encode(tokenizer: object, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
-
-
-def _end(base: object) -> list[int]:
+def _end(base: Any) -> list[int]:
     """What ends a reply: the first of the model's end marks, if it has any."""
-    ends = base.generation_config.eos_token_id  # type: ignore[attr-defined]
+    ends = base.generation_config.eos_token_id
     first = ends[0] if isinstance(ends, list) else ends
     return [] if first is None else [first]

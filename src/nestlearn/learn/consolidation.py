@@ -113,7 +113,9 @@ def consolidate(
             "questions, or a model that follows instructions"
         )
     mine, apart = _parted(thoughts(model, tokenizer, questions, tell), config.held_out)
-    held = anchor or _anchor(model, config)
+    held = anchor
+    if held is None and config.anchor:
+        held = Anchor.sampled(model, 16, 48, strength=config.anchor, rows=1, seed=config.seed)
     drawn = random.Random(config.seed).sample(earlier, min(len(earlier), EARLIER))
     pupil = Pupil(
         model, memory, level_of(model, config.level), config.lr,
@@ -161,9 +163,3 @@ def _batches(examples: list[Example], size: int, seed: int) -> list[list[Example
     batches = [order[a : a + size] for a in range(0, len(order), size)]
     rng.shuffle(batches)
     return batches
-
-
-def _anchor(model: StackedModel, config: StudyConfig) -> Anchor | None:
-    if not config.anchor:
-        return None
-    return Anchor.sampled(model, 16, 48, strength=config.anchor, rows=1, seed=config.seed)

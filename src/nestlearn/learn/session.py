@@ -16,7 +16,7 @@ from nestlearn.hf.folder import fingerprint
 from nestlearn.hf.lending import Weights
 from nestlearn.hf.plan import StackMemory
 from nestlearn.hf.stack import StackedModel
-from nestlearn.hf.writes import size
+from nestlearn.hf.writes import inner, size
 
 from . import conversation, store
 from .consolidation import StudyConfig
@@ -223,12 +223,8 @@ class Session:
             other = Session(self.model, other, read_only=True)
         found = []
         for i, (a, b) in enumerate(zip(self.memory.levels, other.memory.levels)):
-            pairs = zip(a.fast or self.model.start(i, 1), b.fast or self.model.start(i, 1))
-            sums = torch.zeros(3, dtype=torch.float64)
-            for one, two in pairs:
-                x, y = one.dense().double().cpu(), two.dense().double().cpu()
-                sums += torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()])
-            xx, yy, xy = sums.tolist()
+            x, y = (level.fast or self.model.start(i, 1) for level in (a, b))
+            xx, yy, xy = inner(x, x), inner(y, y), inner(x, y)
             distance = math.sqrt(max(xx + yy - 2 * xy, 0.0))
             cosine = xy / math.sqrt(xx * yy) if xx and yy else math.nan
             found.append(Difference(i, math.sqrt(xx), math.sqrt(yy), distance, cosine))

@@ -297,6 +297,3 @@ def _gradients(slots: Iterable[Slot], maximize: bool) -> Updates:
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         found.append(g.neg() if maximize else g)
     return found
-
-
-__all__ = ["CHECKS", "ChainOptimizer"]

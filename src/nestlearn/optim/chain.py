@@ -143,17 +143,11 @@ def chain(*transforms: Transform) -> Transform:
             u = t.update(u, states, at)
         return u
 
-    return Transform(
-        _joint_init(transforms),
-        update,
-        tuple(m for t in transforms for m in t.memories),
-        any(t.sized for t in transforms),
-    )
+    return _together(transforms, update)
 
 
 def total(*parts: tuple[float, Transform]) -> Transform:
     """Σ weight · transform(u): each reads the same updates."""
-    transforms = [t for _, t in parts]
 
     def update(u: Updates, states: list[State], at: At) -> Updates:
         (weight, first), *rest = parts
@@ -162,8 +156,7 @@ def total(*parts: tuple[float, Transform]) -> Transform:
             torch._foreach_add_(result, t.update(u, states, at), alpha=weight)
         return list(result)
 
-    memories = tuple(m for t in transforms for m in t.memories)
-    return Transform(_joint_init(transforms), update, memories, any(t.sized for t in transforms))
+    return _together([t for _, t in parts], update)
 
 
 def every(period: int, inner: Transform, name: str = "window") -> Transform:
@@ -193,7 +186,9 @@ def every(period: int, inner: Transform, name: str = "window") -> Transform:
     return Transform(init, update, memories, inner.sized)
 
 
-def _joint_init(transforms: Sequence[Transform]) -> Callable[[Slot], State]:
+def _together(transforms: Sequence[Transform], update: Callable[..., Updates]) -> Transform:
+    """What remembers all that these do, each under names of its own."""
+
     def init(slot: Slot) -> State:
         state: State = {}
         for t in transforms:
@@ -206,4 +201,5 @@ def _joint_init(transforms: Sequence[Transform]) -> Callable[[Slot], State]:
             state |= own
         return state
 
-    return init
+    memories = tuple(m for t in transforms for m in t.memories)
+    return Transform(init, update, memories, any(t.sized for t in transforms))

@@ -15,9 +15,8 @@ from .groups import groups
 from .optimizers import M3, AdaMuon, DeepMomentum, DeltaMomentum, Muon
 
 NAMED: dict[str, type[ChainOptimizer]] = {
-    "AdaMuon": AdaMuon, "DGD": DGD, "DeepMomentum": DeepMomentum, "DeltaMomentum": DeltaMomentum,
-    "GGD": GGD, "GM": GM, "M3": M3, "Muon": Muon,
-}  # fmt: skip
+    kind.__name__: kind for kind in (AdaMuon, DGD, DeepMomentum, DeltaMomentum, GGD, GM, M3, Muon)
+}
 _ADAM = (
     Memory("first moment m", "½‖m − g‖²", "m ← β₁ m + (1 − β₁) g"),
     Memory("second moment v", "½‖v − g²‖²", "v ← β₂ v + (1 − β₂) g²"),

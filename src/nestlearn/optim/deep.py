@@ -11,8 +11,8 @@ from torch import Tensor
 from nestlearn.memory import ResidualMLP, Weights, dot_product, l2
 
 from .chain import At, Memory, Slot, State, Transform, Updates
+from .orthogonal import near
 from .sharded import greatest, own_part, reduced, whole_of
-from .sizes import near
 
 Tokens = Literal["element", "row"]
 OBJECTIVES = {"l2": l2, "dot": dot_product}

@@ -29,8 +29,8 @@ class Tap:
     (x, ∂L/∂y) themselves are kept too.
     """
 
-    def __init__(self, module: nn.Module, keep: bool = False) -> None:
-        self.module, self.keep = module, keep
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.keep = module, False
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.clear()
         self.handle = module.register_forward_hook(self._watch)
@@ -200,7 +200,7 @@ class DGD(ChainOptimizer):
             tap.handle.remove()
 
 
-def taps(model: nn.Module, keep: bool = False) -> list[Tap]:
+def taps(model: nn.Module) -> list[Tap]:
     """A tap on every layer that eq. 57 is defined for, and whose weight serves no other kind.
 
     A weight that is computed at each access (a parametrization) is none of the optimizer's.
@@ -213,7 +213,7 @@ def taps(model: nn.Module, keep: bool = False) -> list[Tap]:
     ]
     for m in layers:
         kinds.setdefault(id(m.weight), set()).add(next(k for k in LAYERS if isinstance(m, k)))
-    return [Tap(m, keep) for m in layers if len(kinds[id(m.weight)]) == 1]
+    return [Tap(m) for m in layers if len(kinds[id(m.weight)]) == 1]
 
 
 def delta_step(w: Tensor, g: Tensor, C: Tensor, lr: float, solve: str = "exact") -> Tensor:

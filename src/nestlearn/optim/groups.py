@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 HEADS = ("head", "lm_head", "classifier", "output_head")
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
@@ -32,7 +33,7 @@ def groups(
     out. ValueError if nothing is left, or a `split` names nothing.
     """
     split = {"in_proj_weight": 3, **(split or {})}
-    shy = {id(p) for m in model.modules() for p in _auxiliary(m)}
+    shy = {id(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
     kernels = {
         id(m.weight) for m in model.modules() if isinstance(m, _CONVOLUTIONS) and m.weight.ndim > 2
     }
@@ -67,7 +68,3 @@ def groups(
     if not found:
         raise ValueError("the model has no trainable parameters; set requires_grad on some")
     return list(found.values())
-
-
-def _auxiliary(module: nn.Module) -> list[Tensor]:
-    return [module.weight] if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else []

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .chain import At, Memory, State, Transform, Updates, stateless
-from .sizes import near
 
 Coefficients = tuple[float, float, float]
 QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)  # Muon's: steepest at zero, ends in 0.7 to 1.2
@@ -18,6 +17,22 @@ CUBIC: Coefficients = (1.5, -0.5, 0.0)  # eq. 44 at step ½: slow, and exact in 
 Precision = Literal["auto", "bfloat16", "float32"]
 Adjust = Literal["match_rms_adamw", "original", "none"]
 _AT_ONCE = {"cpu": 2**16, "cuda": 2**24}  # values of one batched product: caches; allocation
+
+
+def near(peak: Tensor) -> Tensor:
+    """A power of two about as large as `peak`: to divide by it changes no digit of a number."""
+    return peak.clamp(min=torch.finfo(peak.dtype).tiny).log2().floor().exp2()
+
+
+def unit(matrices: Tensor, eps: float) -> Tensor:
+    """G / (‖G‖_F + ε) of each matrix, zero for zero: [..., m, n] -> the same.
+
+    No number is squared as it is: a float32 of 1e25 has no square, and that of 1e-25 is zero.
+    """
+    over: dict[str, Any] = {"dim": (-2, -1), "keepdim": True}
+    scale = near(torch.linalg.vector_norm(matrices, math.inf, **over))
+    scaled = matrices / scale
+    return scaled / (torch.linalg.vector_norm(scaled, **over) + eps / scale)
 
 
 def newton_schulz(
@@ -46,7 +61,7 @@ def newton_schulz(
         for part in _batches(matrices, indices):
             g = [matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in part]
             if len(part) > 1:
-                g = [_wide(m) for m in g]
+                g = [m.mT if m.shape[-2] > m.shape[-1] else m for m in g]
             x = _prepared(g, eps, _work_type(g[0], precision))
             x = _iterated(x, steps, coefficients, sizes[part[0]])
             x = x.to(g[0].dtype) if widen else x
@@ -76,10 +91,6 @@ def _batches(matrices: Sequence[Tensor], indices: list[int]) -> list[list[int]]:
         parts[-1].append(i)
         size += matrices[i].numel()
     return parts
-
-
-def _wide(m: Tensor) -> Tensor:
-    return m.mT if m.shape[-2] > m.shape[-1] else m
 
 
 def _work_type(m: Tensor, precision: Precision) -> torch.dtype:

@@ -70,6 +70,3 @@ def greatest(part: Tensor, p: Tensor) -> Tensor:
         for axis in range(p.device_mesh.ndim):
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=p.device_mesh.get_group(axis))
     return peak
-
-
-__all__ = ["gradient_of", "greatest", "like", "local", "own_part", "reduced", "whole_of"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .chain import At, Memory, Slot, State, Transform, Updates, stateless
-from .sizes import unit
+from .orthogonal import unit
 
 Elementwise = Callable[[Tensor], Tensor]
 FEATURES: dict[str, Elementwise] = {
@@ -29,14 +29,12 @@ def momentum(
     *,
     average: bool = False,
     nesterov: bool = False,
-    sized: bool = False,
     name: str = "momentum",
 ) -> Transform:
     """The linear memory of gradients (eqs. 33, 34): m ← α m + u, trained on −⟨m, u⟩.
 
     average: m ← α m + (1 − α) u, whose size does not depend on α. nesterov: answers with what the
-    next write of the same u would make of it. sized: the step size is inside, m ← α m + lr u, as
-    printed; then a change of lr reaches the older gradients late.
+    next write of the same u would make of it.
     """
 
     def update(u: Updates, states: list[State], at: At) -> Updates:
@@ -45,16 +43,16 @@ def momentum(
             torch._foreach_lerp_(m, u, 1 - alpha)
         else:
             torch._foreach_mul_(m, alpha)
-            torch._foreach_add_(m, u, alpha=at.lr if sized else 1)
+            torch._foreach_add_(m, u)
         if not nesterov:
             return m
         if average:
             return list(torch._foreach_lerp(u, m, alpha))
         return list(torch._foreach_add(u, m, alpha=alpha))
 
-    rule = f"m ← {alpha:g} m + " + (f"{1 - alpha:g} g" if average else "η g" if sized else "g")
+    rule = f"m ← {alpha:g} m + " + (f"{1 - alpha:g} g" if average else "g")
     memory = Memory(_label(name), "−⟨m, g⟩", rule)
-    return Transform(lambda slot: {name: slot.zeros()}, update, (memory,), sized)
+    return Transform(lambda slot: {name: slot.zeros()}, update, (memory,))
 
 
 def _label(name: str) -> str:
@@ -199,31 +197,3 @@ def adam(betas: tuple[float, float], eps: float = 1e-8) -> Transform:
         return {"first": slot.zeros(), "second": slot.zeros()}
 
     return Transform(init, update, memories)
-
-
-def coupled_decay(weight: float) -> Transform:
-    """u ← u + λ W, before a memory (L2 penalty) or after it (decoupled).
-
-    The optimizers' own `weight_decay` is decoupled and needs no link: W ← (1 − lr λ) W.
-    """
-
-    def update(u: Updates, at: At) -> Updates:
-        values = [s.value.to(x.dtype) for s, x in zip(at.slots, u)]
-        return list(torch._foreach_add(u, values, alpha=weight))
-
-    return stateless(update)
-
-
-def scale(factor: float) -> Transform:
-    """u ← c u."""
-    return stateless(lambda u, at: list(torch._foreach_mul(u, factor)))
-
-
-def schedule(factor: Callable[[int], float]) -> Transform:
-    """u ← f(step) u, f of the updates that a parameter has had.
-
-    Each group may have its own; torch's schedulers, which write a group's `lr`, work as well.
-    """
-    return stateless(
-        lambda u, at: list(torch._foreach_mul(u, [float(factor(s.step)) for s in at.slots]))
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn import state as trees
+from nestlearn.hf.folder import digest_of
 from nestlearn.learn import conversation
 from nestlearn.models.hope import HopeLM, HopeState
 from nestlearn.options import Continuum
@@ -45,7 +45,8 @@ class HopeEngine:
         channel = model.config.channel
         self.levels = channel.levels if isinstance(channel, Continuum) else ()
         self.piece = min((x.chunk for x in self.levels if x.chunk is not None), default=64)
-        self.base = _fingerprint(model)
+        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+        self.base = digest_of(model.state_dict().items(), config.encode())
 
     def prompt(self, turns: list[Any]) -> list[int]:
         return conversation.prompt(self.words, turns)
@@ -198,17 +199,6 @@ def _body(file: Path) -> Entry:
     if not whole:
         raise ValueError(f"{file} holds no memory of a Hope")
     return body
-
-
-def _fingerprint(model: HopeLM) -> str:
-    content = hashlib.sha256(
-        json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
-    )
-    for name, weight in sorted(model.state_dict().items()):
-        content.update(f"{name} {weight.dtype} {list(weight.shape)} ".encode())
-        flat = weight.detach().cpu().contiguous().reshape(-1)
-        content.update(flat.view(torch.uint8).numpy().data)
-    return content.hexdigest()
 
 
 class _Reader:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -68,14 +68,6 @@ class Job:
         return self.state not in RUNNING
 
 
-class Text(NamedTuple):
-    """What is to be learned: tokens, what to call them, and the weight of each (None: 1)."""
-
-    ids: list[int]
-    source: str | None
-    mask: list[float] | None
-
-
 class Lessons:
     """All jobs; so many at once as there are learners."""
 
@@ -100,9 +92,10 @@ class Lessons:
         self, user: User, memory: str, ids: list[int], source: str | None,
         mask: list[float] | None = None,
     ) -> Job:  # fmt: skip
-        """Begin to learn a text's tokens."""
-        text = Text(ids, source, mask)
-        return self._begin(user, memory, "learn", lambda job: self._learn(user, job, text))
+        """Begin to learn a text's tokens. source: its name. mask: the weight of each (None: 1)."""
+        return self._begin(
+            user, memory, "learn", lambda job: self._learn(user, job, ids, source, mask)
+        )
 
     def study(
         self, user: User, memory: str, text: str, source: str | None, questions: int | None
@@ -155,12 +148,14 @@ class Lessons:
             job.tell("error", message=told.message, code=told.code)
         job.tell(state, end=True)
 
-    def _learn(self, user: User, job: Job, text: Text) -> None:
-        shelf, engine, ids = user.shelf, self.engine, text.ids
+    def _learn(
+        self, user: User, job: Job, ids: list[int], source: str | None, mask: list[float] | None
+    ) -> None:
+        shelf, engine = user.shelf, self.engine
         kept = shelf.open(job.memory)
         shelf.keep(job.memory)
         lesson = Lesson(engine, kept.memory, len(ids))
-        entry = {"what": "learn", "time": round(time.time()), "source": text.source}
+        entry = {"what": "learn", "time": round(time.time()), "source": source}
         entry["begin"] = engine.position(kept.memory)
         saved = time.monotonic()
 
@@ -181,7 +176,7 @@ class Lessons:
             some = slice(a, a + lesson.piece)
             with self.turns:
                 begun = time.monotonic()
-                told = lesson.read(ids[some], None if text.mask is None else text.mask[some])
+                told = lesson.read(ids[some], None if mask is None else mask[some])
                 took = time.monotonic() - begun
             job.tell("piece", **told)
             self.turns.rest(took)  # who asks something has half of the time
@@ -232,7 +227,7 @@ class Lesson:
         return {
             "tokens": self.done, "position": self.engine.position(memory),
             "loss": float(known.mean()) if len(known) else None, "levels": _levels(now),
-            "words": words(self.engine, ids), "surprise": _rounded(losses),
+            "words": words(self.engine, ids), "surprise": rounded(losses),
         }  # fmt: skip
 
     def facts(self) -> Entry:
@@ -256,7 +251,8 @@ def words(engine: Engine, ids: list[int]) -> list[str]:
     return found
 
 
-def _rounded(losses: Tensor) -> list[float | None]:
+def rounded(losses: Tensor) -> list[float | None]:
+    """Losses for JSON, None where there is none."""
     return [None if math.isnan(x) else round(x, 4) for x in losses.tolist()]
 
 

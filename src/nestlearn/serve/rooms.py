@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from .desk import Desk
-from .lessons import Job, words
+from .lessons import Job, rounded, words
 from .users import User
 from .wire import Fields, Refused, event, read, reply
 
@@ -117,11 +116,11 @@ async def surprise(request: Request) -> Response:
     ids = await desk.do(_ids, desk, fields, desk.limits.tokens)
 
     def measure() -> dict[str, object]:
-        memory, found = user.shelf.open(name).memory, {}
+        memory, found = user.shelf.open(name).memory, dict[str, object]()
         for what, which in (("with", memory), ("without", None)):
             with desk.turns:
-                losses = desk.engine.losses(which, ids).tolist()
-            found[what] = [None if math.isnan(x) else round(x, 4) for x in losses]
+                losses = desk.engine.losses(which, ids)
+            found[what] = rounded(losses)
         return {"object": "surprise", "words": words(desk.engine, ids), **found}
 
     return reply(await desk.do(measure))

@@ -34,11 +34,11 @@ _LITTER = re.compile(r"\.[\w-]+\.[0-9a-f]{8}\.(tmp|gone)")
 CACHED = 16  # memories that are kept at hand
 
 
-def checked(name: Any, what: str = "memory") -> str:
+def checked(name: Any) -> str:
     """The name; Refused for what is none: nothing that could be a path passes."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise Refused(
-            400, f"{str(name)[:80]!r} is no {what}'s name: give 1 to 64 letters, digits, - or _, "
+            400, f"{str(name)[:80]!r} is no memory's name: give 1 to 64 letters, digits, - or _, "
             "a letter or digit first", "invalid_name",
         )  # fmt: skip
     try:

@@ -20,7 +20,7 @@ from nestlearn.hf.folder import fingerprint
 from nestlearn.hf.lending import Weights
 from nestlearn.hf.plan import StackMemory
 from nestlearn.hf.stack import StackedModel
-from nestlearn.hf.writes import Fast
+from nestlearn.hf.writes import inner
 from nestlearn.learn import Session, Studied, StudyConfig, conversation, describe
 from nestlearn.learn.store import load_memory, save_memory
 
@@ -96,8 +96,8 @@ class StackedEngine:
         for i, level in enumerate(self.model.config.levels):
             often = "never" if level.chunk is None else f"every {level.chunk}"
             now, then = memory.levels[i].fast, before.levels[i].fast
-            own, old = _inner(now, now), _inner(then, then)
-            moved = 0.0 if now is then else own + old - 2 * _inner(now, then)
+            own, old = inner(now, now), inner(then, then)
+            moved = 0.0 if now is then else own + old - 2 * inner(now, then)
             norms = (own**0.5, max(moved, 0.0) ** 0.5)
             found.append(Measure(f"level {i}, {often}", *norms))
         return found
@@ -144,19 +144,6 @@ class StackedEngine:
         session = Session(self.model, folder, self.words)
         config = StudyConfig() if questions is None else StudyConfig(questions=questions)
         return session.study(text, config, source=source, tell=tell)
-
-
-def _inner(one: Fast, two: Fast) -> float:
-    """The inner product of two levels' deltas; of low rank, by their factors alone."""
-    total = 0.0
-    for a, b in zip(one, two):  # () where nothing was learned: zero
-        left, other = a.left[0].double(), b.left[0].double()
-        if a.right is None or b.right is None:
-            total += float((a.dense()[0].double() * b.dense()[0].double()).sum())
-        else:
-            rights = a.right[0].double() @ b.right[0].double().T
-            total += float(((left.T @ other) * rights).sum())
-    return total
 
 
 class _Reader:
