@@ -135,7 +135,7 @@ class LevelMLP(Stepping):
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:
         """What is known of all tokens at once: the keys one token later, values and gates."""
-        z = unit(self.norm(x))[0]
+        z = unit(self.norm(x))
         k = z
         if self.linear:
             gain = self.memory.gain
@@ -149,7 +149,7 @@ class LevelMLP(Stepping):
 
     def _static(self, x: Tensor) -> Tensor:
         """The answer of a level that never updates."""
-        z = unit(self.norm(x))[0]
+        z = unit(self.norm(x))
         return self.memory.read(tuple(w.to(z.dtype) for w in self.start()), z)
 
     def _joined(self, x: Tensor, o: Tensor, mix: Tensor | None) -> Tensor:

@@ -82,7 +82,7 @@ class StaticProjections(MemoryLayer):
         if self.conv is not None:
             z, conv = self.conv(x, conv)
         q, k, v = rearrange(self.qkv(z), "b t (n h d) -> n b h t d", n=3, h=self.heads)
-        q, k = unit(q)[0], unit(k)[0]
+        q, k = unit(q), unit(k)
         gates = list(rearrange(wide(self.gates(z)), "b t (n h) -> n b h t", h=self.heads))
         eta = gates.pop(0)
         log_alpha = F.logsigmoid(gates.pop(0)) if self.writer.rule.decay else None

@@ -187,9 +187,9 @@ class SelfModifyingTitans(MemoryLayer):
             z, conv = self.conv(x, conv)
             z = z.contiguous()  # once, where each chunk would copy its part
         heads = "b t (h d) -> b h t d"
-        q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))[0]
+        q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))
         log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z))).mT
-        z = unit(rearrange(z, heads, h=self.heads))[0]
+        z = unit(rearrange(z, heads, h=self.heads))
         return (wide(z), q, log_theta), conv
 
     def _outputs(self, o: Tensor, x: Tensor) -> Tensor:
@@ -200,25 +200,22 @@ class SelfModifyingTitans(MemoryLayer):
         z, q, log_theta = xs
         if starts[0].constants is not None and span.start % self.groups[0].writer.chunk == 0:
             return self._step_in_kernels(memories, z, q, span, starts)
-        memory = self.writer.memory
-        assert isinstance(memory, Matrix | ResidualMLP)
         written = {name for group in self.groups for name in group.names}
+        alone = {name: self._start(name) for name in self.start if name not in written}
         said = {
-            name: answers(memory, tuple(w.to(z.dtype) for w in self._start(name)), z)
-            for name in self.start
-            if name not in written
+            name: self._says(name, tuple(w.to(z.dtype) for w in starts), z, slice(None))
+            for name, starts in alone.items()
         }
         parts: dict[str, list[Tensor]] = {}  # of each memory, from the first heads on
         for (names, _, heads), fast in zip(self.groups, memories):
-            if names != ("mem",):  # M_mem among others is asked too: cheaper than a slice of all
-                answer = answers(memory, fast.start, z[:, heads].unsqueeze(2))
-                for name, part in zip(names, answer.unbind(2)):
-                    parts.setdefault(name, []).append(part)
+            for name, *W in zip(names, *(w.unbind(2) for w in fast.start)):
+                if name != "mem":
+                    parts.setdefault(name, []).append(self._says(name, tuple(W), z, heads))
         said |= {name: _joined(answer) for name, answer in parts.items()}
-        k, v = unit(torch.stack([said["k"], said["v"]], 2))[0].split(1, 2)
-        q = unit(said["q"])[0] if q is None else q
-        log_alpha = None if self.alpha is None else F.logsigmoid(self.alpha(said["alpha"]))
-        eta = step_sizes(self.eta(said["eta"]), self.steps, log_alpha)
+        k, v = unit(said["k"]).unsqueeze(2), unit(said["v"]).unsqueeze(2)
+        q = unit(said["q"]) if q is None else q
+        log_alpha = None if self.alpha is None else F.logsigmoid(said["alpha"])
+        eta = step_sizes(said["eta"], self.steps, log_alpha)
         gates = Gates(eta, log_alpha, log_theta).map(lambda g: g.unsqueeze(2))
 
         after, os = [], []
@@ -229,6 +226,17 @@ class SelfModifyingTitans(MemoryLayer):
             after.append(fast)
             os += [] if o is None else [o]
         return _joined(os), tuple(after)
+
+    def _says(self, name: str, W: Weights, z: Tensor, heads: slice) -> Tensor:
+        """What a memory of these heads answers to z: a vector, or the logit that is read off it."""
+        readout, z = {"eta": self.eta, "alpha": self.alpha}.get(name), z[:, heads]
+        with torch.autocast(z.device.type, enabled=False):
+            if len(W) == 1:  # a logit's row of the matrix is all that is asked
+                return z @ W[0].mT if readout is None else readout(z, heads, W[0])
+        memory = self.writer.memory
+        assert isinstance(memory, ResidualMLP)
+        answer = answers(memory, W, z)
+        return answer if readout is None else readout(answer, heads)
 
     def _faded(
         self, memories: tuple[FastWeights, ...], span: Span, starts: tuple[Given, ...]
@@ -263,8 +271,8 @@ class SelfModifyingTitans(MemoryLayer):
 
 
 class Scalar(nn.Module):
-    """A scalar per head from a memory's answer: [B, H, T, d] -> [B, H, T]; or of None its weight
-    and bias, for a kernel.
+    """A scalar per head from a memory's answer: [B, H, T, d] -> [B, H, T]. With W [B, H, d, d] from
+    what a matrix memory would answer W x of. Of None its weight and bias, for a kernel.
     """
 
     def __init__(self, heads: int, width: int, bias: float):
@@ -279,10 +287,15 @@ class Scalar(nn.Module):
         nn.init.normal_(self.weight)
         nn.init.constant_(self.bias, self.first)
 
-    def forward(self, x: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Tensor | None = None, heads: slice = slice(None), W: Tensor | None = None
+    ) -> Any:
         if x is None:
             return self.weight, self.bias
-        return torch.einsum("bhtd,hd->bht", x, self.weight.to(x.dtype)) + self.bias.unsqueeze(-1)
+        row = self.weight[heads].to(x.dtype).unsqueeze(-2)
+        if W is not None:
+            row = row @ W
+        return (x @ row.mT).squeeze(-1) + self.bias[heads].unsqueeze(-1)
 
 
 def _fade_every(half_life: int | None, chunks: list[int]) -> int | None:

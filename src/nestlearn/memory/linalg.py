@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _EPS = 1e-12
 
 
-def unit(x: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b 1"]]:
-    """x / ‖x‖ and ‖x‖ along the last axis; a zero vector stays zero, its gradient finite but large.
+def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """x / ‖x‖ along the last axis; a zero vector stays zero, its gradient finite but large.
 
     The norm is taken in float32 at least: in float16 the square of a small vector is zero.
     """
+    return _Unit.apply(x) if torch.is_grad_enabled() else _unit(x)[0].to(x.dtype)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / ‖x‖ and ‖x‖, wide."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = (wide.square().sum(-1, keepdim=True) + _EPS).sqrt()
-    return (wide / norm).to(x.dtype), norm.to(x.dtype)
+    return wide / norm, norm
+
+
+class _Unit(torch.autograd.Function):
+    """y = x / n has dx = (dy − y ⟨y, dy⟩) / n: a third of the passes that autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, norm = _unit(x)
+        ctx.save_for_backward(y, norm)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        y, norm = ctx.saved_tensors
+        wide = dy.to(y.dtype)
+        along = (y * wide).sum(-1, keepdim=True)
+        return wide.addcmul(y, along, value=-1).div_(norm).to(dy.dtype)
 
 
 def decay_products(

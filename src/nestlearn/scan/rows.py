@@ -19,14 +19,17 @@ class Scalars:
     gamma, ratio: γ_t and Γ_ts. found, faded_by: the same one token earlier. left: Γ_Ts.
     """
 
-    def __init__(self, eta: Tensor, log_alpha: Tensor | None):
+    def __init__(self, eta: Tensor, log_alpha: Tensor | None, *decays: Tensor):
+        """decays: gamma and ratio, if they are known."""
         self.eta = eta.unsqueeze(-1)
-        if log_alpha is None:
+        if decays:
+            self.gamma, self.ratio = decays
+        elif log_alpha is None:
             ones = eta.new_ones(eta.shape[-1:] * 2)
-            gamma, self.ratio = ones[0], ones.tril()
+            self.gamma, self.ratio = ones[0].unsqueeze(-1), ones.tril()
         else:
             gamma, self.ratio = decay_products(log_alpha.cumsum(-1))
-        self.gamma = gamma.unsqueeze(-1)
+            self.gamma = gamma.unsqueeze(-1)
         self.found = F.pad(self.gamma[..., :-1, :], (0, 0, 1, 0), value=1.0)
         self.faded_by = F.pad(self.ratio[..., :-1, :], (0, 0, 1, 0))
         self.left = self.ratio[..., -1, :].unsqueeze(-1)
