@@ -1,5 +1,7 @@
 """Shapes are law here: memory and scan run with their annotations enforced."""
 
+import functools
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -15,18 +17,35 @@ _SHAPE = re.compile(r"""\[[\w.]+, ["']""")  # as in Float[Tensor, "*b T K"]
 
 
 def _checked(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
-    """What the hook puts around a function. Only where shapes are said it is jaxtyping's, which
-    binds the arguments anew and checks them twice; other types beartype checks by itself. What a
-    function defines inside, without shapes, has no check: each call would compile one anew.
+    """What the hook puts around a function. Where shapes are said, what their letters mean is
+    jaxtyping's for the time of a call, and beartype checks arguments and result, once each; other
+    types beartype checks by itself. What a function defines inside, without shapes, has no check:
+    each call would compile one anew.
     """
 
     def decorate(f):
         annotations = getattr(f, "__annotations__", {}).values()
-        if isinstance(f, type) or any(_SHAPE.search(str(kind)) for kind in annotations):
+        shapes = any(_SHAPE.search(str(kind)) for kind in annotations)
+        if not inspect.isfunction(f) and (shapes or isinstance(f, type)):
             return jaxtyped(f, typechecker=typechecker)
+        if shapes:
+            return _with_letters(f, jaxtyped)
         return f if "<locals>" in f.__qualname__ else beartype(f)
 
     return decorate
+
+
+def _with_letters(f, jaxtyped):
+    checked = beartype(f)
+
+    @functools.wraps(f)
+    def call(*args, **kwargs):
+        if config.jaxtyping_disable:
+            return f(*args, **kwargs)
+        with jaxtyped("context"):
+            return checked(*args, **kwargs)
+
+    return call
 
 
 jaxtyping.jaxtyped = _checked
