@@ -51,6 +51,7 @@ def _with_letters(f, jaxtyped):
 jaxtyping.jaxtyped = _checked
 _hook = install_import_hook(["nestlearn.memory", "nestlearn.scan"], "beartype.beartype")
 ROOT = Path(__file__).parents[1]
+LONG = ("test_compile.py", "test_numerics.py")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -60,6 +61,11 @@ def pytest_addoption(parser):
         help="folder with models/stories260K.bin, books/ ... (default: ../shared/data)",
     )  # fmt: skip
     parser.addoption("--transformers", type=Path, help="folder of transformers' unpacked sdist")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: one that is begun last keeps one worker when the other has ended."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")
