@@ -1,5 +1,7 @@
 """Shapes are law here: memory and scan run with their annotations enforced."""
 
+import functools
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -15,23 +17,41 @@ _SHAPE = re.compile(r"""\[[\w.]+, ["']""")  # as in Float[Tensor, "*b T K"]
 
 
 def _checked(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
-    """What the hook puts around a function. Only where shapes are said it is jaxtyping's, which
-    binds the arguments anew and checks them twice; other types beartype checks by itself. What a
-    function defines inside, without shapes, has no check: each call would compile one anew.
+    """What the hook puts around a function. Where shapes are said, what their letters mean is
+    jaxtyping's for the time of a call, and beartype checks arguments and result, once each; other
+    types beartype checks by itself. What a function defines inside, without shapes, has no check:
+    each call would compile one anew.
     """
 
     def decorate(f):
         annotations = getattr(f, "__annotations__", {}).values()
-        if isinstance(f, type) or any(_SHAPE.search(str(kind)) for kind in annotations):
+        shapes = any(_SHAPE.search(str(kind)) for kind in annotations)
+        if not inspect.isfunction(f) and (shapes or isinstance(f, type)):
             return jaxtyped(f, typechecker=typechecker)
+        if shapes:
+            return _with_letters(f, jaxtyped)
         return f if "<locals>" in f.__qualname__ else beartype(f)
 
     return decorate
 
 
+def _with_letters(f, jaxtyped):
+    checked = beartype(f)
+
+    @functools.wraps(f)
+    def call(*args, **kwargs):
+        if config.jaxtyping_disable:
+            return f(*args, **kwargs)
+        with jaxtyped("context"):
+            return checked(*args, **kwargs)
+
+    return call
+
+
 jaxtyping.jaxtyped = _checked
 _hook = install_import_hook(["nestlearn.memory", "nestlearn.scan"], "beartype.beartype")
 ROOT = Path(__file__).parents[1]
+LONG = ("test_compile.py", "test_numerics.py")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -41,6 +61,11 @@ def pytest_addoption(parser):
         help="folder with models/stories260K.bin, books/ ... (default: ../shared/data)",
     )  # fmt: skip
     parser.addoption("--transformers", type=Path, help="folder of transformers' unpacked sdist")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: one that is begun last keeps one worker when the other has ended."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")

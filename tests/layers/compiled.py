@@ -26,6 +26,7 @@ LAYERS = {
 }  # fmt: skip
 GRAPHS = CompileCounterWithBackend("aot_eager")  # one for all tests: equal layers share what it has
 gc.set_threshold(100_000)  # a quarter of the time to trace went into looking for garbage
+torch._dynamo.config.run_gc_after_compile = False  # the same, after each graph
 
 
 def both(build, dim=8):
