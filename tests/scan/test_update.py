@@ -320,10 +320,13 @@ def test_groups_own_values_and_a_reader_in_every_form(memory, rule, read):
             group(memory, composed, own, reader, shared, seed)
             for seed, (_, shared) in enumerate(rows)
         ]
-        for (one, _), row, truth in zip(rows, data, defined(whole, data)):
+        for (aim, _), row, truth in zip(rows, data, defined(whole, data)):
             W, q, k, v, gates, leaves = row
-            aimed = replace(whole, objective=one.name)
-            for backend in ("parallel", "fused"):
+            aimed = replace(whole, objective=aim.name)
+            one = isinstance(memory, Matrix) and own and reader == -1 and k.shape[2] == 1
+            call = chunk.Given(W, q, k, v, gates, 0)
+            assert (chunk.choose(aimed, call, "auto")[0] == "transition") == one
+            for backend in ("parallel", "fused", *["transition"] * one):
                 o, after, _ = scan.update(
                     aimed, W, composed.init(W), q, k, v, gates, backend=backend
                 )
@@ -503,7 +506,11 @@ def test_a_named_backend_that_cannot_run_says_why():
     rule = momentum(delta())
     W, q, k, v, gates, _ = stream(Matrix(5, 4), rule, C)
     chunk, args = Chunk(Matrix(5, 4), rule), (W, rule.init(W), q, k, v, gates)
-    for backend, reason in (("fused", "momentum"), ("card", "not on CUDA")):
+    for backend, reason in (
+        ("fused", "momentum"),
+        ("transition", "own values"),
+        ("card", "not on CUDA"),
+    ):
         with pytest.raises(ValueError, match=f"backend='{backend}' cannot run this: .*{reason}"):
             scan.update(chunk, *args, backend=backend)
     ran = {}
@@ -516,11 +523,12 @@ def test_a_named_backend_that_cannot_run_says_why():
 
 def test_what_runs_a_layer_is_explained():
     """Whole chunks with the backward pass written out, what begins inside a chunk without."""
-    layer = SelfModifyingTitans(8, 2, Titans(4, depth=2))
-    assert scan.explain(layer, torch.randn(1, 6, 8)) == {"fused": 6}
-    _, state = layer(torch.randn(1, 3, 8))
-    later = functools.partial(layer, state=state)
-    assert scan.explain(later, torch.randn(1, 5, 8)) == {"parallel": 1, "fused": 4}
+    for depth, form in ((1, "transition"), (2, "fused")):
+        layer = SelfModifyingTitans(8, 2, Titans(4, depth=depth))
+        assert scan.explain(layer, torch.randn(1, 6, 8)) == {form: 6}
+        _, state = layer(torch.randn(1, 3, 8))
+        later = functools.partial(layer, state=state)
+        assert scan.explain(later, torch.randn(1, 5, 8)) == {"parallel": 1, form: 4}
 
 
 @pytest.mark.parametrize("memory", [Matrix(3, 4), ResidualMLP(3, 5, depth=3, gain=1.7)])

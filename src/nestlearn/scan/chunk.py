@@ -99,8 +99,9 @@ def update(
     the chunk already taken. States and solves are float32 at least; o has the type of q.
 
     backend: "naive" is the definition, "parallel" its algebra by autograd, "fused" the common case
-    with its backward pass written out, "card" that as Triton kernels, "auto" the first of card,
-    fused, parallel and naive that can run the call, "torch" the same without card (see `explain`).
+    with its backward pass written out, "transition" the same for matrices that make their own
+    values, "card" fused as Triton kernels, "auto" the first of card, transition, fused, parallel
+    and naive that can run the call, "torch" the same without card (see `explain`).
 
     Raises ValueError for a backend that is unknown or cannot run the call, saying why.
     """
@@ -153,7 +154,7 @@ def _check(chunk: Chunk, k: Tensor, gates: Gates, at: Weights | None, offset: in
 
 # A form is a module with `why_not(chunk, given)` -> None or what keeps it from running the call,
 # `options()` and `update(chunk, ...)`.
-FORMS = ("card", "fused", "parallel", "naive")  # the first that can run a call does
+FORMS = ("card", "transition", "fused", "parallel", "naive")  # the first that can run a call does
 ANY = {"auto": FORMS, "torch": FORMS[1:]}
 BACKENDS = (*ANY, *FORMS)
 
@@ -186,9 +187,10 @@ def _form(name: str) -> Any:
         from .card import given  # here, so that triton is loaded only where it can run
 
         return given
-    from . import fused, naive, parallel
+    from . import fused, naive, parallel, transition
 
-    return {"fused": fused, "parallel": parallel, "naive": naive}[name]
+    forms = {"transition": transition, "fused": fused, "parallel": parallel, "naive": naive}
+    return forms[name]
 
 
 _TRITON_IS_THERE = find_spec("triton") is not None  # asked once: a compiler cannot ask it
@@ -236,7 +238,7 @@ def explain(layer: Any, x: Tensor) -> dict[str, int]:
 
         >>> layer = SelfModifyingTitans(64, 4, Titans(chunk=32))
         >>> nestlearn.scan.explain(layer, torch.randn(1, 40, 64))
-        {'fused': 40}
+        {'transition': 40}
     """
     with noted() as ran:
         layer(x)

@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 from ..memory.linalg import inverse_unit_lower
 from ..memory.memories import Matrix, ResidualMLP, Weights
 from ..memory.rules import Gates, GradientRule, RuleState
-from . import transition
 from .chunk import Chunk, Given
 from .rows import Scalars, add, add_product, head, nonlinearity, one, plus, split, stacked, steps
 
@@ -63,9 +62,6 @@ def update(
     offset: int,
 ) -> tuple[Tensor | None, Weights, RuleState]:
     """See `nestlearn.scan.update`."""
-    if transition.serves(chunk, W[0], k, v, gates):
-        o, written = transition.update(chunk, W[0], q, k, v, gates)
-        return o, (written,), S
     memory, read, reader = chunk.memory, chunk.read, chunk.answering
     apart = read == "boundary" and reader is not None  # one memory's answers: not worth a stack
     form = (

@@ -22,44 +22,56 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..memory.linalg import inverse_unit_lower
-from ..memory.memories import Matrix
-from ..memory.rules import Gates, GradientRule
-from .chunk import Chunk
+from ..memory.memories import Matrix, Weights
+from ..memory.rules import Gates, GradientRule, RuleState
+from . import fused
+from .chunk import Chunk, Given
 from .rows import Scalars, steps
 
 
-def serves(chunk: Chunk, W: Tensor, k: Tensor, v: Tensor, gates: Gates) -> bool:
-    """Whether the memories along the last leading axis make values, and share all that they read,
-    and one of them answers.
-    """
-    scalars = [gates.eta] + ([] if gates.log_alpha is None else [gates.log_alpha])
-    return (
-        isinstance(chunk.memory, Matrix)
-        and chunk.makes_values
-        and chunk.answering is not None
-        and k.ndim == W.ndim
-        and k.shape[-3] == v.shape[-3] == 1
-        and all(g.shape[-2] == 1 for g in scalars)
-    )
+def why_not(chunk: Chunk, given: Given) -> str | None:
+    """What keeps this form from running the call."""
+    W, _, k, v, gates, _ = given
+    if not isinstance(chunk.memory, Matrix):
+        return f"{chunk.memory!r} is no Matrix"
+    if not chunk.makes_values or chunk.answering is None:
+        return "the memories do not make their own values, or not one of them alone answers"
+    shared = [k.shape[-3], v.shape[-3]] if k.ndim == v.ndim == W[0].ndim else [0]
+    shared += [g.shape[-2] for g in gates if g is not None]
+    if any(size != 1 for size in shared):
+        return "the memories do not share keys, gates and what they make values of"
+    return fused.why_not(chunk, given)
+
+
+def options() -> dict[str, Any]:
+    """It needs nothing to be told."""
+    return {}
 
 
 def update(
-    chunk: Chunk, W: Tensor, q: Tensor | None, k: Tensor, v: Tensor, gates: Gates
-) -> tuple[Tensor | None, Tensor]:
-    """(o, W_C) of memories that this form `serves`, shapes as in `nestlearn.scan.update`."""
+    chunk: Chunk,
+    W: Weights,
+    S: RuleState,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    *,
+    at: Weights,
+    offset: int,
+) -> tuple[Tensor | None, Weights, RuleState]:
+    """See `nestlearn.scan.update`."""
     assert isinstance(chunk.rule, GradientRule)
     assert chunk.answering is not None
-    *lead, M, V, K = W.shape
+    *lead, M, V, K = W[0].shape
+    T = k.shape[-2]
 
     def flat(x: Any, *shape: int) -> Any:
         return None if x is None else x.expand(*lead, *shape).reshape(-1, *shape)
 
-    T = k.shape[-2]
-    joint, first = W.reshape(-1, M * V, K), range(M)[chunk.answering] * V
-    k, v = flat(k.squeeze(-3), T, K), flat(v.squeeze(-3), T, K)
+    joint, first = W[0].reshape(-1, M * V, K), range(M)[chunk.answering] * V
+    q, k, v = flat(q, T, K), flat(k.squeeze(-3), T, K), flat(v.squeeze(-3), T, K)
     eta, log_alpha = (flat(None if g is None else g.squeeze(-2), T) for g in gates[:2])
-    answers = joint[:, first : first + V]
-    z = q = flat(q, T, K)
     token = q is not None and chunk.read == "token"
     form = Form(chunk.rule, chunk.aim.name == "l2", token)
     given = (q if token else None, k, v, eta, log_alpha)
@@ -67,9 +79,10 @@ def update(
         A, *read = _Transition.apply(form, *given)
     else:
         A, *read = _forward(form, *given)[0]
-    z = read[0] if token else z
-    o = None if z is None else torch.bmm(z, answers.mT).view(*lead, T, V)
-    return o, torch.bmm(joint, A).view(W.shape)
+    z, o = read[0] if token else q, None
+    if z is not None:
+        o = torch.bmm(z, joint[:, first : first + V].mT).view(*lead, T, V)
+    return o, (torch.bmm(joint, A).view(W[0].shape),), S
 
 
 class Form(NamedTuple):
