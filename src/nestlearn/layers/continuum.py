@@ -133,13 +133,17 @@ class LevelMLP(Stepping):
         o = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
         return self._outside("_joined", onto, o.contiguous(), mix), after
 
+    def _unit(self, x: Tensor) -> Tensor:
+        """The normalised input: of an RMS norm only its weights are left by the unit norm."""
+        return unit(x * self.norm.weight.to(x.dtype))
+
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:
         """What is known of all tokens at once: the keys one token later, values and gates."""
-        z = unit(self.norm(x))
+        z = self._unit(x)
         k = z
         if self.linear:
             gain = self.memory.gain
-            k = F.silu(gain * (z @ self.start()[0].to(z.dtype).mT)) / gain
+            k = F.silu(z @ (gain * self.start()[0]).to(z.dtype).mT) / gain
         gate = 2 * torch.sigmoid(wide(z @ self.gate.to(z.dtype)) * math.sqrt(self.dim))
         eta = (self.lr * gate).clamp(0.0, 1.0)
         log_theta = None
@@ -149,7 +153,7 @@ class LevelMLP(Stepping):
 
     def _static(self, x: Tensor) -> Tensor:
         """The answer of a level that never updates."""
-        z = unit(self.norm(x))
+        z = self._unit(x)
         return self.memory.read(tuple(w.to(z.dtype) for w in self.start()), z)
 
     def _joined(self, x: Tensor, o: Tensor, mix: Tensor | None) -> Tensor:

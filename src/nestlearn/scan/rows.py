@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory.linalg import decay_products
 from ..memory.memories import ACTIVATIONS, Matrix, ResidualMLP
 from ..memory.rules import GradientRule
 
@@ -28,8 +27,10 @@ class Scalars:
             ones = eta.new_ones(eta.shape[-1:] * 2)
             self.gamma, self.ratio = ones[0].unsqueeze(-1), ones.tril()
         else:
-            gamma, self.ratio = decay_products(log_alpha.cumsum(-1))
-            self.gamma = gamma.unsqueeze(-1)
+            total = log_alpha.cumsum(-1)
+            self.gamma = total.exp().unsqueeze(-1)
+            # no gradient comes this way, so what overflows above the diagonal may be cut off after
+            self.ratio = (total.unsqueeze(-1) - total.unsqueeze(-2)).exp_().tril_()
         self.found = F.pad(self.gamma[..., :-1, :], (0, 0, 1, 0), value=1.0)
         self.faded_by = F.pad(self.ratio[..., :-1, :], (0, 0, 1, 0))
         self.left = self.ratio[..., -1, :].unsqueeze(-1)
