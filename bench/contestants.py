@@ -153,6 +153,7 @@ def _ours() -> list[Contestant]:
         ),
         replace(titans, name=f"{OURS}, compiled", compiled=True, memory=False),
         hope,
+        replace(hope, name=f"{HOPE}, compiled", compiled=True, memory=False, decode=()),
         Contestant(
             "gated DeltaNet", lambda s: gated_deltanet(s.width, s.heads, DeltaNet(s.chunk)),
             decode=both, note="nestlearn's own: a matrix memory",

@@ -91,7 +91,8 @@ class Spans(torch.autograd.Function):
             states[i].copy_(W)
             _product(rows[i], states[i].mT, wide, out=found[i])
             with _tf32(low):
-                w[i] = inverse[i] @ torch.addcmul(aims[i], steps[i], found[i, :, :N], value=-1)
+                right = torch.addcmul(aims[i], steps[i], found[i, :, :N], value=-1)
+                _write(w[i], inverse[i], right)
             _add(W, w[i].mT, rows[i, :, :N])
             if form.ends(i):
                 if form.fading:
@@ -137,8 +138,7 @@ class Spans(torch.autograd.Function):
             dstates[i].copy_(dW)
             _add(dw[i], rows[i, :, :N], dstates[i].mT)
             with _tf32(low):
-                pull = inverse[i].mT @ dw[i]
-            g[i] = pull
+                pull = _write(g[i], inverse[i].mT, dw[i])
             back[i, :, :N].addcmul_(steps[i], pull, value=-1)
             _add(dW, back[i].mT, rows[i])
         drows = _product(back, states, low)
@@ -243,6 +243,14 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
     if into is not None and torch.compiler.is_exporting():  # the program may run with gradients on
         return into.copy_(torch.bmm(a, b, **mixed, out=None)).unflatten(0, lead)
     return torch.bmm(a, b, **mixed, out=into).unflatten(0, lead)
+
+
+def _write(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x = a b, rounded to x's type; the product itself."""
+    if a.dtype != x.dtype or torch.compiler.is_exporting():
+        x.copy_(product := torch.bmm(a, b))
+        return product
+    return torch.bmm(a, b, out=x)
 
 
 def _add(x: Tensor, a: Tensor, b: Tensor) -> None:
