@@ -20,6 +20,7 @@ from nestlearn.options import Continuum, Titans
 TITANS = Titans(4, depth=2, half_life=None)
 LAYERS = {
     "titans": (lambda dim: SelfModifyingTitans(dim, 2, TITANS), 3),
+    "titans-matrices": (lambda dim: SelfModifyingTitans(dim, 2, Titans(4, half_life=None)), 3),
     "cms": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16), Level(hidden=16)]), 4),
     "cms-all": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16, learns="all")]), 3),
     "deltanet": (lambda dim: gated_deltanet(dim, 2, chunk=4), 3),

@@ -3,8 +3,6 @@
 import functools
 import itertools
 import math
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -560,16 +558,6 @@ def test_the_shell_has_its_gradient_below_inside_and_above():
 
 class OnCard(torch.Tensor):
     is_cuda = True
-
-
-def test_every_form_is_loaded_before_it_is_chosen():
-    """torch.compile may trace the choice, and traces no import."""
-    code = "import nestlearn.layers, sys; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    forms = {f"nestlearn.scan.{name}" for name in chunk.FORMS if name != "card"}
-    assert forms <= set(loaded.stdout.split())
 
 
 def test_triton_can_be_turned_off(monkeypatch):

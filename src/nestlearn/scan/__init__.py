@@ -1,7 +1,6 @@
 """Writes along a stream. `update` is one chunk, `scan` loops anything over chunks."""
 
 from ..memory import Gates, RuleState
-from . import fused, naive, parallel, transition  # noqa: F401  torch.compile traces no import
 from .chunk import Chunk, explain, update, use_triton
 from .loop import Span, scan
 from .writer import FastWeights, Writer

@@ -34,7 +34,7 @@ def why_not(chunk: Chunk, given: Given) -> str | None:
     if not isinstance(rule, GradientRule):
         return f"{type(rule).__name__} has no parallel form"
     if not isinstance(chunk.memory, Matrix | ResidualMLP):
-        return f"{chunk.memory!r} is no Matrix and no ResidualMLP"
+        return f"{type(chunk.memory).__name__} is no Matrix and no ResidualMLP"
     if chunk.aim.name not in ("dot", "l2"):
         return f"objective {chunk.aim.name!r} is not dot or l2"
     if rule.momentum or rule.period > 1:

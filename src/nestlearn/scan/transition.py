@@ -33,7 +33,7 @@ def why_not(chunk: Chunk, given: Given) -> str | None:
     """What keeps this form from running the call."""
     W, _, k, v, gates, _ = given
     if not isinstance(chunk.memory, Matrix):
-        return f"{chunk.memory!r} is no Matrix"
+        return f"{type(chunk.memory).__name__} is no Matrix"
     if not chunk.makes_values or chunk.answering is None:
         return "the memories do not make their own values, or not one of them alone answers"
     shared = [k.shape[-3], v.shape[-3]] if k.ndim == v.ndim == W[0].ndim else [0]
