@@ -34,6 +34,13 @@ class ContinuumState(NamedTuple):
     levels: tuple[LevelState | None, ...]
 
 
+class Weighted(nn.RMSNorm):
+    """An RMS norm before a unit norm, which leaves nothing of it but its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.to(x.dtype)
+
+
 class LevelMLP(Stepping):
     """One level: s √D · W_2 σ(W_1 z), z the normalised input; its weights learn from the stream.
 
@@ -53,7 +60,7 @@ class LevelMLP(Stepping):
         self.dim, self.level, self.parent = dim, level, parent
         self.truncate, self.remat = truncate, remat
         self.memory = ResidualMLP(dim, hidden, gain=math.sqrt(hidden), residual=False)
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.norm = Weighted(dim)
         self.start = Starts(partial(_fresh, self.memory))
         self.scale = None if level.scale is None else nn.Parameter(torch.empty(1))
         if level.chunk is None:
@@ -133,13 +140,9 @@ class LevelMLP(Stepping):
         o = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
         return self._outside("_joined", onto, o.contiguous(), mix), after
 
-    def _unit(self, x: Tensor) -> Tensor:
-        """The normalised input: of an RMS norm only its weights are left by the unit norm."""
-        return unit(x * self.norm.weight.to(x.dtype))
-
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:
         """What is known of all tokens at once: the keys one token later, values and gates."""
-        z = self._unit(x)
+        z = unit(self.norm(x))
         k = z
         if self.linear:
             gain = self.memory.gain
@@ -153,7 +156,7 @@ class LevelMLP(Stepping):
 
     def _static(self, x: Tensor) -> Tensor:
         """The answer of a level that never updates."""
-        z = self._unit(x)
+        z = unit(self.norm(x))
         return self.memory.read(tuple(w.to(z.dtype) for w in self.start()), z)
 
     def _joined(self, x: Tensor, o: Tensor, mix: Tensor | None) -> Tensor:
