@@ -188,7 +188,9 @@ FORMS: dict[str, Form] = {
             "update-size",
         )
     },
-    "python -m bench": Form("cd {root} && python -m bench --quick --out {here}/bench"),
+    "python -m bench --lengths 256,1024,4096": Form(
+        "cd {root} && python -m bench --quick --out {here}/bench"
+    ),
     "python -m bench --flat": Form("cd {root} && python -m bench --quick --out {here}/bench"),
     "python -m bench.newton_schulz": Form(why="needs a GPU"),
     "python -m bench.stack": Form(

@@ -156,14 +156,16 @@ class LevelMLP(Stepping):
 
     def _static(self, x: Tensor) -> Tensor:
         """The answer of a level that never updates."""
-        z = unit(self.norm(x))
-        return self.memory.read(tuple(w.to(z.dtype) for w in self.start()), z)
+        z, gain = unit(self.norm(x)), self.memory.gain
+        one, two = self.start()  # the gain is met by the weights, which are smaller
+        return F.silu(z @ (gain * one).to(z.dtype).mT) @ (two / gain).to(z.dtype).mT
 
     def _joined(self, x: Tensor, o: Tensor, mix: Tensor | None) -> Tensor:
         """x and what the level adds to it."""
-        o = math.sqrt(self.dim) * o
-        o = o if self.scale is None else self.scale.to(o.dtype) * o
-        return x + (o if mix is None else mix * o).to(x.dtype)
+        factor: Any = math.sqrt(self.dim)
+        for share in (self.scale, mix):
+            factor = factor if share is None else factor * share.to(o.dtype)
+        return x + (factor * o).to(x.dtype)
 
     def _step(self, state: LevelState, xs: tuple, span: Span, starts: Weights):
         z, past, v, gates = xs

@@ -126,7 +126,9 @@ class Spans(torch.autograd.Function):
         dy, back = form(_laid_errors, dy, earlier, rows, low)
         dread = _product(dy, w.mT, wide)
         dw = _product(read.mT, dy, wide)
-        dstates, g, steps = torch.empty_like(states), torch.empty_like(w), both * s
+        g, steps, drows = torch.empty_like(w), both * s, torch.empty_like(rows)
+        # on a card the chain is what counts, and these products are no part of it
+        dstates = torch.empty_like(states) if rows.is_cuda else None
         for i in reversed(range(n)):
             if form.ends(i):
                 if shells:
@@ -135,14 +137,20 @@ class Spans(torch.autograd.Function):
                 if form.fading:
                     dW0 += form.fading * dW.sum(0)
                     dW *= 1 - form.fading
-            dstates[i].copy_(dW)
-            _add(dw[i], rows[i, :, :N], dstates[i].mT)
+            dlow = dW.to(low)
+            _add(dw[i], rows[i, :, :N], dlow.mT)
             with _tf32(low):
                 pull = _write(g[i], inverse[i].mT, dw[i])
             back[i, :, :N].addcmul_(steps[i], pull, value=-1)
+            if dstates is None:
+                _product(back[i], states[i], low, out=drows[i])
+                _add(drows[i, :, :N], w[i], dlow)
+            else:
+                dstates[i].copy_(dlow)
             _add(dW, back[i].mT, rows[i])
-        drows = _product(back, states, low)
-        _add(drows[:, :, :N], w, dstates)
+        if dstates is not None:
+            drows = _product(back, states, low)
+            _add(drows[:, :, :N], w, dstates)
         overlap = _product(g, w.mT, wide)
         dgram, dv, deta = form(
             _systems_backward,
@@ -215,11 +223,13 @@ def _systems_backward(overlap, dread, gram, g, errors, s, eta, earlier, factor, 
 
 
 def _features(drows, earlier, *kinds):
-    """The gradients of `last` and `h` from those of the rows."""
-    N = earlier.shape[0]
-    more = F.pad(drows[1:, :, :1], (0, 0, 0, 0, 0, 0, 0, 1))  # of the next span's first key
-    body = drows[:, :, 1 : N + 1] + F.pad(more, (0, 0, N - 1, 0))
-    return drows[0, :, :1].to(kinds[0]), _streamed(body, kinds[1])
+    """The gradients of `last` and `h` from those of the rows: a span's first key is the feature
+    before it.
+    """
+    (n, B, _, K), N = drows.shape, earlier.shape[0]
+    dh = _streamed(drows[:, :, 1 : N + 1], drows.dtype)
+    dh.view(B, n, N, K)[:, :-1, -1] += drows[1:, :, 0].transpose(0, 1)
+    return drows[0, :, :1].to(kinds[0]), dh.to(kinds[1])
 
 
 def _spanned(x: Tensor, N: int, dtype: torch.dtype) -> Tensor:
