@@ -149,6 +149,21 @@ def test_static_writes_nothing_into_the_projections():
     assert layer(x().float())[1].memories[0].now[0].shape == (B, H, 1, W, W)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"objective": "l2"}, {"dgd": False}])
+def test_matrices_all_move_by_the_same_matrix(options):
+    """Each is its start value times that, up to what its shell makes of its size."""
+    torch.manual_seed(0)
+    layer = titans(depth=1, **options).double()
+    layer.eta.bias.fill_(0.0)  # large steps
+    (now,) = layer(x(30))[1].memories[0].now
+    (start,) = layer.start_weights(layer.groups[0])
+    assert (now - start).norm() > 0.1 * start.norm()
+    moved = torch.linalg.solve(start.expand_as(now), now)
+    moved = moved / torch.linalg.matrix_norm(moved, keepdim=True)
+    torch.testing.assert_close(moved, moved[:, :, :1].expand_as(moved), **TOLERANCE)
+
+
 def test_memories_of_one_chunk_size_are_written_together():
     assert [group.names for group in titans().groups] == [("k", "v", "eta", "alpha", "mem")]
     groups = titans(chunk=8, projection_chunk=4).groups
