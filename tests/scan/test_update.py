@@ -531,6 +531,38 @@ def test_what_runs_a_layer_is_explained():
         assert scan.explain(later, torch.randn(1, 5, 8)) == {"parallel": 1, form: 4}
 
 
+def test_what_is_not_shared_or_too_wide_is_no_transition():
+    """It says so, whatever the axes, and another form runs the call."""
+    own = Chunk(Matrix(4, 4), delta(), makes_values=True, answering=-1)
+    W, k, eta = torch.randn(3, 4, 4), torch.randn(1, 5, 4), torch.rand(1, 5)
+    for given, form in (
+        (((W,), k[0], k, k, Gates(eta)), "transition"),
+        (((W,), k[0], k, k, Gates(eta[0])), "fused"),
+        (((W[0],), k[0], k[0], k[0], Gates(eta[0])), "fused"),
+        (((W,), k[0, :1], k[:, :1], k[:, :1], Gates(eta[:, :1])), "transition"),
+    ):
+        assert chunk.choose(own, chunk.Given(*given, 0), "auto")[0] == form
+    wide, k = replace(own, memory=Matrix(5, 5)), torch.randn(1, 1, 5)
+    call = chunk.Given((torch.randn(3, 5, 5),), k[0], k, k, Gates(eta[:, :1]), 0)
+    assert chunk.choose(wide, call, "auto")[0] == "fused"
+
+
+def test_a_backward_pass_inside_an_autocast():
+    """Products of autograd's are bfloat16 then, those written out are not."""
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(16, 2, Titans(8))
+    x = torch.randn(2, 20, 16)
+    layer(x)[0].square().sum().backward()
+    grads = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    y, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.square().sum().backward()
+    found = torch.cat([p.grad.flatten() for p in layer.parameters()])
+    truth = torch.cat([grad.flatten() for grad in grads])
+    assert (found - truth).norm() < 0.02 * truth.norm()
+
+
 @pytest.mark.parametrize("memory", [Matrix(3, 4), ResidualMLP(3, 5, depth=3, gain=1.7)])
 def test_answers_have_the_gradient_of_reading(memory):
     """The backward pass written out for generating against autograd's, axes shared or not."""

@@ -72,8 +72,8 @@ class SelfModifyingTitans(MemoryLayer):
 
     x [B, T, dim] -> y [B, T, dim]. All that a memory reads is of unit norm per head; the scalars
     η, α are a learned readout of their memory's vector answer. The outer gradient reaches every
-    start value through every write. Memories that are matrices all move by the same matrix (see
-    `docs/math.md`); those with a hidden layer, `depth=2`, do not.
+    start value through every write. Memories that are matrices, of one chunk size and without
+    momentum, all move by the same matrix (`docs/math.md`); those with a hidden layer do not.
 
     options: what it is made of, see there; changes: of its fields, such as chunk=32. truncate: the
     outer gradient through the memories stops at multiples of so many tokens; give it for long

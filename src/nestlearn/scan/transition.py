@@ -28,6 +28,8 @@ from . import fused
 from .chunk import Chunk, Given
 from .rows import Scalars, steps
 
+WIDE = 4  # widths of so many times the tokens are cheaper without A
+
 
 def why_not(chunk: Chunk, given: Given) -> str | None:
     """What keeps this form from running the call."""
@@ -36,10 +38,12 @@ def why_not(chunk: Chunk, given: Given) -> str | None:
         return f"{type(chunk.memory).__name__} is no Matrix"
     if not chunk.makes_values or chunk.answering is None:
         return "the memories do not make their own values, or not one of them alone answers"
-    shared = [k.shape[-3], v.shape[-3]] if k.ndim == v.ndim == W[0].ndim else [0]
-    shared += [g.shape[-2] for g in gates if g is not None]
-    if any(size != 1 for size in shared):
+    scalars, rank = [g for g in gates if g is not None], W[0].ndim
+    like = rank > 2 and k.ndim == v.ndim == rank and all(g.ndim == rank - 1 for g in scalars)
+    if not like or {k.shape[-3], v.shape[-3], *(g.shape[-2] for g in scalars)} != {1}:
         return "the memories do not share keys, gates and what they make values of"
+    if k.shape[-1] > WIDE * k.shape[-2]:
+        return f"keys of {k.shape[-1]} for {k.shape[-2]} tokens: W A costs more than it saves"
     return fused.why_not(chunk, given)
 
 
@@ -106,11 +110,12 @@ class _Transition(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dA: Tensor, *dz: Any) -> tuple:
-        back = _Backward(ctx.form, *ctx.saved_tensors)
-        back.through_transition(dA)
-        dq = back.through_read(*dz) if ctx.form.token else None
-        back.through_system()
-        return None, dq, *back.through_sizes()
+        with torch.autocast(dA.device.type, enabled=False):  # also where a caller's still holds
+            back = _Backward(ctx.form, *ctx.saved_tensors)
+            back.through_transition(dA)
+            dq = back.through_read(*dz) if ctx.form.token else None
+            back.through_system()
+            return None, dq, *back.through_sizes()
 
 
 def _forward(form: Form, q, k, v, eta, log_alpha) -> tuple[tuple, tuple]:
