@@ -2,7 +2,7 @@
 
 A document is a page about a thing that does not exist, so nobody can know it without having read
 it. Its questions have answers of one word: as the page says it, in other words, in two steps, and
-such that the page does not say.
+such that the page does not say. A later document may change facts of an earlier one.
 """
 
 # ruff: noqa: E501
@@ -246,17 +246,29 @@ _MIDDLE = ("a", "e", "i", "o", "u", "ando", "eri", "ilo", "oma", "uve")
 _END = ("dell", "fort", "gan", "lin", "mar", "nock", "rith", "stead", "ton", "vik", "wick", "zo")
 
 
-def document(kind: str, seed: int) -> Document:
-    """A page of that kind; ValueError for an unknown one."""
+def document(kind: str, seed: int, *, before: Document | None = None, changed: int = 3) -> Document:
+    """A page of that kind. before: an earlier one of the same thing, so many of whose facts this
+    page changes; its questions ask for these alone. ValueError for an unknown kind.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: use one of {', '.join(KINDS)}")
-    rng = stream(seed, "closed-book", kind, "")
+    rng = stream(seed, "closed-book", kind, "" if before is None else before.name)
     first, facts = KINDS[kind]
-    name = "".join(str(rng.choice(part)) for part in (_BEGIN, _MIDDLE, _END))
-    told = _draw(rng, facts)
-    lines = [first.format(x=name)]
-    lines += [fact.says.format(x=name, a=told[key]) for key, fact in facts.items()]
-    return Document(kind, name, " ".join(lines), told, tuple(_questions(name, facts, told)))
+    if before is None:
+        name = "".join(str(rng.choice(part)) for part in (_BEGIN, _MIDDLE, _END))
+        told = _draw(rng, facts)
+        asked = list(facts)
+    else:
+        name = before.name
+        asked = [str(key) for key in rng.permutation(list(facts))[:changed]]
+        told = {**before.facts, **_draw(rng, {k: facts[k] for k in asked}, before.facts)}
+    lines = [first if before is None else "There is news of {x}."]
+    lines += [facts[key].says for key in facts if key in asked]
+    text = " ".join(
+        line.format(x=name, a=told.get(key, ""))
+        for line, key in zip(lines, ["", *_in(facts, asked)])
+    )
+    return Document(kind, name, text, told, tuple(_questions(name, facts, told, asked, before)))
 
 
 def documents(kinds: Sequence[str], count: int, seed: int = 0) -> list[Document]:
@@ -283,21 +295,32 @@ _SAYS_NOT = (
 )
 
 
-def _draw(rng: np.random.Generator, facts: dict[str, Fact]) -> dict[str, str]:
-    """An answer for each fact, no two alike."""
+def _in(facts: dict[str, Fact], asked: Sequence[str]) -> list[str]:
+    return [key for key in facts if key in asked]
+
+
+def _draw(
+    rng: np.random.Generator, facts: dict[str, Fact], old: dict[str, str] | None = None
+) -> dict[str, str]:
+    """An answer for each fact, no two alike, none as it was."""
     told: dict[str, str] = {}
     for key, fact in facts.items():
-        left = [word for word in fact.pool if word not in told.values()]
-        told[key] = str(rng.choice(left))
+        used = {*told.values(), *(old or {}).values()}
+        told[key] = str(rng.choice([word for word in fact.pool if word not in used]))
     return told
 
 
-def _questions(name: str, facts: dict[str, Fact], told: dict[str, str]) -> list[Question]:
+def _questions(
+    name: str, facts: dict[str, Fact], told: dict[str, str], asked: Sequence[str],
+    before: Document | None,
+) -> list[Question]:  # fmt: skip
     found = []
-    for key, fact in facts.items():
-        answer = told[key]
+    for key in _in(facts, asked):
+        fact, answer = facts[key], told[key]
         found.append(Question(fact.asks.format(x=name), answer, DIRECT))
         found.append(Question(fact.again.format(x=name), answer, PARAPHRASE))
         if fact.via:
             found.append(Question(fact.hop.format(other=told[fact.via]), answer, TWO_STEP))
-    return found + [Question(text.format(x=name), None, ABSENT) for text in _ABSENT]
+    if before is None:
+        found += [Question(text.format(x=name), None, ABSENT) for text in _ABSENT]
+    return found
