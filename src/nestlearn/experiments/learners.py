@@ -69,7 +69,7 @@ class Reader:
 
 def padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Rows as ids and mask [N, T]; padded behind."""
-    ids = [torch.tensor(row) for row in rows]
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = [torch.ones_like(row) for row in ids]
     return pad_sequence(ids, batch_first=True), pad_sequence(mask, batch_first=True)
 

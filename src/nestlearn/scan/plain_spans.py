@@ -137,7 +137,7 @@ class Spans(torch.autograd.Function):
                 if form.fading:
                     dW0 += form.fading * dW.sum(0)
                     dW *= 1 - form.fading
-            dlow = dW.to(low)
+            dlow = dW.to(low) if dstates is None else dstates[i].copy_(dW)
             _add(dw[i], rows[i, :, :N], dlow.mT)
             with _tf32(low):
                 pull = _write(g[i], inverse[i].mT, dw[i])
@@ -145,11 +145,9 @@ class Spans(torch.autograd.Function):
             if dstates is None:
                 _product(back[i], states[i], low, out=drows[i])
                 _add(drows[i, :, :N], w[i], dlow)
-            else:
-                dstates[i].copy_(dlow)
             _add(dW, back[i].mT, rows[i])
         if dstates is not None:
-            drows = _product(back, states, low)
+            _product(back, states, low, out=drows)
             _add(drows[:, :, :N], w, dstates)
         overlap = _product(g, w.mT, wide)
         dgram, dv, deta = form(
