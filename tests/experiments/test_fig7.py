@@ -3,10 +3,13 @@
 import gzip
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 
+from nestlearn import DeltaLevel, stack_levels
 from nestlearn.experiments import fig7, runner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -68,10 +71,36 @@ def test_questions_of_the_published_sets(name):
 @pytest.mark.parametrize(
     ("answer", "said", "so"),
     [
-        ("no", " No, it does not.", True), ("no", " I do not know.", False), ("yes", "eyes", False),
-        ("maybe", "Yes, maybe.", False), ("1470 sentences", "It has 1470 sentences.", True),
-        ("1470 sentences", "11470 sentences", False), ("147", "1470", False),
+        ("1470 sentences", "It has 1470 sentences.", 1), ("1470 sentences", "11470 sentences", 0),
+        ("147", "1470", 0), ("147", "", 0),
     ],
 )  # fmt: skip
 def test_an_answer_counts_as_whole_words(answer, said, so):
-    assert fig7.right(answer, said) == so
+    assert fig7.contained(answer, said) == so
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "share"),
+    [
+        ("the blue fox", " A blue fox\nand more", 1), ("blue fox", "the fox", 2 / 3),
+        ("fox fox", "fox", 2 / 3), ("fox", "\nlamp\nfox", 0), ("fox", "", 0),
+    ],
+)  # fmt: skip
+def test_words_of_a_line_count_without_articles(answer, said, share):
+    assert fig7.overlap(answer, said) == pytest.approx(share)
+
+
+def test_the_likelier_choice_is_said(tmp_path):
+    pretrained(tmp_path / "model")
+    base, tokenizer = fig7.pretrained.opened(tmp_path, "cpu")
+    stacked = stack_levels(base, [DeltaLevel(8, lr=0.1)], rank=2, window=40)
+    texts, letters = [f"{letter} text" for letter in "abcdefgh"], "abcdefghijklm"
+    prompts = [tokenizer.encode(f"{text}\nSo? ") for text in texts]
+    logits = base(torch.tensor(prompts)).logits[:, -1, [tokenizer.encode(x)[0] for x in letters]]
+    likelier = {
+        (x, y): [x if row[i] > row[j] else y for row in logits]
+        for (i, x), (j, y) in combinations(enumerate(letters), 2)
+    }
+    pair, wanted = next(item for item in likelier.items() if len(set(item[1])) == 2)
+    asked = [fig7.Asked(text, "So?", pair[0], pair) for text in texts]
+    assert fig7.answers(stacked, tokenizer, asked, 40, 40, learn=False) == wanted
