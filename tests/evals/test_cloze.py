@@ -8,7 +8,7 @@ from nestlearn.evals.cloze import LEAD, PREFIX, repeats
 
 LINE = b"they say that Heathcliff"  # the last 12 bytes before the word are b"ey say that "
 draw = random.Random(0)
-FILL = [b" ".join(str(draw.randrange(10**6)).encode() for _ in range(200)) for _ in range(9)]
+FILL = [b" ".join(b"%d" % draw.randrange(10**6) for _ in range(90)) for _ in range(9)]  # 600 bytes
 
 
 def book(*between, before=FILL[0]):
@@ -39,11 +39,15 @@ def test_both_times_are_found_and_the_first_is_taken_away():
         book(FILL[1]).replace(b"Heathcliff is", b"Heathcliffs"),  # another word
         book(FILL[1] + b"\f" + FILL[2]),  # two books
         book(b"near"),
-        book(*FILL[1:4]),  # far
+        book(*FILL[1:5]),  # far
     ],
 )
 def test_what_is_no_repeat(text):
     assert repeats(text, 500, 2000, 10) == []
+
+
+def test_what_stands_between_does_not_matter():
+    assert len(repeats(book(FILL[1], b"a letter of his", FILL[2]), 500, 2000, 10)) == 1
 
 
 def test_the_edges_and_even_places():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .files import evenly
 
 PREFIX, LEAD = 12, 256  # bytes; LEAD: that are read before the first time
-_WORD = re.compile(rb"(?<= )[A-Za-z]{4,}(?![A-Za-z])")
+_WORD = re.compile(rb"(?<= )[A-Za-z]{4,}")
 
 
 class Again(NamedTuple):
