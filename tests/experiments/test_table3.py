@@ -63,13 +63,19 @@ def test_scores_are_sums_of_log_softmax(change, monkeypatch):
 def test_one_call_trains_and_asks_and_another_counts(folder, tmp_path, monkeypatch):
     """The first one where there is no harness, the second with no more than what was said."""
     options = {"data": str(folder), "models": ROWS[:2], **SMALL}
+
+    def said(lm, pairs):  # as by a reader who remembers every word
+        found = asked.scored(lm, pairs)
+        return [(nats, word in text) for (nats, _), (text, word) in zip(found, pairs)]
+
+    monkeypatch.setattr(table3, "scored", said)
     monkeypatch.setattr(harness, "version", lambda: "")
     text = runner.run("table3", tmp_path / "out", **options)
     assert 'pip install "nestlearn[harness]"' in text
     first = read_records(tmp_path / "out" / "results.json")
     assert list(dict.fromkeys(r.model for r in first)) == ROWS
     again = [r for r in first if r.metric.startswith("again after 500–2,000")]
-    assert [r.model for r in again] == [ROWS[0]] * 2 + [ROWS[1]] * 2
+    assert [(r.model, r.value) for r in again] == [(m, v) for m in ROWS[:2] for v in (100.0, 0.0)]
     for weights in (tmp_path / "out" / "models").rglob("model.safetensors"):
         weights.unlink()
 

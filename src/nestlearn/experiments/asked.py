@@ -22,7 +22,7 @@ from nestlearn import state as tree
 from nestlearn.models.hope import HopeLM
 
 PIECE, TOGETHER = 4096, 2**17  # bytes of a row that are read at once, and of all rows
-ROWS = 64  # at most, of texts that are scored: each has a state of up to 0.1 GB
+ROWS, WHOLE = 64, 64  # of texts that are scored: at most; the bytes of each are a multiple
 SHAPED = 8192  # bytes after which no state grows any more
 
 
@@ -69,10 +69,10 @@ def scored(lm: HopeLM, pairs: Sequence[tuple[bytes, bytes]]) -> list[tuple[float
     found = [(0.0, False)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     while order:
-        longest = sum(map(len, pairs[order[0]]))
+        # whole chunks; what is padded behind, a causal model does not see
+        longest = 1 + WHOLE * -(-sum(map(len, pairs[order[0]])) // WHOLE)
         count = max(1, min(ROWS, TOGETHER // longest))
         some, order = order[:count], order[count:]
-        # padded behind: a causal model does not see it
         rows = [b"".join(pairs[i]).ljust(longest, b"\0") for i in some]
         ids = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, longest)
         state, parts = None, []
