@@ -11,7 +11,8 @@ A call goes on with what one before has left in out/models/NAME: the weights in 
 model is asked; training.json; and asked-*.json, how likely it finds each answer. Only counting
 those of the seven sets needs lm-evaluation-harness. So one call trains and asks on a card without
 it, its table with "–" for the sets; and the same call where the harness is counts them, with no
-more than the .json files there.
+more than the .json files there. A training is kept also where the code has changed since: its
+commit is in training.json, and without that folder it is done anew.
 """
 
 from __future__ import annotations
