@@ -134,6 +134,10 @@ FORMS: dict[str, Form] = {
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
     "--device cuda --workers 5": Form(why="needs a GPU"),
+    "nestlearn reproduce table3 --data FOLDER --only 10M --device cuda --workers 6": Form(
+        reproduced("table3", "--data {data} --only 10M --models Hope"),
+        needs="{data}/lm_eval/piqa.jsonl.gz",
+    ),
     **{
         f"nestlearn reproduce {name} --data FOLDER --device cuda --workers 6": Form(
             reproduced(name, "--data {data}/gutenberg --models Hope"),

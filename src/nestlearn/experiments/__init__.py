@@ -13,7 +13,7 @@ NAMES = (
     "table4", "table5", "mqar", "defaults", "equal-time", "stability", "switching", "language",
     "stream", "scored-first", "fig4", "orthogonal-tasks", "update-size", "fig11", "fig12",
     "lm-optimizers", "frontier", "closed-book", "in-a-row", "fig6", "fig7", "fig8", "reach",
-    "table1", "table2", "table6", "fig9", "fig10", "tiny",
+    "table1", "table2", "table3", "table6", "fig9", "fig10", "tiny",
 )  # fmt: skip
 SUITES = {"formal": "table5", "mad": "table4", "mqar": "mqar"}  # of `nestlearn eval`
 

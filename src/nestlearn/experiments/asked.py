@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from nestlearn import state as tree
 from nestlearn.models.hope import HopeLM
 
 PIECE, TOGETHER = 4096, 2**17  # bytes of a row that are read at once, and of all rows
+ROWS, WHOLE = 64, 64  # of texts that are scored: at most; the bytes of each are a multiple
 SHAPED = 8192  # bytes after which no state grows any more
 
 
@@ -54,6 +56,38 @@ def answers(lm: HopeLM, state: Any, questions: Sequence[bytes], most: int) -> li
         new = logits[:, -1:].argmax(-1)
         told.append(new)
     return [bytes(row).decode(errors="replace") for row in torch.cat(told, 1).tolist()]
+
+
+@torch.no_grad()
+def scored(lm: HopeLM, pairs: Sequence[tuple[bytes, bytes]]) -> list[tuple[float, bool]]:
+    """log p of each second text after its first one, in nats, and whether all of its bytes are the
+    likeliest ones. ValueError for a text that is empty.
+    """
+    if not all(before and after for before, after in pairs):
+        raise ValueError("a text is empty: give two of one byte or more")
+    device = next(lm.parameters()).device
+    found = [(0.0, False)] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    while order:
+        # whole chunks; what is padded behind, a causal model does not see
+        longest = 1 + WHOLE * -(-sum(map(len, pairs[order[0]])) // WHOLE)
+        count = max(1, min(ROWS, TOGETHER // longest))
+        some, order = order[:count], order[count:]
+        rows = [b"".join(pairs[i]).ljust(longest, b"\0") for i in some]
+        ids = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, longest)
+        state, parts = None, []
+        for a in range(0, longest - 1, PIECE):
+            part = ids[:, a : a + PIECE + 1].to(device).long()
+            with autocast(device):
+                logits, state = lm(part[:, :-1], state)
+            nats = F.cross_entropy(logits.mT.float(), part[:, 1:], reduction="none")
+            parts.append(torch.stack([nats, logits.argmax(-1) == part[:, 1:]]).cpu())
+        nats, right = torch.cat(parts, -1)
+        for row, i in enumerate(some):
+            begin, end = len(pairs[i][0]) - 1, sum(map(len, pairs[i])) - 1
+            of = (row, slice(begin, end))
+            found[i] = -float(nats[of].double().sum()), bool(right[of].all())
+    return found
 
 
 class Elsewhere:

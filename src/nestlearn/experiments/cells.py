@@ -77,11 +77,15 @@ def run_cells(
 
 def cell_path(folder: Path, cell: Cell) -> Path:
     """Where a cell's result is: readable parts of its name, and a hash of all but its places."""
-    said = {k: v for k, v in cell.items() if k not in PLACES}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
     parts = [str(cell[k]) for k in ("task", "model", "lr", "seed") if k in cell]
     name = "".join(c if c.isalnum() or c == "." else "-" for c in "_".join(parts))
-    return folder / f"{name or 'cell'}_{digest}.json"
+    return folder / f"{name or 'cell'}_{digest(cell)}.json"
+
+
+def digest(cell: Cell, without: Sequence[str] = ()) -> str:
+    """A short hash of a cell, but for its places and what else it is to be without."""
+    said = {k: v for k, v in cell.items() if k not in (*PLACES, *without)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def settled(result: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from its last checkpoint.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from nestlearn.captured import Captured
 from nestlearn.evals.haystack import Row
 from nestlearn.experiments.asked import autocast
-from nestlearn.experiments.cells import PLACES, Cell, Tell
+from nestlearn.experiments.cells import PLACES, Cell, Tell, digest
 from nestlearn.layers.linear import StaticProjections
 from nestlearn.layers.parts import BiasedLinear
 from nestlearn.models.hope import HopeLM
@@ -119,9 +117,8 @@ def course(cell: Cell) -> Cell:
 
 def folder_of(cell: Cell) -> Path:
     """Where a training is kept."""
-    digest = hashlib.sha256(json.dumps(course(cell), sort_keys=True).encode()).hexdigest()[:12]
-    name = f"{cell['model']}-{cell['lr']}-{cell['seed']}-{digest}".lower().replace(" ", "-")
-    return Path(cell["out"]) / "models" / name
+    name = f"{cell['model']}-{cell['lr']}-{cell['seed']}-{digest(cell, TESTS)}"
+    return Path(cell["out"]) / "models" / name.lower().replace(" ", "-")
 
 
 def _told(model: HopeLM, log: list[Record], lessons: Sequence[Lesson]) -> dict[str, Any]:
