@@ -172,9 +172,8 @@ FORMS: dict[str, Form] = {
     "nestlearn reproduce fig6 --data FOLDER --seeds 2 --device cuda --workers 7": Form(
         why="needs a pretrained model"
     ),
-    "nestlearn reproduce fig7 --data FOLDER --only MK-NIAH --seeds 1 --device cuda --workers 5": Form(
-        why="needs a pretrained model"
-    ),
+    "nestlearn reproduce fig7 --data FOLDER --only MK-NIAH --seeds 1 --device cuda "
+    "--workers 5": Form(why="needs a pretrained model"),
     "nestlearn reproduce fig8 --data FOLDER --seeds 3 --device cuda --workers 14": Form(
         why="needs a pretrained model"
     ),
