@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nestlearn import state as tree
 from nestlearn.evals import classes
 from nestlearn.experiments import fig6, runner
 from nestlearn.learn.answers import mean
@@ -55,6 +56,7 @@ def test_the_published_sets_are_read(name, count):
 
 def test_every_row_learns_and_is_measured_after_every_group(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(fig6.Reader, "longest", 3)
+    monkeypatch.setattr(fig6.OfBytes, "longest", 3)
     text = runner.run(
         "fig6", tmp_path / "out", data=str(folder), quick=True, workers=0, progress=False,
         device="cpu", only=["CLINC150"],
@@ -92,3 +94,42 @@ def test_frozen_classifiers_tell_classes_apart_that_differ(folder, kind, dial, m
     learner.learn(group)
     said = learner.said([text.text for text in group.train])
     assert [text.label for text in group.train] == said
+
+
+@pytest.mark.parametrize("how", ["adam", "ewc", "replay"])
+def test_a_small_hope_learns_the_classes_of_a_group(folder, how, monkeypatch):
+    monkeypatch.setattr(fig6.Trained, "epochs", 6)
+    torch.manual_seed(0)
+    learner = fig6.Trained(folder, "cpu", how, 3e-3, 0)
+    one, two = classes.groups(folder, "CLINC150", 0, train=4, validation=1, test=2, most=2)
+    with torch.no_grad():
+        before = learner._loss(two.train)
+    learner.learn(one)
+    assert learner.said([one.test[0].text])[0] in one.labels
+    learner.learn(two)
+    with torch.no_grad():
+        assert learner._loss(two.train) < 0.3 * before
+    assert {t.label for t in learner.kept} == {*one.labels, *two.labels}
+    assert learner.bytes > 4 * learner.base.parameter_count() - 1
+
+
+def test_a_small_hopes_hidden_states_tell_classes_apart(folder):
+    group = classes.groups(folder, "CLINC150", 0, train=4, validation=1, test=2, most=2)[1]
+    learner = fig6.HopeCosine(folder, "cpu", "", 1.0, 0)
+    learner.learn(group)
+    said = learner.said([text.text for text in group.train])
+    assert [text.label for text in group.train] == said
+
+
+def test_a_carried_state_is_asked_and_not_changed(folder, monkeypatch):
+    monkeypatch.setattr(fig6.OfBytes, "longest", 6)
+    learner = fig6.Carried(folder, "cpu", "", 2, 0)
+    group = classes.groups(folder, "CLINC150", 0, train=4, validation=1, test=2, most=2)[0]
+    learner.learn(group)
+    before = tree.tree_map(torch.clone, learner.state)
+    first = learner.said([text.text for text in group.test])
+    tree.tree_map(torch.testing.assert_close, before, learner.state)
+    assert learner.said([text.text for text in group.test]) == first
+    assert learner.said([group.test[-1].text]) == first[-1:]  # one, or many at once
+    learner.state = None
+    assert learner.said([text.text for text in group.test]) != first

@@ -5,7 +5,9 @@
 FOLDER/model is a pretrained model with its tokenizer, as transformers saves it; beside it stand
 clinc150/, banking77/ and dbpedia14/ (see `nestlearn.evals.classes`). A text is followed by "Class:"
 and the model names the class, among all that were seen; classifiers choose by its hidden states.
-Every row has one dial, of three values, chosen on validation texts of seed 0. A row's bytes are
+Rows of a small Hope are of the one that the package brings
+(`nestlearn.experiments.small_hope`). Every row has one dial, of three values, chosen on validation
+texts of seed 0. A row's bytes are
 what it carries from group to group. What trains by Adam reads every text of a group twice, levels
 read it once.
 """
@@ -27,21 +29,11 @@ from nestlearn.experiments import pretrained
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
+from nestlearn.experiments.small_hope import Carried, OfBytes, Trained
 from nestlearn.experiments.tables import detail, mean, model, words
 
 DELTAS = (5e-4, 2e-3, 8e-3)  # Adam's rates
-ROWS: dict[str, tuple[str, tuple[float, ...]]] = {  # how, and the values of its dial
-    "in context": ("context", (16, 32, 64)),  # examples before the question
-    "cosine classifier, frozen": ("cosine", (0.0, 0.5, 1.0)),  # share of the mean taken away
-    "linear probe, in sequence": ("probe", (1e-3, 1e-2, 1e-1)),
-    "low-rank deltas, in sequence (LoRA)": ("adam", DELTAS),
-    "the same, EWC": ("ewc", DELTAS),
-    "the same, replay of 5 a class": ("replay", DELTAS),
-    "levels": ("levels", (0.02, 0.1, 0.5)),
-    "levels over the depth": ("depth", (0.02, 0.1, 0.5)),
-    "levels, studied": ("study", DELTAS),
-    "low-rank deltas, all at once": ("joint", DELTAS),
-}
+WHOLE = (3e-4, 1e-3, 3e-3)  # the same, of all weights of a small model
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -54,8 +46,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One order of the classes, learned in one way; accuracy on every group after every group."""
     torch.manual_seed(cell["seed"])
     every = classes.groups(Path(cell["folder"]), cell["task"], cell["seed"], **cell["sizes"])
-    how = ROWS[cell["model"]][0]
-    kind: type[Reader] = {"context": Context, "cosine": Cosine, "probe": Probe}.get(how, Learner)
+    kind, how, _ = ROWS[cell["model"]]
     learner = kind(Path(cell["folder"]), cell["device"], how, cell["lr"], cell["seed"])
     if how == "joint":
         learner.learn(_together(every))
@@ -172,6 +163,30 @@ class Probe(Reader):
         return [self.labels[i] for i in (x @ self.weight.T).argmax(-1).tolist()]
 
 
+class HopeCosine(Cosine, OfBytes):
+    """The same of a small Hope's hidden states."""
+
+
+ROWS: dict[str, tuple[type[Reader], str, tuple[float, ...]]] = {  # how, and values of its dial
+    "in context": (Context, "", (16, 32, 64)),  # examples before the question
+    "cosine classifier, frozen": (Cosine, "", (0.0, 0.5, 1.0)),  # share of the mean taken away
+    "linear probe, in sequence": (Probe, "", (1e-3, 1e-2, 1e-1)),
+    "low-rank deltas, in sequence (LoRA)": (Learner, "adam", DELTAS),
+    "the same, EWC": (Learner, "ewc", DELTAS),
+    "the same, replay of 5 a class": (Learner, "replay", DELTAS),
+    "levels": (Learner, "levels", (0.02, 0.1, 0.5)),
+    "levels over the depth": (Learner, "depth", (0.02, 0.1, 0.5)),
+    "levels, studied": (Learner, "study", DELTAS),
+    "low-rank deltas, all at once": (Learner, "joint", DELTAS),
+    "small Hope, state carried": (Carried, "", (1, 2, 4)),  # times that a group is read
+    "small Hope, cosine classifier, frozen": (HopeCosine, "", (0.0, 0.5, 1.0)),
+    "small Hope, trained in sequence": (Trained, "adam", WHOLE),
+    "small Hope, EWC": (Trained, "ewc", WHOLE),
+    "small Hope, replay of 5 a class": (Trained, "replay", WHOLE),
+    "small Hope, trained all at once": (Trained, "joint", WHOLE),
+}
+
+
 def figure(records: Sequence[Record], path: Path) -> None:
     """Accuracy over all groups seen so far, along the groups."""
 
@@ -203,10 +218,16 @@ EXPERIMENT = Experiment(
     takes=("seeds", "only", "models", "data", "workers", "device"),
     grid=grid,
     work=work,
-    rates=lambda cell: ROWS[cell["model"]][1],
+    rates=lambda cell: ROWS[cell["model"]][2],
     seeds=5,
     columns=COLUMNS,
     by=lambda r: (r.task, r.model),
     figure=figure,
-    sources=(*pretrained.SOURCES, "learn", "evals/classes.py", "experiments/learners.py"),
+    sources=(
+        *pretrained.SOURCES,
+        "learn",
+        "evals/classes.py",
+        "experiments/learners.py",
+        "experiments/small_hope.py",
+    ),
 )

@@ -30,8 +30,16 @@ class Reader:
 
     def __init__(self, folder: Path, device: str, how: str, dial: float, seed: int):
         self.how, self.dial, self.draw = how, dial, random.Random(seed)
-        self.base, self.words = opened(folder, device)
+        self.base, self.words = self.opened(folder, device)
         self.labels: list[str] = []
+
+    def opened(self, folder: Path, device: str) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
+        return opened(folder, device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
 
     def learn(self, group: Group) -> None:
         """Take in the classes of a group and their texts."""

@@ -1,0 +1,154 @@
+"""A small Hope that takes in groups of texts with an answer each: by its state, or by training.
+
+It is `nestlearn/tiny`, which the package brings: bytes, trained on books, without an instruction
+anywhere. What is trained here are all of its weights, on the bytes of the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestlearn import state as tree
+from nestlearn.evals.classes import Group, Text
+from nestlearn.experiments.asked import ROWS, WHOLE, answers, autocast
+from nestlearn.experiments.learners import BATCH, EPOCHS, EWC, KEPT, Reader, padded
+from nestlearn.models.hope import HopeLM
+
+
+class OfBytes(Reader):
+    """A `Reader` whose model is the small Hope and whose tokens are bytes."""
+
+    longest = 40
+
+    def opened(self, folder: Path, device: str) -> tuple[Any, Any]:
+        return HopeLM.from_pretrained("nestlearn/tiny").float().to(device).eval(), None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decoded(self, prompts: Sequence[list[int]]) -> list[str]:
+        found: list[str] = []
+        for a in range(0, len(prompts), ROWS):
+            some = [bytes(prompt) for prompt in prompts[a : a + ROWS]]
+            found += answers(self.base, self.before(len(some)), some, self.longest)
+        return [text.split("\n")[0].strip() for text in found]
+
+    def said(self, texts: Sequence[str]) -> list[str]:
+        return self.decoded([self.encode(self.ask.format(text=text)) for text in texts])
+
+    def before(self, rows: int) -> Any:
+        """The state in which a question is read; None: it is the first that is read."""
+        return None
+
+    @torch.no_grad()
+    def hidden(self, texts: Sequence[str]) -> Tensor:
+        found = []
+        for a in range(0, len(texts), ROWS):
+            ids, mask = _whole([self.encode(text) for text in texts[a : a + ROWS]])
+            with autocast(self.device):
+                h = self.base(ids.to(self.device), output="hidden")[0].float()
+            keep = mask.to(h)[..., None]
+            found.append((h * keep).sum(1) / keep.sum(1))
+        return torch.cat(found)
+
+
+class Carried(OfBytes):
+    """A stream of texts with their class is read, as often as the dial says; every question is
+    asked of the state that it left.
+    """
+
+    state: Any = None
+
+    @torch.no_grad()
+    def learn(self, group: Group) -> None:
+        for _ in range(int(self.dial)):
+            texts = self.draw.sample(group.train, len(group.train))
+            told = "".join(f"{self.ask.format(text=t.text)} {t.label}\n\n" for t in texts)
+            for part in torch.tensor([self.encode(told)], device=self.device).split(4096, 1):
+                with autocast(self.device):
+                    _, self.state = self.base(part, self.state, output="hidden")
+        self.bytes = float(tree.nbytes(self.state))
+
+    def before(self, rows: int) -> Any:
+        if self.state is None:
+            return None
+        return tree.tree_map(lambda x: x.expand(rows, *x.shape[1:]).contiguous(), self.state)
+
+
+class Trained(OfBytes):
+    """All weights are trained by Adam on each group in turn, by itself, with replay of KEPT texts
+    of each earlier class, or held where earlier groups need them (EWC).
+    """
+
+    epochs = EPOCHS
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.kept: list[Text] = []
+        self.weights = [w for w in self.base.parameters() if w.requires_grad]
+        self.importance: list[tuple[Tensor, Tensor]] = []  # of each number, and where it stood
+
+    def learn(self, group: Group) -> None:
+        texts = list(group.train) + self.kept * (self.how == "replay")
+        adam = torch.optim.Adam(self.weights, self.dial)
+        batches = [
+            order[a : a + BATCH]
+            for order in (self.draw.sample(texts, len(texts)) for _ in range(self.epochs))
+            for a in range(0, len(order), BATCH)
+        ]
+        squares = [torch.zeros_like(w) for w in self.weights]
+        for n, some in enumerate(batches):
+            adam.zero_grad()
+            self._loss(some).backward()
+            if self.how == "ewc":
+                for square, w, (weight, at) in zip(squares, self.weights, self._importance()):
+                    if w.grad is not None:
+                        square += w.grad.square() / len(batches)
+                        w.grad += 2 * EWC * weight * (w.detach() - at)
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            for part in adam.param_groups:
+                part["lr"] = self.dial * (1 - n / len(batches))
+            adam.step()
+        if self.how == "ewc":
+            self.importance = [
+                (old + new, w.detach().clone())
+                for (old, _), new, w in zip(self._importance(), squares, self.weights)
+            ]
+        for label in group.labels:
+            self.kept += [t for t in group.train if t.label == label][:KEPT]
+        told = sum(len(f"{t.text}{t.label}".encode()) for t in self.kept) * (self.how == "replay")
+        beside = sum(8 * w.numel() for w, _ in self.importance)
+        self.bytes = float(sum(4 * w.numel() for w in self.weights) + beside + told)
+
+    def _importance(self) -> list[tuple[Tensor, Tensor]]:
+        return self.importance or [(torch.zeros_like(w), w.detach()) for w in self.weights]
+
+    def _loss(self, some: Sequence[Text]) -> Tensor:
+        """Nats a byte of the answers."""
+        asked = [self.encode(self.ask.format(text=t.text)) for t in some]
+        rows = [a + self.encode(f" {t.label}\n") for a, t in zip(asked, some)]
+        ids, mask = _whole(rows, one_more=True)
+        for row, a in zip(mask, asked):
+            row[: len(a)] = 0
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with torch.enable_grad(), autocast(self.device):
+            logits, _ = self.base(ids[:, :-1])
+        nats = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none")
+        return (nats * mask[:, 1:]).sum() / mask[:, 1:].sum()
+
+
+def _whole(rows: Sequence[list[int]], one_more: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows as ids and mask [N, T], padded behind to whole chunks (and one byte more)."""
+    ids, mask = padded(rows)
+    fill = -(ids.shape[1] - one_more) % WHOLE
+    return F.pad(ids, (0, fill)), F.pad(mask, (0, fill))
