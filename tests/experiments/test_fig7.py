@@ -84,6 +84,8 @@ def test_an_answer_counts_as_whole_words(answer, said, so):
     [
         ("the blue fox", " A blue fox\nand more", 1), ("blue fox", "the fox", 2 / 3),
         ("fox fox", "fox", 2 / 3), ("fox", "\nlamp\nfox", 0), ("fox", "", 0),
+        ("68.2%", "68.8%", 0), ("0.7", "0.5", 0), ("BERT-base", "BERT-large", 0),
+        ("dont", "don't", 1),
     ],
 )  # fmt: skip
 def test_words_of_a_line_count_without_articles(answer, said, share):

@@ -5,9 +5,8 @@
 FOLDER/model is a pretrained model with its tokenizer, as transformers saves it; beside it stand
 clinc150/, banking77/ and dbpedia14/ (see `nestlearn.evals.classes`). A text is followed by "Class:"
 and the model names the class, among all that were seen; classifiers choose by its hidden states.
-Rows of a small Hope are of the one that the package brings
-(`nestlearn.experiments.small_hope`). Every row has one dial, of three values, chosen on validation
-texts of seed 0. A row's bytes are
+Rows of a small Hope are of the one that the package brings (`nestlearn.experiments.small_hope`).
+Every row has one dial, of three values, chosen on validation texts of seed 0. A row's bytes are
 what it carries from group to group. What trains by Adam reads every text of a group twice, levels
 read it once.
 """
@@ -29,17 +28,23 @@ from nestlearn.experiments import pretrained
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
-from nestlearn.experiments.small_hope import Carried, OfBytes, Trained
+from nestlearn.experiments.provenance import fingerprint
+from nestlearn.experiments.small_hope import TINY, Carried, OfBytes, Trained
 from nestlearn.experiments.tables import detail, mean, model, words
+from nestlearn.models.config import model_folder
 
 DELTAS = (5e-4, 2e-3, 8e-3)  # Adam's rates
-WHOLE = (3e-4, 1e-3, 3e-3)  # the same, of all weights of a small model
+WEIGHTS = (3e-4, 1e-3, 3e-3)  # the same, of all weights of a small model
 
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each set and row."""
     sizes = asked.pick({"train": 4, "validation": 1, "test": 2, "most": 2}, {})
-    return pretrained.cells(asked, classes.SETS, "set", ROWS, sizes=sizes)
+    found = pretrained.cells(asked, classes.SETS, "set", ROWS, sizes=sizes)
+    for cell in found:
+        if issubclass(ROWS[cell["model"]][0], OfBytes):
+            cell["weights"] = fingerprint(model_folder(TINY).glob("*.safetensors"))
+    return found
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -180,10 +185,10 @@ ROWS: dict[str, tuple[type[Reader], str, tuple[float, ...]]] = {  # how, and val
     "low-rank deltas, all at once": (Learner, "joint", DELTAS),
     "small Hope, state carried": (Carried, "", (1, 2, 4)),  # times that a group is read
     "small Hope, cosine classifier, frozen": (HopeCosine, "", (0.0, 0.5, 1.0)),
-    "small Hope, trained in sequence": (Trained, "adam", WHOLE),
-    "small Hope, EWC": (Trained, "ewc", WHOLE),
-    "small Hope, replay of 5 a class": (Trained, "replay", WHOLE),
-    "small Hope, trained all at once": (Trained, "joint", WHOLE),
+    "small Hope, trained in sequence": (Trained, "adam", WEIGHTS),
+    "small Hope, EWC": (Trained, "ewc", WEIGHTS),
+    "small Hope, replay of 5 a class": (Trained, "replay", WEIGHTS),
+    "small Hope, trained all at once": (Trained, "joint", WEIGHTS),
 }
 
 
@@ -229,5 +234,6 @@ EXPERIMENT = Experiment(
         "evals/classes.py",
         "experiments/learners.py",
         "experiments/small_hope.py",
+        "experiments/asked.py",
     ),
 )

@@ -25,7 +25,7 @@ class Reader:
     bytes: what is carried from group to group.
     """
 
-    ask, longest, rows = "{text}\nClass:", 10, WIDE
+    ask, longest, rows, epochs = "{text}\nClass:", 10, WIDE, EPOCHS
     bytes = 0.0
 
     def __init__(self, folder: Path, device: str, how: str, dial: float, seed: int):
@@ -73,6 +73,14 @@ class Reader:
             h = out.hidden_states[-1] * mask[..., None]
             found.append(h.sum(1) / mask.sum(1, keepdim=True))
         return torch.cat(found)
+
+    def batches(self, texts: Sequence[Any]) -> list[list[Any]]:
+        """The texts, in another order each of EPOCHS times."""
+        return [
+            order[a : a + BATCH]
+            for order in (self.draw.sample(texts, len(texts)) for _ in range(self.epochs))
+            for a in range(0, len(order), BATCH)
+        ]
 
 
 def padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
@@ -153,11 +161,7 @@ class Learner(Reader):
             for name, examples, size in (("new", train, BATCH), ("held", held, BATCH // 2)):
                 if examples:
                     pupil.fits(name, Frame.of(examples, min(size, len(examples))))
-        batches = [
-            order[a : a + BATCH]
-            for order in (self.draw.sample(train, len(train)) for _ in range(EPOCHS))
-            for a in range(0, len(order), BATCH)
-        ]
+        batches = self.batches(train)
         squares = [torch.zeros_like(w) for w in pupil.flat]
         with torch.enable_grad():
             for n, some in enumerate(batches):

@@ -1,7 +1,8 @@
 """A small Hope that takes in groups of texts with an answer each: by its state, or by training.
 
 It is `nestlearn/tiny`, which the package brings: bytes, trained on books, without an instruction
-anywhere. What is trained here are all of its weights, on the bytes of the answers.
+anywhere. What is trained here are all of its weights, on the bytes of the answers. A question has
+newlines before it, up to whole chunks, so that no answer depends on what is asked beside it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from torch import Tensor
 from nestlearn import state as tree
 from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments.asked import ROWS, WHOLE, answers, autocast
-from nestlearn.experiments.learners import BATCH, EPOCHS, EWC, KEPT, Reader, padded
+from nestlearn.experiments.learners import EWC, KEPT, Reader, padded
 from nestlearn.models.hope import HopeLM
+
+TINY = "nestlearn/tiny"
 
 
 class OfBytes(Reader):
     """A `Reader` whose model is the small Hope and whose tokens are bytes."""
 
-    longest = 40
+    longest = 64
 
     def opened(self, folder: Path, device: str) -> tuple[Any, Any]:
-        return HopeLM.from_pretrained("nestlearn/tiny").float().to(device).eval(), None
+        return HopeLM.from_pretrained(TINY).float().to(device).eval(), None
 
     @property
     def device(self) -> torch.device:
@@ -36,15 +39,22 @@ class OfBytes(Reader):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decoded(self, prompts: Sequence[list[int]]) -> list[str]:
-        found: list[str] = []
-        for a in range(0, len(prompts), ROWS):
-            some = [bytes(prompt) for prompt in prompts[a : a + ROWS]]
-            found += answers(self.base, self.before(len(some)), some, self.longest)
-        return [text.split("\n")[0].strip() for text in found]
+    def asked(self, text: str) -> bytes:
+        """A question, of whole chunks."""
+        told = self.ask.format(text=text).encode()
+        return told.rjust(-(-len(told) // WHOLE) * WHOLE, b"\n")
 
     def said(self, texts: Sequence[str]) -> list[str]:
-        return self.decoded([self.encode(self.ask.format(text=text)) for text in texts])
+        prompts = [self.asked(text) for text in texts]
+        found = [""] * len(texts)
+        for size in set(map(len, prompts)):
+            same = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
+            for a in range(0, len(same), ROWS):
+                some = [prompts[i] for i in same[a : a + ROWS]]
+                told = answers(self.base, self.before(len(some)), some, self.longest)
+                for i, text in zip(same[a:], told):
+                    found[i] = text.split("\n")[0].strip()
+        return found
 
     def before(self, rows: int) -> Any:
         """The state in which a question is read; None: it is the first that is read."""
@@ -90,8 +100,6 @@ class Trained(OfBytes):
     of each earlier class, or held where earlier groups need them (EWC).
     """
 
-    epochs = EPOCHS
-
     def __init__(self, *given: Any):
         super().__init__(*given)
         self.kept: list[Text] = []
@@ -101,21 +109,17 @@ class Trained(OfBytes):
     def learn(self, group: Group) -> None:
         texts = list(group.train) + self.kept * (self.how == "replay")
         adam = torch.optim.Adam(self.weights, self.dial)
-        batches = [
-            order[a : a + BATCH]
-            for order in (self.draw.sample(texts, len(texts)) for _ in range(self.epochs))
-            for a in range(0, len(order), BATCH)
-        ]
+        batches = self.batches(texts)
         squares = [torch.zeros_like(w) for w in self.weights]
         for n, some in enumerate(batches):
             adam.zero_grad()
             self._loss(some).backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             if self.how == "ewc":
                 for square, w, (weight, at) in zip(squares, self.weights, self._importance()):
                     if w.grad is not None:
                         square += w.grad.square() / len(batches)
                         w.grad += 2 * EWC * weight * (w.detach() - at)
-            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             for part in adam.param_groups:
                 part["lr"] = self.dial * (1 - n / len(batches))
             adam.step()
@@ -135,7 +139,7 @@ class Trained(OfBytes):
 
     def _loss(self, some: Sequence[Text]) -> Tensor:
         """Nats a byte of the answers."""
-        asked = [self.encode(self.ask.format(text=t.text)) for t in some]
+        asked = [list(self.asked(t.text)) for t in some]
         rows = [a + self.encode(f" {t.label}\n") for a, t in zip(asked, some)]
         ids, mask = _whole(rows, one_more=True)
         for row, a in zip(mask, asked):

@@ -11,8 +11,8 @@ A call goes on with what one before has left in out/models/NAME: the weights in 
 model is asked; training.json; and asked-*.json, how likely it finds each answer. Only counting
 those of the seven sets needs lm-evaluation-harness. So one call trains and asks on a card without
 it, its table with "–" for the sets; and the same call where the harness is counts them, with no
-more than the .json files there. A training is kept also where the code has changed since: its
-commit is in training.json, and without that folder it is done anew.
+more than the .json files there. A training is kept also where the code has changed since (its
+commit is in training.json, and without that folder it is done anew); then it is asked again.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     texts = [(text.encode(), ending.encode()) for text, ending in pairs]
     for some in again.values():
         texts += [(text, one.word) for one in some for text in (one.text, one.without)]
-    key = hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
+    of = (cell["code"], result["weights"], texts)
+    key = hashlib.sha256(repr(of).encode()).hexdigest()[:12]
 
     def asked() -> list[tuple[float, bool]]:
         lm = HopeLM.from_pretrained(place).float().to(cell["device"]).eval()
@@ -108,7 +109,8 @@ def trained(cell: Cell, place: Path, tell: Tell) -> dict[str, Any]:
     lm, result = books.trained(cell, books.sized(table2.ROWS[cell["model"]], cell["size"]), tell)
     told = f"{result['tokens']:,} bytes of books of Project Gutenberg, `nestlearn reproduce table3`"
     lm.to(torch.bfloat16).save_pretrained(place, trained=told)
-    return books.in_bits(books.read(Path(cell["folder"])), result | {"trained": commit()})
+    result |= {"trained": commit(), "weights": fingerprint(place.glob("*.safetensors"))}
+    return books.in_bits(books.read(Path(cell["folder"])), result)
 
 
 @cache
