@@ -64,14 +64,17 @@ def test_rows_have_exact_lengths_and_mark_answers_that_were_told(length, dense):
     rng = np.random.default_rng(length)
     for _ in range(60):
         row = ruler.row(length, WORDS, TEXT, rng, dense)
-        assert row.ids.shape == row.asked.shape == (length,)
+        assert row.ids.shape == row.asked.shape == row.hay.shape == (length,)
         assert row.asked.any()
+        assert not (row.asked & row.hay).any()
+        told = bytes(row.ids[~row.hay]).decode(errors="ignore")
         for begin, end in _spans(row.asked):
             said = bytes(row.ids[begin:end]).decode()
             assert row.ids[begin - 1] == ord(" ")
             assert said.endswith(".")
             for value in said[:-1].replace("and ", "").split(", "):
                 assert f"is: {value}." in bytes(row.ids[:begin]).decode(errors="ignore")
+                assert f"is: {value}." in told
 
 
 @pytest.mark.parametrize("dense", [0.0, 1.0])
@@ -117,6 +120,7 @@ def test_pieces_go_where_sentences_end_in_their_order():
     )
     assert bytes(row.ids) == b"One. Two. A. B. Three. Four. C."
     assert np.flatnonzero(row.asked).tolist() == [10]
+    assert bytes(row.ids[row.hay]) == bytes(hay)
     assert depths[2] == 1.0
     assert len(repeated("a b.", 33)) == 33
     assert len(cut(as_bytes(b"tiny text"), 500, np.random.default_rng(0))) == 500

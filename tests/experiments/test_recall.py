@@ -4,6 +4,7 @@ import io
 import lzma
 import random
 import tarfile
+from itertools import count
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from nestlearn import state as tree
 from nestlearn.evals import ruler
 from nestlearn.evals.haystack import Asked
 from nestlearn.evals.needles import Words
-from nestlearn.experiments import books, recall, runner
+from nestlearn.experiments import books, lessons, recall, runner
 from nestlearn.experiments.asked import SHAPED, Elsewhere, answers, read
 from nestlearn.experiments.lessons import Lesson, _Update
 from nestlearn.layers.linear import StaticProjections
@@ -97,34 +98,63 @@ def test_states_of_windows_have_the_bytes_of_hope():
 
 
 def test_a_step_costs_what_it_is_told_to():
-    """Gates hear of it, and nothing else."""
+    """Gates hear of the bytes of haystacks, and of nothing else."""
     torch.manual_seed(0)
-    ids, asked = torch.randint(0, 99, (2, 33)), torch.ones(2, 33, dtype=torch.bool)
-    found = {}
-    for writes in (0.0, 1.0, 3.0):
+    ids, every = torch.randint(0, 99, (2, 33)), torch.ones(2, 33, dtype=torch.bool)
+    first = every.clone()
+    first[1] = False
+
+    def grad(hay, shut, costly=True):
         torch.manual_seed(0)
         lm = HopeLM(recall.config_of("DeltaNet, shut below 0.2", (16, 1, 2)))
-        _Update(lm, 0.1, writes, torch.device("cpu"))(ids, asked)
+        _Update(lm, 0.1, costly, torch.device("cpu"))(ids, every, hay, shut)
         (gates,) = [m.gates for m in lm.modules() if isinstance(m, StaticProjections)]
-        found[writes] = gates.bias.grad[:2]
-    once, thrice = found[1.0] - found[0.0], found[3.0] - found[0.0]
+        return gates.bias.grad[:2]
+
+    free = grad(every, 3.0, costly=False)
+    assert torch.equal(free, grad(~every, 3.0))
+    once, thrice = grad(every, 1.0) - free, grad(every, 3.0) - free
     assert (once > 0.01).all()  # of sigmoid(0): 1/4, of two heads
     torch.testing.assert_close(thrice, 3 * once)
+    torch.testing.assert_close(grad(first, 1.0) + grad(~first, 1.0) - 2 * free, 2 * once)
     with pytest.raises(AssertionError, match="static projections"):
-        _Update(HopeLM(recall.config_of("Hope", (16, 1, 2))), 0.1, 1.0, torch.device("cpu"))
+        _Update(HopeLM(recall.config_of("Hope", (16, 1, 2))), 0.1, True, torch.device("cpu"))
+
+
+COURSE = {
+    "model": "DeltaNet", "size": (16, 1, 2), "steps": 24, "language": 0.1, "costly": True,
+    "lessons": [Lesson(32, 2, 1.0, 0.5), Lesson(96, 2, 1.0, 1.0)],
+    "lr": 1e-2, "seed": 0, "device": "cpu",
+}  # fmt: skip
+
+
+def make(lesson, rng):
+    words = Words(("blue", "old", "tiny"), ("fox", "lamp", "river"))
+    return ruler.drill(lesson.length + 1, words, rng)
+
+
+def test_a_step_without_a_gradient_is_left_out_and_many_end_a_training(tmp_path, monkeypatch):
+    run, calls = _Update._run, count(1)
+
+    def broken(self, *given):
+        loss = run(self, *given)
+        if next(calls) >= first:
+            next(self.model.parameters()).grad.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(_Update, "_run", broken)
+    monkeypatch.setattr(lessons, "SKIPPED", 12)  # two of 24
+    first = 23
+    lm, told = recall.trained({**COURSE, "out": tmp_path / "two"}, make, lambda *_: None)
+    assert told["skipped"] == 2
+    assert all(w.isfinite().all() for w in lm.parameters())
+    first = 0
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        recall.trained({**COURSE, "out": tmp_path / "all"}, make, lambda *_: None)
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):
-    words = Words(("blue", "old", "tiny"), ("fox", "lamp", "river"))
-
-    def make(lesson, rng):
-        return ruler.drill(lesson.length + 1, words, rng)
-
-    cell = {
-        "model": "DeltaNet", "size": (16, 1, 2), "steps": 24, "language": 0.1, "writes": 0.5,
-        "lessons": [Lesson(32, 2, 1.0, 0.5), Lesson(96, 2, 1.0, 1.0)],
-        "lr": 1e-2, "seed": 0, "device": "cpu",
-    }  # fmt: skip
+    cell = COURSE
     whole, told = recall.trained({**cell, "out": tmp_path / "whole"}, make, lambda *_: None)
     assert {lesson for _, lesson, _ in told["curve"]} == {0, 1}
 

@@ -26,10 +26,18 @@ class Piece(NamedTuple):
 
 
 class Row(NamedTuple):
-    """ids uint8 [N]: a sequence to train on. asked bool [N]: its bytes that answer a question."""
+    """ids uint8 [N]: a sequence to train on. asked bool [N]: its bytes that answer a question. hay
+    bool [N]: those of a haystack, of which nothing is ever asked.
+    """
 
     ids: Bytes
     asked: NDArray[np.bool_]
+    hay: NDArray[np.bool_]
+
+    @classmethod
+    def plain(cls, ids: Bytes) -> Row:
+        """A haystack alone."""
+        return cls(ids, np.zeros(len(ids), bool), np.ones(len(ids), bool))
 
 
 class Asked(NamedTuple):
@@ -79,7 +87,7 @@ def hide(hay: Bytes, pieces: Sequence[Piece]) -> tuple[Row, tuple[float, ...]]:
     """
     order = sorted(range(len(pieces)), key=lambda i: pieces[i].at)
     marks = ends(hay)
-    parts, asked, depths, last = [], [], [], 0
+    parts, asked, idle, depths, last = [], [], [], [], 0
     for i in order:
         piece = pieces[i]
         place = _nearest(marks, piece.at * len(hay)) if piece.at < 1 else len(hay)
@@ -88,11 +96,13 @@ def hide(hay: Bytes, pieces: Sequence[Piece]) -> tuple[Row, tuple[float, ...]]:
         if piece.answer is not None:
             spot[slice(*piece.answer)] = True
         asked += [np.zeros(place - last, bool), spot]
+        idle += [np.ones(place - last, bool), np.zeros(len(spot), bool)]
         depths.append(place / max(1, len(hay)))
         last = place
     parts.append(hay[last:])
     asked.append(np.zeros(len(hay) - last, bool))
-    return Row(np.concatenate(parts), np.concatenate(asked)), tuple(depths)
+    idle.append(np.ones(len(hay) - last, bool))
+    return Row(*map(np.concatenate, (parts, asked, idle))), tuple(depths)
 
 
 def _nearest(marks: NDArray[np.int64], place: float) -> int:

@@ -132,7 +132,7 @@ def row(
         else:
             answer = said(found.answers).encode()
             ids = np.frombuffer(found.text + found.question + answer, np.uint8)
-            return Row(ids, np.arange(length) > length - len(answer))
+            return Row(ids, np.arange(length) > length - len(answer), np.zeros(length, bool))
     return _dense(length, words, text, rng)
 
 
@@ -197,7 +197,7 @@ def drill(length: int, words: Words, rng: np.random.Generator, most: int = 5) ->
         asked.append((at >= len(head)) & (at < len(head) + len(answer)) & (i in seen))
         seen.add(i)
     ids = np.frombuffer(b"".join(parts), np.uint8)[:length]
-    return Row(ids, np.concatenate(asked)[:length])
+    return Row(ids, np.concatenate(asked)[:length], np.zeros(length, bool))
 
 
 __all__ = ["NAMES", "SAID", "drill", "parted", "row", "sample", "score"]

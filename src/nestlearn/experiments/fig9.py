@@ -23,8 +23,8 @@ from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
 
 LESSONS = (  # 32,768 bytes a step; drills are stories without a book
-    Lesson(512, 64, 1.0, 0.3), Lesson(1024, 32, 0.6, 0.45), Lesson(2048, 16, 0.4, 0.65),
-    Lesson(4096, 8, 0.2, 1.0),
+    Lesson(512, 64, 1.0, 0.3), Lesson(1024, 32, 0.6, 0.45, 16),
+    Lesson(2048, 16, 0.4, 0.65, 64), Lesson(4096, 8, 0.2, 1.0, 256),
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(256, 2, 1.0, 0.4), Lesson(512, 2, 0.5, 1.0))
 MILLION = 1_048_576
@@ -51,7 +51,7 @@ def make(folder: str, lesson: Lesson, rng: np.random.Generator) -> Row:
     text, size = recall.haystacks(Path(folder))["train"], lesson.length + 1
     draw = rng.random()
     if draw >= lesson.drill and draw < lesson.drill + PLAIN:
-        return Row(cut(text, size, rng), np.zeros(size, bool))
+        return Row.plain(cut(text, size, rng))
     for _ in range(TRIES):  # a story may be longer than all of it
         name = babilong.NAMES[int(rng.integers(len(babilong.NAMES)))]
         told = babilong.stories(Path(folder) / "babi", name, "train")

@@ -35,17 +35,20 @@ from nestlearn.train.optimize import adamw
 from nestlearn.train.run import resolve_device
 
 LATE = 20  # steps over which a lesson's answers are counted
+SKIPPED = 100  # one step in so many may be left out: its gradient is no number
 
 
 class Lesson(NamedTuple):
     """length, batch: of its sequences, in bytes. drill: the share of them that are drills. until:
-    of all steps, the share after which it ends at the latest. enough: of the answers' bytes right.
+    of all steps, the share after which it ends at the latest. shut: what a step at all bytes of the
+    haystacks costs, in nats, where steps cost. enough: of the answers' bytes right.
     """
 
     length: int
     batch: int
     drill: float
     until: float
+    shut: float = 0.0
     enough: float = 0.95
 
 
@@ -55,8 +58,8 @@ Make = Callable[[Lesson, np.random.Generator], Row]
 def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     """Train the cell's model in place, or read what an earlier call has left of it.
 
-    cell: lessons, steps, language (the weight of the loss of bytes that answer nothing), writes
-    (that of the mean step of a DeltaNet), lr, seed, device, out, and all else that the training
+    cell: lessons, steps, language (the weight of the loss of bytes that answer nothing), costly
+    (whether the steps of a DeltaNet cost), lr, seed, device, out, and all else that the training
     depends on.
     """
     device = resolve_device(cell["device"])
@@ -75,7 +78,7 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     else:
         folder.start()
         step, log = 0, []
-    update, saved = _Update(model, cell["language"], cell["writes"], device), max(1, steps // 20)
+    update, saved = _Update(model, cell["language"], cell["costly"], device), max(1, steps // 20)
     with ThreadPoolExecutor(1) as pool:
         batches = _Batches(make, lessons, cell["seed"], pool)
         while step < steps:
@@ -83,18 +86,17 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
             lesson = lessons[place]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
-            ids, asked = batches(step, place)
-            loss, right = update(ids.to(device), asked.to(device))
+            ids, asked, hay = (part.to(device) for part in batches(step, place))
+            loss, right = update(ids, asked, hay, lesson.shut)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise FloatingPointError(
-                    f"the loss or its gradient is not finite at step {step + 1}"
-                )
-            optimizer.step()
             step += 1
+            if finite := bool(loss.isfinite() and norm.isfinite()):
+                optimizer.step()
+            elif sum(r["skipped"] for r in log) >= steps // SKIPPED:
+                raise FloatingPointError(f"the loss or its gradient is not finite at step {step}")
             took = time.perf_counter() - began
             record = {
-                "step": step, "loss": float(loss), "lesson": place,
+                "step": step, "loss": float(loss), "lesson": place, "skipped": not finite,
                 "right": float(right) if asked.any() else None,
                 "tokens_per_second": lesson.length * lesson.batch / took,
             }  # fmt: skip
@@ -126,6 +128,7 @@ def _told(model: HopeLM, log: list[Record], lessons: Sequence[Lesson]) -> dict[s
     tokens = sum(lessons[r["lesson"]].length * lessons[r["lesson"]].batch for r in log)
     return {
         "parameters": model.parameter_count(), "tokens": tokens, "steps": len(log),
+        "skipped": sum(r["skipped"] for r in log),
         "config": model.config.to_dict(),
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in log),
         "curve": [
@@ -152,8 +155,8 @@ def _place(log: Sequence[Record], lessons: Sequence[Lesson], steps: int) -> int:
 
 
 class _Batches:
-    """ids, asked [batch, length + 1] of a step, a function of (seed, step, lesson) alone; the next
-    ones are made in the background while the device is at work.
+    """ids, asked and hay [batch, length + 1] of a step, a function of (seed, step, lesson) alone;
+    the next ones are made in the background while the device is at work.
     """
 
     def __init__(
@@ -162,62 +165,69 @@ class _Batches:
         self.make, self.lessons, self.seed, self.pool = make, lessons, seed, pool
         self.coming: dict[tuple[int, int], Any] = {}
 
-    def __call__(self, step: int, place: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int, place: int) -> tuple[Tensor, ...]:
         future = self.coming.pop((step, place), None)
         self.coming = {(step + 1, place): self.pool.submit(self._made, step + 1, place)}
         return self._made(step, place) if future is None else future.result()
 
-    def _made(self, step: int, place: int) -> tuple[Tensor, Tensor]:
+    def _made(self, step: int, place: int) -> tuple[Tensor, ...]:
         rng = np.random.default_rng(keyed_seed(self.seed, step, place))
         lesson = self.lessons[place]
         rows = [self.make(lesson, rng) for _ in range(lesson.batch)]
-        ids, asked = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-        return ids.long(), asked
+        ids, *masks = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
+        return ids.long(), *masks
 
 
 class _Update:
     """Loss, with gradients in `.grad`, and the share of the answers' bytes that are right; on CUDA
     one graph for each shape.
 
-    writes: what a step costs, also one that a lower limit makes none. A gate that is just below it
-    costs no answer, and another book opens it.
+    costly: a step at a byte of a haystack costs, also one that a lower limit makes none. Answers
+    alone leave many gates just below it, and another book opens them.
     """
 
-    def __init__(self, model: HopeLM, language: float, writes: float, device: torch.device) -> None:
-        self.model, self.language, self.writes, self.device = model, language, writes, device
-        self.steps: list[Tensor] = []
-        layers = [m for m in model.modules() if isinstance(m, StaticProjections)] if writes else []
-        assert layers or not writes, "only the steps of static projections are seen"
+    def __init__(self, model: HopeLM, language: float, costly: bool, device: torch.device) -> None:
+        self.model, self.language, self.device = model, language, device
+        self.steps: list[Tensor] = []  # of each layer [B, T], the mean of its heads
+        layers = [m for m in model.modules() if isinstance(m, StaticProjections)] if costly else []
+        assert layers or not costly, "only the steps of static projections are seen"
         for layer in layers:
             layer.gates.register_forward_hook(self._see)
         self.graphs: dict[tuple[int, ...], Captured] = {}
         self.right = torch.zeros((), device=device)
 
-    def __call__(self, ids: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, ids: Tensor, asked: Tensor, hay: Tensor, shut: float
+    ) -> tuple[Tensor, Tensor]:
+        """shut: see `Lesson`."""
+        self.shut = shut
         if self.device.type != "cuda":
-            return self._run(ids, asked), self.right
+            return self._run(ids, asked, hay), self.right
         if (shape := tuple(ids.shape)) not in self.graphs:
             self.graphs.clear()  # a lesson does not come again
-            self.graphs[shape] = Captured(self.model, self._run, ids, asked)
-        return self.graphs[shape](ids, asked), self.right
+            self.graphs[shape] = Captured(self.model, self._run, ids, asked, hay)
+        return self.graphs[shape](ids, asked, hay), self.right
 
     def _see(self, gates: nn.Module, _: Any, out: Tensor) -> None:
         if torch.is_grad_enabled():
             assert isinstance(gates, BiasedLinear)
-            self.steps.append(out[..., : gates.heads].sigmoid().mean())
+            self.steps.append(out[..., : gates.heads].float().sigmoid().mean(-1))
 
-    def _run(self, ids: Tensor, asked: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, asked: Tensor, hay: Tensor) -> Tensor:
         for parameter in self.model.parameters():
             parameter.grad = None
         self.steps.clear()
         with autocast(self.device):
             logits, _ = self.model(ids[:, :-1])
-        target, answer = ids[:, 1:], asked[:, 1:].float()
+        target, answer, idle = ids[:, 1:], asked[:, 1:].float(), hay[:, :-1].float()
         nats = F.cross_entropy(logits.mT.float(), target, reduction="none")
         count = answer.sum().clamp(min=1)
         rest = (1 - answer) / (1 - answer).sum().clamp(min=1)
         loss = (nats * (answer / count + self.language * rest)).sum()
-        cost = self.writes * torch.stack(self.steps).mean() if self.steps else 0.0
+        cost: Tensor | float = 0.0
+        if self.steps:
+            mean = torch.stack(self.steps).mean(0)
+            cost = self.shut * (mean * idle).sum() / idle.sum().clamp(min=1)
         (loss + cost).backward()
         with torch.no_grad():
             self.right.copy_(((logits.argmax(-1) == target) * answer).sum() / count)

@@ -16,16 +16,12 @@ from typing import Any
 from nestlearn.evals import ruler
 from nestlearn.experiments import recall, table1
 from nestlearn.experiments.experiment import Cell, Options, Tell
-from nestlearn.experiments.lessons import Lesson
 
 NAMES = ("S-NIAH-1", "S-NIAH-2")
 MODELS = ("DeltaNet", *(name for name in recall.ROWS if "shut" in name))
 SIZE, STEPS, RATE = (96, 3, 2), 1000, 6e-3  # width, layers, heads; steps of 8,192 bytes
 DENSE, SAMPLES = 0.3, 4  # fewer needles and more of a haystack than in table 1; fewer texts
-LESSONS = (
-    Lesson(128, 64, 1.0, 0.2), Lesson(256, 32, 0.3, 0.32), Lesson(512, 16, 0.15, 0.45),
-    Lesson(1024, 8, 0.1, 0.6), Lesson(2048, 4, 0.05, 0.8), Lesson(4096, 2, 0.05, 1.0),
-)  # fmt: skip
+LESSONS = tuple(lesson._replace(batch=lesson.batch // 4) for lesson in table1.LESSONS)
 
 
 def grid(asked: Options) -> list[Cell]:

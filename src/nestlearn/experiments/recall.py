@@ -47,8 +47,8 @@ _OWN: dict[str, dict[str, Any]] = {  # levels beside gates that can shut fade
     "Transformer": {},
 }
 ROWS = {name: families(name)[name] | own for name, own in _OWN.items()}
-# What the mean step costs in training: without, many steps of a book stay just below the limit.
-WRITES = {"DeltaNet, shut below 0.2": 1.0, "DeltaNet, shut below 0.5": 1.0}
+# Whose steps at a haystack's bytes cost: without, many of a book's stay just below the limit.
+COSTLY = ("DeltaNet, shut below 0.2", "DeltaNet, shut below 0.5")
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
@@ -75,7 +75,7 @@ def cells(
             "lengths": asked.pick([short], [known[length] for length in names]),
             "validated": asked.pick(short, lengths[0]), "out": str(asked.out.resolve()),
             "steps": asked.steps or asked.pick(4, STEPS), "language": LANGUAGE,
-            "writes": WRITES.get(name, 0.0), **text, **own,
+            "costly": name in COSTLY, **text, **own,
         }
         for name in chosen(asked.models, tuple(ROWS), "model")
     ]  # fmt: skip

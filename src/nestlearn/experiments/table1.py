@@ -26,8 +26,9 @@ from nestlearn.experiments.lessons import Lesson
 from nestlearn.experiments.provenance import fingerprint
 
 LESSONS = (  # 32,768 bytes a step
-    Lesson(128, 256, 1.0, 0.2), Lesson(256, 128, 0.3, 0.32), Lesson(512, 64, 0.15, 0.45),
-    Lesson(1024, 32, 0.1, 0.6), Lesson(2048, 16, 0.05, 0.8), Lesson(4096, 8, 0.05, 1.0),
+    Lesson(128, 256, 1.0, 0.2), Lesson(256, 128, 0.3, 0.32, 1), Lesson(512, 64, 0.15, 0.45, 4),
+    Lesson(1024, 32, 0.1, 0.6, 16), Lesson(2048, 16, 0.05, 0.8, 64),
+    Lesson(4096, 8, 0.05, 1.0, 256),
 )  # fmt: skip
 QUICK_LESSONS = (Lesson(128, 2, 1.0, 0.4), Lesson(512, 2, 0.2, 1.0))
 DENSE, PLAIN = 0.6, 0.1
@@ -72,7 +73,8 @@ def make(
     if draw < lesson.drill:
         return ruler.drill(size, words_of(folder)[0], rng)
     if draw < lesson.drill + PLAIN:
-        return Row(cut(text, size, rng), np.zeros(size, bool))
+        hay = cut(text, size, rng)
+        return Row.plain(ruler.numbered(hay, rng) if rng.integers(2) else hay)
     return ruler.row(size, words_of(folder)[0], text, rng, dense, names)
 
 
