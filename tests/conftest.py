@@ -3,6 +3,7 @@
 import functools
 import gc
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxtyping import config, install_import_hook
 
 gc.disable()  # until all is imported and collected: none of that is garbage
 torch.set_num_threads(1)  # two workers share two cores; and one thread is reproducible
+os.environ["OMP_NUM_THREADS"] = "1"  # what they start, too: a second thread waits, and busily
 _SHAPE = re.compile(r"""\[[\w.]+, ["']""")  # as in Float[Tensor, "*b T K"]
 
 
@@ -73,8 +75,12 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """What stands now stays: it is looked through no more at each search for garbage."""
     gc.freeze()
-    gc.set_threshold(10_000)
+    gc.set_threshold(10_000, 10, 50)
     gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries look at their end for what was left
 
 
 @pytest.fixture(scope="session")
