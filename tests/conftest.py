@@ -1,7 +1,9 @@
 """Shapes are law here: memory and scan run with their annotations enforced."""
 
 import functools
+import gc
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ import torch
 from beartype import beartype
 from jaxtyping import config, install_import_hook
 
+gc.disable()  # until all is imported and collected: none of that is garbage
 torch.set_num_threads(1)  # two workers share two cores; and one thread is reproducible
+os.environ["OMP_NUM_THREADS"] = "1"  # what they start, too: a second thread waits, and busily
 _SHAPE = re.compile(r"""\[[\w.]+, ["']""")  # as in Float[Tensor, "*b T K"]
 
 
@@ -66,6 +70,17 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """The longest files first: one that is begun last keeps one worker when the other has ended."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish():
+    """What stands now stays: it is looked through no more at each search for garbage."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 50)
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries look at their end for what was left
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """equal-time and defaults: who takes part, with what; a missing text is refused before any work."""
 
+import functools
 import lzma
 from dataclasses import asdict, replace
 
@@ -11,12 +12,16 @@ from nestlearn.experiments import books, defaults, equal_time, runner, stability
 from nestlearn.models.hope import HopeConfig, HopeLM
 
 
+@functools.cache
+def counted(config):
+    """The values of a model that is made, whose memory is not."""
+    with torch.device("meta"):
+        return HopeLM(config).parameter_count()
+
+
 @pytest.mark.parametrize("model", equal_time.FAMILIES)
 def test_families_have_one_size(model):
-    with torch.device("meta"):
-        counts = [
-            HopeLM(equal_time.config_of(name, "6M")).parameter_count() for name in ("Hope", model)
-        ]
+    counts = [counted(equal_time.config_of(name, "6M")) for name in ("Hope", model)]
     assert abs(counts[1] / counts[0] - 1) < 0.01
 
 
@@ -67,11 +72,7 @@ def test_the_default_is_the_best_candidate():
 @pytest.mark.parametrize("model", switching.MODELS)
 def test_rows_of_a_channel_have_one_size(model):
     channel = model.split("; ")[1]
-    with torch.device("meta"):
-        counts = [
-            HopeLM(switching.config_of(name)).parameter_count()
-            for name in (f"Hope; {channel}", model)
-        ]
+    counts = [counted(switching.config_of(name)) for name in (f"Hope; {channel}", model)]
     assert abs(counts[1] / counts[0] - 1) < 0.01
 
 

@@ -13,8 +13,9 @@ from nestlearn.evals.tasks import padded
 from nestlearn.experiments import fit as module
 from nestlearn.experiments.cells import settled
 from nestlearn.experiments.fit import FitConfig, fit
-from nestlearn.experiments.models import CONTENDERS, build
+from nestlearn.experiments.models import CONTENDERS, build, parameter_count
 from nestlearn.layers import Level
+from nestlearn.models.hope import HopeLM
 
 
 def levels(*chunks):
@@ -157,7 +158,11 @@ def test_cuda_lengths_are_few_and_waste_little():
 def test_contenders_have_hopes_parameters(conv):
     skeleton = {**SKELETON, "dim": 64, "heads": 4, "conv": conv, "levels": levels(8, 16, None)}
     with torch.device("meta"):
-        counts = {name: build(name, 16, skeleton).parameter_count() for name in CONTENDERS}
+        made = {name: build(name, 16, skeleton) for name in CONTENDERS}
+    counts = {name: model.parameter_count() for name, model in made.items()}
+    for name, model in made.items():
+        if isinstance(model, HopeLM):
+            assert parameter_count(model.config) == counts[name], name
     assert {n: c for n, c in counts.items() if abs(c / counts["hope"] - 1) > 0.1} == {}
 
 

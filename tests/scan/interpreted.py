@@ -6,26 +6,27 @@ import numpy as np
 
 
 def prepare() -> None:
-    """A quarter of the time, and products whose rounding is not the processor's.
+    """A fifth of the time, and products whose rounding is not the processor's.
 
-    The interpreter puts its language in place at every call of a function by a kernel; once for
-    each launch and module is enough. Products are summed in float64 and rounded once: in float32
-    their error is that of the processor's BLAS, in the order that it likes to sum in; where 64
-    reflections follow one another, 1e-5 on one machine and 5e-5 on the next.
+    The interpreter puts its language in place at every launch and at every call of a function by a
+    kernel, and takes it away again; once for each module is enough, in a process of its own.
+    Products are summed in float64 and rounded once: in float32 their error is that of the
+    processor's BLAS, in the order that it likes to sum in; where 64 reflections follow one another,
+    1e-5 on one machine and 5e-5 on the next.
     """
     from triton.runtime import interpreter
 
     patched: set[int] = set()
-    launch = interpreter.InterpretedFunction.run
+    patch_lang = interpreter._patch_lang
 
-    def run(self, *args, **options):
-        patched.clear()
-        return launch(self, *args, **options)
+    def patch_once(fn):
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
+            return patch_lang(fn)
+        return interpreter._LangPatchScope()
 
     def call(self, *args, **options):
-        if id(self.fn.__globals__) not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(id(self.fn.__globals__))
+        interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **options)
 
     def dot(self, a, b, d, *precision):
@@ -35,10 +36,36 @@ def prepare() -> None:
     if hasattr(interpreter, "quick"):
         return
     interpreter.quick = True
-    interpreter.InterpretedFunction.run = run
+    interpreter._patch_lang = patch_once
+    interpreter._LangPatchScope.restore = lambda self: None
     interpreter.InterpretedFunction.__call__ = call
     interpreter.InterpreterBuilder.create_dot = dot
+    _call_at_once(interpreter)
     _remember_types(interpreter)
+    _remember_operands(interpreter)
+
+
+def _call_at_once(interpreter) -> None:
+    """A function of the language without what is around it: its checks, and a copy of its names."""
+    from triton.language import core
+
+    semantic, unwrap = interpreter.interpreter_semantic, core._unwrap_if_constexpr
+    plain = {core.tensor, core.dtype, int, float, bool, type(None)}
+
+    def patch_attr(obj, name, member, builder, scope):
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args, **options):
+            options["_semantic"] = semantic
+            return function(*args, **options)
+
+        scope.set_attr(obj, name, call)
+
+    def unwrapped(given):
+        return given if type(given) in plain else unwrap(given)
+
+    interpreter._patch_attr = patch_attr
+    core._unwrap_if_constexpr = unwrapped
 
 
 def _remember_types(interpreter) -> None:
@@ -82,3 +109,39 @@ def _remember_types(interpreter) -> None:
     interpreter._get_np_dtype = np_dtype
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _remember_operands(interpreter) -> None:
+    """What two operands are cast to, and which shape they are spread to, follows from their types:
+    found out once. NumPy spreads them itself.
+    """
+    from triton.language import core
+
+    semantic = interpreter.interpreter_semantic
+    find_out, plans = semantic.binary_op_type_checking_impl, {}
+
+    def kind(given):
+        return given.type.name if type(given) is core.tensor else repr(given)
+
+    def plan(given, found):
+        """The operand itself if it is a number; or what it is cast to, if it is, and its type."""
+        if type(given) is not core.tensor:
+            return found, None, None
+        return None, None if found.dtype == given.dtype else found.dtype, found.type
+
+    def follow(given, number, cast, type):
+        if number is not None:
+            return number
+        given = given if cast is None else semantic.cast(given, cast)
+        return given if given.type.name == type.name else core.tensor(given.handle, type)
+
+    def operands(one, two, *how, **more):
+        key = kind(one), kind(two), how, *more.items()
+        if key not in plans:
+            found = find_out(one, two, *how, **more)
+            plans[key] = [plan(*pair) for pair in zip((one, two), found)]
+            return found
+        first, second = plans[key]
+        return follow(one, *first), follow(two, *second)
+
+    semantic.binary_op_type_checking_impl = operands

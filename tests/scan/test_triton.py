@@ -295,13 +295,6 @@ def away():
         yield lambda f, *args: pool.submit(f, *args).result()
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    """The same in a process without the interpreter."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield lambda f, *args: pool.submit(f, *args).result()
-
-
 def check(away, case, tolerance=1e-5):
     found = away(errors, case)
     assert all(e <= tolerance for e in found), found  # false for NaN, too
@@ -341,8 +334,8 @@ def test_widths_that_fill_their_tiles_and_widths_that_do_not(away):
 
 
 @pytest.mark.parametrize(("widths", "number"), [((16, 32, 16), 8), ((16, 48, 24), 6)])
-def test_every_kernel_compiles_for_widths_of_different_tiles(compiler, widths, number):
-    assert compiler(typed, *widths) == number
+def test_every_kernel_compiles_for_widths_of_different_tiles(widths, number):
+    assert typed(*widths) == number
 
 
 @pytest.mark.parametrize("read", ["token", "boundary", None])

@@ -37,7 +37,7 @@ def whole():
 
 
 def test_the_run_leaves_its_folder(tmp_path, whole):
-    model, log = run(tmp_path / "run")
+    model, log = run(tmp_path / "run", picture=True)
     out = tmp_path / "run"
     assert_same_weights(model, whole[0])
     names = {"config.json", "log.jsonl", "loss.png", "model", "checkpoints"}

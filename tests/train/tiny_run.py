@@ -42,9 +42,13 @@ def corpus(seed: int = 0) -> Corpus:
     return Corpus(tokens[:400], tokens[400:], 32, train_bytes=400, val_bytes=100)
 
 
-def run(out, config=CONFIG, model=None, **kwargs):
+def run(out, config=CONFIG, model=None, picture=False, **kwargs):
+    """The model and the log. picture: draw the losses, too, which takes longer than the run."""
     model = model or Tiny()
-    log = train(model, kwargs.pop("data", corpus()), config, out, progress=False, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        if not picture:
+            patch.setattr("nestlearn.train.run.loss_curves", lambda *_: None)
+        log = train(model, kwargs.pop("data", corpus()), config, out, progress=False, **kwargs)
     return model, log
 
 

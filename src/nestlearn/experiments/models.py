@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -163,10 +164,13 @@ def _config(own: Contender, vocab_size: int, skeleton: Mapping[str, Any]) -> Hop
     return HopeConfig(vocab_size, **sizes, mixer=made(own.mixer, own.options), channel=channel)
 
 
+@cache
 def parameter_count(config: HopeConfig) -> int:
-    """The trained values of a model of that configuration."""
+    """The trained values of a model of that configuration, whose blocks are all alike."""
     with torch.device("meta"):
-        return HopeLM(config).parameter_count()
+        one = HopeLM(replace(config, layers=1))
+    block = sum(p.numel() for p in one.blocks.parameters())
+    return one.parameter_count() + (config.layers - 1) * block
 
 
 def with_parameters(config: HopeConfig, target: int) -> HopeConfig:
