@@ -57,6 +57,7 @@ def test_the_published_sets_are_read(name, count):
 def test_every_row_learns_and_is_measured_after_every_group(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(fig6.Reader, "longest", 3)
     monkeypatch.setattr(fig6.OfBytes, "longest", 3)
+    monkeypatch.setattr(fig6.Trained, "epochs", 1)
     text = runner.run(
         "fig6", tmp_path / "out", data=str(folder), quick=True, workers=0, progress=False,
         device="cpu", only=["CLINC150"],

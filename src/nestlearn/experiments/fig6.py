@@ -7,8 +7,8 @@ clinc150/, banking77/ and dbpedia14/ (see `nestlearn.evals.classes`). A text is 
 and the model names the class, among all that were seen; classifiers choose by its hidden states.
 Rows of a small Hope are of the one that the package brings (`nestlearn.experiments.small_hope`).
 Every row has one dial, of three values, chosen on validation texts of seed 0. A row's bytes are
-what it carries from group to group. What trains by Adam reads every text of a group twice, levels
-read it once.
+what it carries from group to group. What trains by Adam reads every text of a group twice, a small
+Hope twenty times; levels read it once.
 """
 
 from __future__ import annotations
