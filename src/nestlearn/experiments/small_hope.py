@@ -98,7 +98,7 @@ class Carried(OfBytes):
 class Trained(OfBytes):
     """All weights are trained by Adam on each group in turn, by itself, with replay of KEPT texts
     of each earlier class, or held where earlier groups need them (EWC). A model this small reads
-    every text twenty times: after two it names few classes even of all at once.
+    every text twenty times: after two the largest rate is the best.
     """
 
     epochs = 20
