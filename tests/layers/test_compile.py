@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from servers import elsewhere
 
 
-def tested(file, said):
+def run(file, said):
     """pytest's exit code; what it says is written."""
     with said.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         quiet = ["--noconftest", "-q", "-n", "0", "--show-capture=no", "-p", "no:cacheprovider"]
@@ -19,5 +19,5 @@ def tested(file, said):
 
 def test_compiled_layers(tmp_path):
     said = tmp_path / "said"
-    code = elsewhere(tested, Path(__file__).with_name("compiled.py"), said)
+    code = elsewhere(run, Path(__file__).with_name("compiled.py"), said)
     assert code == 0, said.read_text()[-5000:]
