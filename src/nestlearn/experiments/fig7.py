@@ -206,7 +206,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 COLUMNS = [model("memory"), *(mean(name, at(name), digits=1) for name in SETS)]
 EXPERIMENT = Experiment(
     name="fig7", shows="questions about long texts, by number and period of levels",
-    price=("~5 days", "~3 hours"),
+    price=("~5 days", "~40 minutes"),
     takes=("seeds", "only", "models", "data", "workers", "device"),
     grid=grid, work=work,
     rates=RATES,
