@@ -125,6 +125,28 @@ def test_a_seed_is_whole_before_the_next_begins(tmp_path):
     assert [r.model for r in records] == ["hope"] * 6 + ["titans"] * 6  # in the grid's order
 
 
+def test_seeds_are_added_at_the_rate_that_was_chosen_whatever_the_code(tmp_path, monkeypatch):
+    tried = []
+
+    def noted(cell, tell):
+        tried.append((cell["model"], cell["lr"], cell["seed"]))
+        return scripted(cell, tell)
+
+    runner.measure(scheme(seeds=1), tmp_path, workers=0)
+    first = read_records(tmp_path / "results.json")
+    monkeypatch.setattr(runner, "code_version", lambda *_: "of today")
+    more = scheme(work=noted)
+    _, both = runner.measure(more, tmp_path, seeds=3, add=True, workers=0)
+    chosen = {(r.model, r.config["lr"]) for r in first}
+    assert sorted(tried) == sorted((*one, seed) for one in chosen for seed in (1, 2))
+    assert both[: len(first)] == first
+    assert {(r.model, r.seed) for r in both} == {(r.model, n) for r in first for n in range(3)}
+    assert {r.rule for r in both} == {r.rule for r in first}
+    runner.measure(more, tmp_path, seeds=3, add=True, workers=0)
+    assert len(tried) == 4
+    assert len(read_records(tmp_path / "results.json")) == len(both)
+
+
 def test_when_all_fail_the_reason_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"every cell failed .*RuntimeError: no"):
         runner.run(scheme(rates=(0.1,)), tmp_path, models=["titans"], workers=0)

@@ -98,6 +98,10 @@ def reproduce(
         Path | None, typer.Option(help="Folder of a data set, for an experiment that reads one.")
     ] = None,
     seeds: Seeds = None,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="Run the seeds that results.json lacks, at its learning rates."),
+    ] = False,
     steps: Steps = None,
     workers: Workers = None,
     device: Device = "auto",
@@ -123,7 +127,7 @@ def reproduce(
         return
     _print_result(
         lambda: runner.run(
-            name, out, quick=quick, only=tuple(only or ()), models=tuple(models or ()),
+            name, out, quick=quick, add=add, only=tuple(only or ()), models=tuple(models or ()),
             data=None if data is None else str(data), seeds=seeds, steps=steps, workers=workers,
             device=None if device == "auto" else device,
         )

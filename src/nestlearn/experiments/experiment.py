@@ -17,10 +17,13 @@ VALIDATION = "validation data"
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for; None and () mean the experiment's own."""
+    """What a run is asked for; None and () mean the experiment's own. add: seeds to the records
+    that are there, which stay, with the rates that they chose.
+    """
 
     out: Path
     quick: bool = False
+    add: bool = False
     seeds: int | None = None
     steps: int | None = None
     only: tuple[str, ...] = ()

@@ -66,10 +66,12 @@ def measure(
     if about.prepare:
         about.prepare(asked)
     path = asked.out / "results.json"
-    fresh = Search(about, asked, grid, progress).records()
-    there = {(r.task, r.setting, r.model) for r in fresh}
-    records = [r for r in _kept(path) if (r.task, r.setting, r.model) not in there] + fresh
-    records = about.order(records) if about.order else records
+    kept = _kept(path)
+    fresh = Search(about, asked, grid, progress, kept if asked.add else ()).records()
+    if not asked.add:
+        there = {(r.task, r.setting, r.model) for r in fresh}
+        kept = [r for r in kept if (r.task, r.setting, r.model) not in there]
+    records = about.order(kept + fresh) if about.order else kept + fresh
     write_records(path, records)
     return asked, records
 
@@ -77,7 +79,7 @@ def measure(
 def ask(about: Experiment, out: Path | None = None, **options: Any) -> Options:
     """The options, checked."""
     given = {key: value for key, value in options.items() if value is not None and value != ()}
-    quick = given.pop("quick", False)
+    quick, add = (given.pop(name, False) for name in ("quick", "add"))
     foreign = sorted(given.keys() - set(about.takes))
     if foreign:
         raise ValueError(f"{about.name} takes no --{foreign[0]}: leave it out")
@@ -88,20 +90,24 @@ def ask(about: Experiment, out: Path | None = None, **options: Any) -> Options:
         raise ValueError(f"{about.name}: seeds={given['seeds']}: give 1 or more")
     known = {f.name for f in fields(Options)}
     assert given.keys() <= known, given.keys() - known
-    return Options(out or folder(about.name, quick), quick, **given)
+    return Options(out or folder(about.name, quick), quick, add, **given)
 
 
 class Search:
-    """The cells of a run: rates on the seeds of the search, then the best on all others."""
+    """The cells of a run: rates on the seeds of the search, then the best on all others. kept:
+    records to which seeds are added, at the rates that were chosen then.
+    """
 
     def __init__(
-        self, about: Experiment, asked: Options, grid: list[Cell], progress: bool = True
-    ) -> None:
+        self, about: Experiment, asked: Options, grid: list[Cell], progress: bool = True,
+        kept: Sequence[Record] = (),
+    ) -> None:  # fmt: skip
         self.about, self.asked, self.progress = about, asked, progress
         self.seeds = about.search[: 1 if asked.quick else None]
         code = {"code": code_version(about.file, *about.sources)}
         self.grid = [{**cell, **code, "device": asked.device} for cell in grid]
         self.rates = [about.trials(cell, asked.quick) for cell in self.grid]
+        self.kept = {(_place(r.config), r.seed): r.config.get("lr") for r in kept}
         tried = {(c["task"], c["model"]): 0 for c in grid}
         for cell, rates in zip(grid, self.rates):
             tried[cell["task"], cell["model"]] += max(1, len(rates))
@@ -115,6 +121,7 @@ class Search:
             for cell, rates, best in zip(self.grid, self.rates, self._best())
             for lr in ([{"lr": lr} for lr in best] if rates else [{}])
             for seed in seeds
+            if (_place(cell), seed) not in self.kept
         ]
 
     def missing(self) -> list[Cell]:
@@ -132,13 +139,17 @@ class Search:
             if d is not None
             for record in _records(about, d, {**cell, "rates": rates}, self.seeds)
         ]
-        if not found:
+        if runs and not found:
             raise self._failed([cell for cell, _ in runs])
         return found
 
     def _best(self) -> list[Sequence[float]]:
         """For each cell of the grid the rates to report: the best one, if one is to be chosen."""
-        chooses = [len(rates) > 1 and bool(self.about.chooses) for rates in self.rates]
+        place = {where: lr for (where, _), lr in self.kept.items()}
+        chooses = [
+            len(rates) > 1 and bool(self.about.chooses) and _place(cell) not in place
+            for cell, rates in zip(self.grid, self.rates)
+        ]
         cells = [
             [[{**cell, "lr": lr, "seed": seed} for seed in self.seeds] for lr in rates]
             if choose
@@ -148,11 +159,12 @@ class Search:
         flat = [cell for rates in cells for some in rates for cell in some]
         found = iter(self._run(flat, "learning rates") if flat else ())
         best: list[Sequence[float]] = []
-        for rates, tried in zip(self.rates, cells):
+        for cell, rates, tried in zip(self.grid, self.rates, cells):
             ranks = [_rank([next(found) for _ in some]) for some in tried]
             top = max(range(len(ranks)), key=ranks.__getitem__, default=None)
             if top is None:
-                best.append(rates)
+                chose = place.get(_place(cell)) if self.about.chooses else None
+                best.append(rates if chose is None else (chose,))
             else:  # a cell that failed at every rate has no more to report
                 best.append(rates[top : top + 1] if ranks[top] > _FAILED else ())
         if flat and not any(best):
@@ -181,6 +193,11 @@ class Search:
             f"{self.about.name}: every cell failed ({reason}): {cells[0]['model']} did not end a "
             f"training{rates}; see {place / 'failed'}, or give other learning rates"
         )
+
+
+def _place(cell: Cell) -> tuple[str, ...]:
+    """Of a cell among the others, whatever its rate and seed."""
+    return tuple(str(cell.get(key, "")) for key in ("task", "model", "setting"))
 
 
 _FAILED = (float("-inf"), 0)
