@@ -46,7 +46,15 @@ _OWN: dict[str, dict[str, Any]] = {  # levels beside gates that can shut fade
     "DeltaNet, shut below 0.5": {"mixer": replace(_PLAIN, eta_min=0.5)},
     "Transformer": {},
 }
-ROWS = {name: families(name)[name] | own for name, own in _OWN.items()}
+TAPS = 16  # of every mixer's convolution: the bytes of about four tokens, as many as it is made for
+
+
+def _row(name: str, own: dict[str, Any]) -> dict[str, Any]:
+    row = families(name)[name] | own
+    return row | {"mixer": replace(row.get("mixer", Titans()), conv=TAPS)}
+
+
+ROWS = {name: _row(name, own) for name, own in _OWN.items()}
 # Whose steps at a haystack's bytes cost: without, many of a book's stay just below the limit.
 COSTLY = ("DeltaNet, shut below 0.2", "DeltaNet, shut below 0.5")
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
