@@ -129,7 +129,7 @@ FORMS: dict[str, Form] = {
         )
         for name in ("table1", "fig9", "reach")
     },
-    "nestlearn reproduce reach --data FOLDER --seeds 3 --device cuda --workers 6 --only 4,096 "
+    "nestlearn reproduce reach --data FOLDER --seeds 3 --device cuda --workers 12 --only 4,096 "
     "--only 65,536 --only 1,048,576": Form(why="needs a GPU"),
     'nestlearn reproduce table2 --data FOLDER --only "10M, bytes" --models Hope --models '
     'Hope-Attention --models "DeltaNet with levels" --models DeltaNet --models Transformer++ '
@@ -169,11 +169,14 @@ FORMS: dict[str, Form] = {
     "--workers 15": Form(why="needs a pretrained model that follows instructions"),
     "nestlearn eval stream --model nestlearn/tiny --text test.txt --tokens 100000 --window 1024 "
     "--rows windows --rows carried": Form(why="needs the books, and ten minutes"),
-    "nestlearn reproduce fig6 --data FOLDER --seeds 2 --device cuda --workers 7": Form(
+    "nestlearn reproduce fig6 --data FOLDER --seeds 3 --device cuda --workers 7": Form(
         why="needs a pretrained model"
     ),
     "nestlearn reproduce fig7 --data FOLDER --only MK-NIAH --seeds 1 --device cuda "
     "--workers 5": Form(why="needs a pretrained model"),
+    "nestlearn reproduce in-a-row --data FOLDER --device cuda --workers 2": Form(
+        why="needs a pretrained model that follows instructions"
+    ),
     "nestlearn reproduce fig8 --data FOLDER --seeds 3 --device cuda --workers 14": Form(
         why="needs a pretrained model"
     ),
