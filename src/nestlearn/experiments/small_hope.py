@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn import state as tree
+from nestlearn.captured import Captured
 from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments.asked import ROWS, WHOLE, answers, autocast
-from nestlearn.experiments.learners import EWC, KEPT, Reader, padded
+from nestlearn.experiments.learners import BATCH, EWC, KEPT, Reader, padded
 from nestlearn.models.hope import HopeLM
 
 TINY = "nestlearn/tiny"
@@ -107,6 +108,7 @@ class Trained(OfBytes):
         super().__init__(*given)
         self.kept: list[Text] = []
         self.weights = [w for w in self.base.parameters() if w.requires_grad]
+        self.graphs: dict[tuple[int, ...], Captured] = {}
         self.importance: list[tuple[Tensor, Tensor]] = []  # of each number, and where it stood
 
     def learn(self, group: Group) -> None:
@@ -115,8 +117,7 @@ class Trained(OfBytes):
         batches = self.batches(texts)
         squares = [torch.zeros_like(w) for w in self.weights]
         for n, some in enumerate(batches):
-            adam.zero_grad()
-            self._loss(some).backward()
+            self._gradients(*self._laid(some))
             torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             if self.how == "ewc":
                 for square, w, (weight, at) in zip(squares, self.weights, self._importance()):
@@ -140,18 +141,36 @@ class Trained(OfBytes):
     def _importance(self) -> list[tuple[Tensor, Tensor]]:
         return self.importance or [(torch.zeros_like(w), w.detach()) for w in self.weights]
 
-    def _loss(self, some: Sequence[Text]) -> Tensor:
-        """Nats a byte of the answers."""
+    def _laid(self, some: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        """ids and mask of the answers; on a card of whole batches, for a graph has one shape."""
         asked = [list(self.asked(t.text)) for t in some]
         rows = [a + self.encode(f" {t.label}\n") for a, t in zip(asked, some)]
+        rows += rows[:1] * ((BATCH - len(rows)) * (self.device.type == "cuda"))
         ids, mask = _whole(rows, one_more=True)
         for row, a in zip(mask, asked):
             row[: len(a)] = 0
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        with torch.enable_grad(), autocast(self.device):
-            logits, _ = self.base(ids[:, :-1])
-        nats = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none")
-        return (nats * mask[:, 1:]).sum() / mask[:, 1:].sum()
+        mask[len(some) :] = 0
+        return ids.to(self.device), mask.to(self.device)
+
+    def _gradients(self, ids: Tensor, mask: Tensor) -> None:
+        if self.device.type != "cuda":
+            self._run(ids, mask)
+            return
+        if ids.shape not in self.graphs:
+            self.graphs[ids.shape] = Captured(self.base, self._run, ids, mask)
+        self.graphs[ids.shape](ids, mask)
+
+    def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Nats a byte of the answers, with fresh gradients in `.grad`."""
+        for weight in self.weights:
+            weight.grad = None
+        with torch.enable_grad():
+            with autocast(self.device):
+                logits, _ = self.base(ids[:, :-1])
+            nats = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none")
+            loss = (nats * mask[:, 1:]).sum() / mask[:, 1:].sum()
+            loss.backward()
+        return loss.detach()
 
 
 def _whole(rows: Sequence[list[int]], one_more: bool = False) -> tuple[Tensor, Tensor]:
