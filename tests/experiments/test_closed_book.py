@@ -24,7 +24,7 @@ def test_pages_in_a_row_are_studied_by_one_memory_and_gone_on_with(tmp_path, mon
 
     def stop(*given):
         told.append(given)
-        if len(told) == 2:
+        if len(told) == 3:
             raise KeyboardInterrupt
         return [0.5, 0.25]
 
@@ -33,12 +33,13 @@ def test_pages_in_a_row_are_studied_by_one_memory_and_gone_on_with(tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             runner.run("in-a-row", tmp_path / "out", **options)
     (notes,) = (tmp_path / "out").glob("*/right.json")
-    assert notes.read_text() == "[[0.5, 0.25]]"
+    assert notes.read_text() == '{"after": [[0.5, 0.25]], "left": [[1, 0.5, 0.25]]}'
     text = runner.run("in-a-row", tmp_path / "out", **options)
     assert "| studied, earlier ones rehearsed | 2 | " in text
-    after = runner.read_records(tmp_path / "out" / "results.json")[0].detail["after"]
-    assert after[0] == [0.5, 0.25]
-    assert len(after) == 2
+    detail = runner.read_records(tmp_path / "out" / "results.json")[0].detail
+    assert detail["after"][0] == [0.5, 0.25]
+    assert len(detail["after"]) == 2
+    assert [pages for pages, *_ in detail["left"]] == [1, 2]
     assert (tmp_path / "out" / "in-a-row.png").is_file()
 
 

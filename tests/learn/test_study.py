@@ -272,6 +272,22 @@ def test_the_anchor_and_long_texts_are_read():
     assert max(stop for _, stop in windows) == long.shape[1]
 
 
+def test_a_study_that_strays_too_far_from_the_base_model_is_undone(tmp_path, scripted):
+    one = session(memory=tmp_path / "mine")
+    one.learn(TEXT)
+    before, config = one.memory, replace(QUICK, anchor=0.1, most=1e-6)
+    done = one.study(TEXT, config)
+    assert "nats a token from what it was, above most=1e-06" in done.rolled_back
+    assert done.epochs == 4
+    assert one.history[-1]["asked"] == []
+    loaded = session(one.model, memory=tmp_path / "mine").memory
+    for memory in (one.memory, loaded):
+        for (_, a), (_, b) in zip(state.leaves(before), state.leaves(memory), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert one.study(TEXT, replace(config, most=100.0)).rolled_back is None
+    assert one.study(TEXT, replace(QUICK, most=1e-6)).rolled_back is None  # no anchor: no samples
+
+
 def test_a_session_studies_saves_and_says_so(tmp_path, scripted):
     one = session(memory=tmp_path / "mine")
     one.learn(TEXT)
@@ -486,6 +502,7 @@ def test_what_cannot_be_studied_is_refused(monkeypatch):
         {"lr": 0},
         {"held_out": 1.0},
         {"anchor": -1},
+        {"most": 0.0},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             StudyConfig(**wrong)

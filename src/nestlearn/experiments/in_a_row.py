@@ -2,13 +2,15 @@
 
     nestlearn reproduce in-a-row --data FOLDER
 
-FOLDER as in `closed-book`. Every page is read, studied and asked about at once; after the last one
-all questions are asked again. A training that was killed goes on after its last page.
+FOLDER as in `closed-book`. Every page is read, studied and asked about at once; the first tenth is
+asked about again on the way, ten times, and all after the last one. A training that was killed goes
+on after its last page.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,7 +52,10 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     place = Path(cell["out"]) / f"rehearse-{rehearse}-seed{cell['seed']}"
     notes = place / "right.json"
     every = closed_book.documents(HELD_OUT, cell["pages"], cell["seed"] + 1)  # no two of one name
-    after: list[list[float]] = json.loads(notes.read_text()) if notes.is_file() else []
+    found = json.loads(notes.read_text()) if notes.is_file() else {"after": [], "left": []}
+    after: list[list[float]] = found["after"]
+    left: list[list[float]] = found["left"]  # pages read, the first tenth's shares
+    tenth = len(every) // 10 or 1
     short: dict[str, Any] = {"questions": 1, "words": 1, "epochs": 1} if cell["short"] else {}
     config = StudyConfig(**short, rehearse=rehearse, seed=cell["seed"])
     session = Session(base, place / "memory", words_of)
@@ -60,14 +65,17 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         session.study(page.text, replace(config, seed=n))
         session.save()
         after.append(_right(base, words_of, session, page))
-        atomic_write(notes, partial(Path.write_text, data=json.dumps(after), encoding="utf-8"))
+        if len(after) % tenth == 0:
+            asked = [_right(base, words_of, session, first) for first in every[:tenth]]
+            left.append([len(after), *map(statistics.fmean, zip(*asked))])
+        atomic_write(notes, partial(Path.write_text, data=json.dumps(found), encoding="utf-8"))
     last = [_right(base, words_of, session, page) for page in every]
-    learned, left = (sum(map(sum, found[: len(every) // 10 or 1])) for found in (after, last))
+    learned, kept = (sum(map(sum, some[:tenth])) for some in (after, last))
     return {
-        "value": left / max(learned, 1e-9), "scores": {"left": left / max(learned, 1e-9)},
-        "after": after, "last": last, "pages": len(every),
+        "value": kept / max(learned, 1e-9), "scores": {"left": kept / max(learned, 1e-9)},
+        "after": after, "left": left, "last": last, "pages": len(every),
         "megabytes": sum(session.bytes.values()) / 1e6,
-        "headline": f"of the first pages {left:.2f} of {learned:.2f} left",
+        "headline": f"of the first pages {kept:.2f} of {learned:.2f} left",
     }  # fmt: skip
 
 
@@ -104,14 +112,24 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """The share of direct questions answered, by page, at once and at the end."""
+    """The share of direct questions answered: by page, at once and at the end; of the first tenth
+    after so many pages.
+    """
 
     def along(which: str) -> Callable[[Record], Along]:
         return lambda r: (range(1, r.detail["pages"] + 1), [page[0] for page in r.detail[which]])
 
+    def later(r: Record) -> Along:
+        told = r.detail.get("left", [])  # earlier records have none
+        return [at for at, *_ in told], [share for _, share, _ in told]
+
+    parts: list[tuple[str, Callable[[Record], Along]]] = [
+        ("at once", along("after")), ("of the first tenth, later", later),
+        ("after the last page", along("last")),
+    ]  # fmt: skip
     panels = [
-        Panel(name, "page", "direct questions answered", lines(records, along(which)))
-        for which, name in (("after", "at once"), ("last", "after the last page"))
+        Panel(name, "page", "direct questions answered", lines(records, part))
+        for name, part in parts
     ]
     curves(panels, path, ylim=(0, 1))
 

@@ -39,9 +39,11 @@ class StudyConfig:
     (0: none). epochs: rounds of them; it ends sooner when the questions kept apart, the share
     `held_out`, have not become better for two. batch: questions of one step. lr: Adam's, which
     falls to nothing. text: the weight of the text's own next tokens. anchor: that of the divergence
-    from the base model on its own samples (0: none). rehearse: questions of earlier studies in each
-    step beside the batch. level: the one that learns (None: the slowest). cuda_graph: on CUDA,
-    capture a step as a graph, unless the text's own tokens are learned, too.
+    from the base model on its own samples (0: none); most: that divergence, in nats a token, above
+    which the study is undone, for a memory can study so much that the model says nothing right any
+    more. rehearse: questions of earlier studies in each step beside the batch. level: the one that
+    learns (None: the slowest). cuda_graph: on CUDA, capture a step as a graph, unless the text's
+    own tokens are learned, too.
     """
 
     questions: int = 24
@@ -51,6 +53,7 @@ class StudyConfig:
     lr: float = 4e-3
     text: float = 0.0
     anchor: float = 2.0
+    most: float = 0.5
     rehearse: int = 4
     held_out: float = 0.125
     level: int | None = None
@@ -63,8 +66,8 @@ class StudyConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
         if not self.questions + self.words:
             raise ValueError("questions=0, words=0: nothing would be asked, give one of them")
-        if not self.lr > 0 or min(self.text, self.anchor, self.rehearse) < 0:
-            raise ValueError("lr is above 0; text, anchor and rehearse are 0 or more")
+        if not min(self.lr, self.most) > 0 or min(self.text, self.anchor, self.rehearse) < 0:
+            raise ValueError("lr and most are above 0; text, anchor and rehearse are 0 or more")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: give a share in [0, 1)")
 
@@ -72,13 +75,15 @@ class StudyConfig:
 class Epoch(NamedTuple):
     """number: rounds made. memory: after the best of them so far. apart: the divergence, in nats a
     token, of the questions kept apart, before anything was studied and now; of all questions where
-    none is kept apart. ended: whether it was the last.
+    none is kept apart. ended: whether it was the last. strayed: after that, the divergence from
+    the base model on its own samples, in nats a token (None: there is no anchor).
     """
 
     number: int
     memory: StackMemory
     apart: tuple[float, float]
     ended: bool
+    strayed: float | None
 
 
 def level_of(model: StackedModel, asked: int | None) -> int:
@@ -144,8 +149,16 @@ def consolidate(
             if value < best:
                 best, kept = value, pupil.memory()
             ended = number == config.epochs or since == 2
-            if not each(Epoch(number, kept, (first, best), ended)) or ended:
+            strayed = _strayed(model, kept, held) if ended and held is not None else None
+            if not each(Epoch(number, kept, (first, best), ended, strayed)) or ended:
                 break
+
+
+@torch.no_grad()
+def _strayed(model: StackedModel, memory: StackMemory, held: Anchor) -> float:
+    """KL(base ‖ now) on the anchor's texts, in nats a token."""
+    texts = held.samples.to(model.lr[0].device)
+    return float(held.apart(model, model.weights(memory), texts, 1).mean()) / held.strength
 
 
 def _parted(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:

@@ -55,6 +55,11 @@ def study(
         nonlocal last, held_out, reason
         last, session.memory = epoch, before
         held_out, reason = session.judge(epoch.memory)
+        if reason is None and epoch.strayed is not None and epoch.strayed > config.most:
+            reason = (
+                f"the model would be {epoch.strayed:.2f} nats a token from what it was, above "
+                f"most={config.most}: study less in one memory, or in a fork or a new one"
+            )
         if reason is None:
             session.memory = epoch.memory
             if notes is not None:
