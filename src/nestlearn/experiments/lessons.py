@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,9 @@ from nestlearn.experiments.asked import autocast
 from nestlearn.experiments.cells import PLACES, Cell, Tell, digest
 from nestlearn.layers.linear import StaticProjections
 from nestlearn.layers.parts import BiasedLinear
+from nestlearn.layers.titans import SelfModifyingTitans
 from nestlearn.models.hope import HopeLM
+from nestlearn.scan import use_triton
 from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import keyed_seed
@@ -188,11 +192,14 @@ class _Update:
 
     def __init__(self, model: HopeLM, language: float, costly: bool, device: torch.device) -> None:
         self.model, self.language, self.device = model, language, device
-        self.steps: list[Tensor] = []  # of each layer [B, T], the mean of its heads
-        layers = [m for m in model.modules() if isinstance(m, StaticProjections)] if costly else []
-        assert layers or not costly, "only the steps of static projections are seen"
-        for layer in layers:
-            layer.gates.register_forward_hook(self._see)
+        self.steps: dict[int, list[Tensor]] = {}  # of each layer, its calls' [B, T]: means of heads
+        kinds = (StaticProjections, SelfModifyingTitans) if costly else ()
+        layers = [m for m in model.modules() if isinstance(m, kinds)]
+        assert layers or not costly, "no steps are seen"
+        for n, layer in enumerate(layers):
+            said = layer.gates if isinstance(layer, StaticProjections) else layer.eta
+            said.register_forward_hook(partial(self._see, n))
+        self.hidden = not all(isinstance(layer, StaticProjections) for layer in layers)
         self.graphs: dict[tuple[int, ...], Captured] = {}
         self.right = torch.zeros((), device=device)
 
@@ -208,16 +215,17 @@ class _Update:
             self.graphs[shape] = Captured(self.model, self._run, ids, asked, hay)
         return self.graphs[shape](ids, asked, hay), self.right
 
-    def _see(self, gates: nn.Module, _: Any, out: Tensor) -> None:
+    def _see(self, layer: int, said: nn.Module, _: Any, out: Tensor) -> None:
         if torch.is_grad_enabled():
-            assert isinstance(gates, BiasedLinear)
-            self.steps.append(out[..., : gates.heads].float().sigmoid().mean(-1))
+            if isinstance(said, BiasedLinear):
+                out = out[..., : said.heads].mT
+            self.steps.setdefault(layer, []).append(out.float().sigmoid().mean(-2))
 
     def _run(self, ids: Tensor, asked: Tensor, hay: Tensor) -> Tensor:
         for parameter in self.model.parameters():
             parameter.grad = None
         self.steps.clear()
-        with autocast(self.device):
+        with autocast(self.device), _unfused(self.hidden):
             logits, _ = self.model(ids[:, :-1])
         target, answer, idle = ids[:, 1:], asked[:, 1:].float(), hay[:, :-1].float()
         nats = F.cross_entropy(logits.mT.float(), target, reduction="none")
@@ -226,9 +234,21 @@ class _Update:
         loss = (nats * (answer / count + self.language * rest)).sum()
         cost: Tensor | float = 0.0
         if self.steps:
-            mean = torch.stack(self.steps).mean(0)
+            mean = torch.stack([torch.cat(calls, -1) for calls in self.steps.values()]).mean(0)
             cost = self.shut * (mean * idle).sum() / idle.sum().clamp(min=1)
         (loss + cost).backward()
         with torch.no_grad():
             self.right.copy_(((logits.argmax(-1) == target) * answer).sum() / count)
         return loss.detach()
+
+
+@contextmanager
+def _unfused(wanted: bool) -> Iterator[None]:
+    """Without the kernels, which tell no steps."""
+    if wanted:
+        use_triton(False)
+    try:
+        yield
+    finally:
+        if wanted:
+            use_triton(True)

@@ -25,22 +25,30 @@ from nestlearn.experiments.cells import Work
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves, points
 from nestlearn.experiments.lessons import Lesson, Make, teach
-from nestlearn.experiments.models import families
+from nestlearn.experiments.models import FAMILIES
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric
 from nestlearn.experiments.tables import model as name_of
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Continuum, DeltaNet, Titans
+from nestlearn.options import SwiGLU as MLP
 
 STEPS, LANGUAGE = 3000, 0.1  # the latter: weight of the loss of bytes that answer nothing
 # What is written fades by later writes alone: a retention α loses a needle in 1 / (1 - α).
 _LASTING = Continuum(tuple(replace(level, half_life=None) for level in Continuum().levels))
 _PLAIN, _FREE = DeltaNet(weight_decay=False), Titans(half_life=None, weight_decay=False)
+# Levels learn a needle before a gate does, so they have to forget it within a lesson.
+_BRIEF = Continuum(tuple(replace(level, half_life=256) for level in Continuum().levels))
 _OWN: dict[str, dict[str, Any]] = {  # levels beside gates that can shut fade
     "Hope": {"mixer": _FREE, "channel": _LASTING},
     "Hope, shut below 0.1": {"mixer": replace(_FREE, eta_min=0.1)},
     "Hope, shut below 0.5": {"mixer": replace(_FREE, eta_min=0.5)},
+    "Hope without levels, shut below 0.2": {"mixer": replace(_FREE, eta_min=0.2), "channel": MLP()},
     "Hope-Attention": {"channel": _LASTING},
     "DeltaNet with levels": {"mixer": _PLAIN, "channel": _LASTING},
+    "DeltaNet with levels, shut below 0.2": {
+        "mixer": replace(_PLAIN, eta_min=0.2),
+        "channel": _BRIEF,
+    },
     "DeltaNet": {"mixer": _PLAIN},
     "DeltaNet, shut below 0.2": {"mixer": replace(_PLAIN, eta_min=0.2)},
     "DeltaNet, shut below 0.5": {"mixer": replace(_PLAIN, eta_min=0.5)},
@@ -50,13 +58,16 @@ TAPS = 16  # of every mixer's convolution: the bytes of about four tokens, as ma
 
 
 def _row(name: str, own: dict[str, Any]) -> dict[str, Any]:
-    row = families(name)[name] | own
+    row = FAMILIES.get(name.split(",")[0].removesuffix(" without levels"), {}) | own
     return row | {"mixer": replace(row.get("mixer", Titans()), conv=TAPS)}
 
 
 ROWS = {name: _row(name, own) for name, own in _OWN.items()}
 # Whose steps at a haystack's bytes cost: without, many of a book's stay just below the limit.
-COSTLY = ("DeltaNet, shut below 0.2", "DeltaNet, shut below 0.5")
+COSTLY = (
+    "Hope without levels, shut below 0.2", "DeltaNet with levels, shut below 0.2",
+    "DeltaNet, shut below 0.2", "DeltaNet, shut below 0.5",
+)  # fmt: skip
 SIZE, QUICK_SIZE = (320, 7, 5), (16, 1, 2)  # width, layers, heads
 LONG, ENOUGH = 65_536, 8  # bytes: of texts that are asked strictly alone; beyond an answer's own
 READINGS = ("strict", "ahead")  # the question after the text, in another process; or before it, too
