@@ -174,7 +174,7 @@ FORMS: dict[str, Form] = {
     ),
     "nestlearn reproduce fig7 --data FOLDER --only MK-NIAH --seeds 1 --device cuda "
     "--workers 5": Form(why="needs a pretrained model"),
-    "nestlearn reproduce in-a-row --data FOLDER --device cuda --workers 2": Form(
+    "nestlearn reproduce in-a-row --data FOLDER --device cuda --workers 3": Form(
         why="needs a pretrained model that follows instructions"
     ),
     "nestlearn reproduce fig8 --data FOLDER --seeds 3 --device cuda --workers 14": Form(

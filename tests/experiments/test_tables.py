@@ -145,6 +145,20 @@ def test_seeds_are_added_at_the_rate_that_was_chosen_whatever_the_code(tmp_path,
     runner.measure(more, tmp_path, seeds=3, add=True, workers=0)
     assert len(tried) == 4
     assert len(read_records(tmp_path / "results.json")) == len(both)
+    other = scheme(grid=lambda _: [{"task": "parity", "model": "hope", "taps": 16}])
+    with pytest.raises(ValueError, match="parity, hope: the records there are of other settings"):
+        runner.measure(other, tmp_path, add=True, workers=0)
+
+
+def test_what_another_run_writes_meanwhile_stays(tmp_path):
+    def work(cell, tell):
+        if cell["model"] == "titans":
+            runner.measure(scheme(), tmp_path, models=["hope"], workers=0)
+        return scripted(cell, tell)
+
+    runner.measure(scheme(work=work, rates=(0.3,)), tmp_path, models=["titans"], workers=0)
+    found = read_records(tmp_path / "results.json")
+    assert {r.model for r in found} == {"hope", "titans"}
 
 
 def test_when_all_fail_the_reason_is_named(tmp_path):

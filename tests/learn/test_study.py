@@ -167,12 +167,12 @@ def test_thoughts_and_divergence_are_those_of_single_readings():
     assert float(found) == pytest.approx(sum(apart) / len(apart), rel=1e-4)
 
 
-def test_half_of_a_firm_thought_is_the_answer_itself():
+def test_most_of_a_firm_thought_is_the_answer_itself():
     examples = answers.thoughts(stacked(), session().tokenizer, ASKED, silent)
     for before, after in zip(examples, answers.firm(examples), strict=True):
         was, now = before.thought.float().exp(), after.thought.float().exp()
         right = torch.eye(was.shape[1])[before.answer]
-        torch.testing.assert_close(now, (was + right) / 2, atol=2e-3, rtol=2e-2)
+        torch.testing.assert_close(now, 0.1 * was + 0.9 * right, atol=2e-3, rtol=2e-2)
     assert answers.firm([]) == []
 
 
@@ -278,7 +278,7 @@ def test_a_study_that_strays_too_far_from_the_base_model_is_undone(tmp_path, scr
     before, config = one.memory, replace(QUICK, anchor=0.1, most=1e-6)
     done = one.study(TEXT, config)
     assert "nats a token from what it was, above most=1e-06" in done.rolled_back
-    assert done.epochs == 4
+    assert done.epochs == 1  # no round above it is ever saved
     assert one.history[-1]["asked"] == []
     loaded = session(one.model, memory=tmp_path / "mine").memory
     for memory in (one.memory, loaded):

@@ -2,7 +2,7 @@
 
     nestlearn reproduce in-a-row --data FOLDER
 
-FOLDER as in `closed-book`. Every page is read, studied and asked about at once; the first tenth is
+FOLDER as in `closed-book`. Every page is studied and asked about at once; the first tenth is
 asked about again on the way, ten times, and all after the last one. A training that was killed goes
 on after its last page.
 """
@@ -21,12 +21,17 @@ from nestlearn.disk import atomic_write
 from nestlearn.evals import closed_book
 from nestlearn.evals.closed_book import DIRECT, HELD_OUT, PARAPHRASE
 from nestlearn.experiments import pretrained
+from nestlearn.experiments.cells import digest
 from nestlearn.experiments.closed_book import loaded, right, said
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import detail, mean, model
 
-ROWS = {"studied, earlier ones rehearsed": 4, "studied": 0}
+ROWS = {  # whether pages are read first, as `session.learn` does; questions rehearsed in a step
+    "studied, earlier ones rehearsed": (False, 8),
+    "read and studied, earlier ones rehearsed": (True, 8),
+    "studied": (False, 0),
+}
 PAGES, QUICK_PAGES = 100, 2
 FORMS = (DIRECT, PARAPHRASE)
 
@@ -48,32 +53,44 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     from nestlearn.learn import StudyConfig
 
     base, words_of = loaded(Path(cell["folder"]), cell["device"])
-    rehearse = ROWS[cell["model"]]
-    place = Path(cell["out"]) / f"rehearse-{rehearse}-seed{cell['seed']}"
+    reads, rehearse = ROWS[cell["model"]]
+    place = Path(cell["out"]) / f"memory-{digest(cell)}"
     notes = place / "right.json"
     every = closed_book.documents(HELD_OUT, cell["pages"], cell["seed"] + 1)  # no two of one name
-    found = json.loads(notes.read_text()) if notes.is_file() else {"after": [], "left": []}
+    new: dict[str, Any] = {"after": [], "undone": [], "left": []}
+    found = json.loads(notes.read_text()) if notes.is_file() else new
     after: list[list[float]] = found["after"]
-    left: list[list[float]] = found["left"]  # pages read, the first tenth's shares
     tenth = len(every) // 10 or 1
+
+    def keep() -> None:
+        atomic_write(notes, partial(Path.write_text, data=json.dumps(found), encoding="utf-8"))
+
+    def asked_again() -> None:
+        """Of the first tenth: pages studied, shares."""
+        if len(found["left"]) < len(after) // tenth:
+            some = [_right(base, words_of, session, first) for first in every[:tenth]]
+            found["left"].append([len(after), *map(statistics.fmean, zip(*some))])
+            keep()
+
     short: dict[str, Any] = {"questions": 1, "words": 1, "epochs": 1} if cell["short"] else {}
     config = StudyConfig(**short, rehearse=rehearse, seed=cell["seed"])
     session = Session(base, place / "memory", words_of)
     for n, page in enumerate(every[len(after) :], len(after)):
+        asked_again()
         tell(n / len(every), f"page {n + 1}")
-        session.learn(page.text)
-        session.study(page.text, replace(config, seed=n))
+        if reads:
+            session.learn(page.text)
+        if session.study(page.text, replace(config, seed=n)).rolled_back:
+            found["undone"].append(n + 1)
         session.save()
         after.append(_right(base, words_of, session, page))
-        if len(after) % tenth == 0:
-            asked = [_right(base, words_of, session, first) for first in every[:tenth]]
-            left.append([len(after), *map(statistics.fmean, zip(*asked))])
-        atomic_write(notes, partial(Path.write_text, data=json.dumps(found), encoding="utf-8"))
+        keep()
+    asked_again()
     last = [_right(base, words_of, session, page) for page in every]
     learned, kept = (sum(map(sum, some[:tenth])) for some in (after, last))
     return {
         "value": kept / max(learned, 1e-9), "scores": {"left": kept / max(learned, 1e-9)},
-        "after": after, "left": left, "last": last, "pages": len(every),
+        **found, "last": last, "pages": len(every),
         "megabytes": sum(session.bytes.values()) / 1e6,
         "headline": f"of the first pages {kept:.2f} of {learned:.2f} left",
     }  # fmt: skip
@@ -107,6 +124,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
             for which, name in (("after", "at once"), ("last", "at the end"))
             for i, form in enumerate(FORMS)
         ),
+        mean("undone", lambda r: len(r.detail.get("undone", [])), digits=0),
         mean("MB", detail("megabytes"), digits=1),
     ]  # fmt: skip
 

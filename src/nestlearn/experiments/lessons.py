@@ -63,7 +63,7 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     """Train the cell's model in place, or read what an earlier call has left of it.
 
     cell: lessons, steps, language (the weight of the loss of bytes that answer nothing), costly
-    (whether the steps of a DeltaNet cost), lr, seed, device, out, and all else that the training
+    (whether steps cost), lr, seed, device, out, and all else that the training
     depends on.
     """
     device = resolve_device(cell["device"])
@@ -200,7 +200,7 @@ class _Update:
             said = layer.gates if isinstance(layer, StaticProjections) else layer.eta
             said.register_forward_hook(partial(self._see, n))
         self.hidden = not all(isinstance(layer, StaticProjections) for layer in layers)
-        self.graphs: dict[tuple[int, ...], Captured] = {}
+        self.graphs: dict[tuple[float, ...], Captured] = {}
         self.right = torch.zeros((), device=device)
 
     def __call__(
@@ -210,10 +210,10 @@ class _Update:
         self.shut = shut
         if self.device.type != "cuda":
             return self._run(ids, asked, hay), self.right
-        if (shape := tuple(ids.shape)) not in self.graphs:
+        if (key := (*ids.shape, shut)) not in self.graphs:
             self.graphs.clear()  # a lesson does not come again
-            self.graphs[shape] = Captured(self.model, self._run, ids, asked, hay)
-        return self.graphs[shape](ids, asked, hay), self.right
+            self.graphs[key] = Captured(self.model, self._run, ids, asked, hay)
+        return self.graphs[key](ids, asked, hay), self.right
 
     def _see(self, layer: int, said: nn.Module, _: Any, out: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -245,10 +245,9 @@ class _Update:
 @contextmanager
 def _unfused(wanted: bool) -> Iterator[None]:
     """Without the kernels, which tell no steps."""
-    if wanted:
-        use_triton(False)
+    before = use_triton(False)
+    use_triton(before and not wanted)
     try:
         yield
     finally:
-        if wanted:
-            use_triton(True)
+        use_triton(before)

@@ -54,11 +54,11 @@ _OWN: dict[str, dict[str, Any]] = {  # levels beside gates that can shut fade
     "DeltaNet, shut below 0.5": {"mixer": replace(_PLAIN, eta_min=0.5)},
     "Transformer": {},
 }
-TAPS = 16  # of every mixer's convolution: the bytes of about four tokens, as many as it is made for
+TAPS = 16  # of every mixer's convolution: bytes of about four tokens, which it is made for
 
 
 def _row(name: str, own: dict[str, Any]) -> dict[str, Any]:
-    row = FAMILIES.get(name.split(",")[0].removesuffix(" without levels"), {}) | own
+    row = FAMILIES[name.split(",")[0].replace("Hope without levels", "Hope")] | own
     return row | {"mixer": replace(row.get("mixer", Titans()), conv=TAPS)}
 
 

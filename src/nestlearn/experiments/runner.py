@@ -18,7 +18,7 @@ from typing import Any
 from nestlearn.disk import atomic_write
 from nestlearn.evals import Record, read_records, write_records
 from nestlearn.experiments import SUITES, named
-from nestlearn.experiments.cells import Cell, cell_path, failure, run_cells, settled
+from nestlearn.experiments.cells import Cell, cell_path, digest, failure, run_cells, settled
 from nestlearn.experiments.experiment import Experiment, Options
 from nestlearn.experiments.provenance import check_place, code_version
 from nestlearn.experiments.tables import table
@@ -66,11 +66,14 @@ def measure(
     if about.prepare:
         about.prepare(asked)
     path = asked.out / "results.json"
-    kept = _kept(path)
-    fresh = Search(about, asked, grid, progress, kept if asked.add else ()).records()
-    if not asked.add:
-        there = {(r.task, r.setting, r.model) for r in fresh}
-        kept = [r for r in kept if (r.task, r.setting, r.model) not in there]
+    fresh = Search(about, asked, grid, progress, _kept(path) if asked.add else ()).records()
+    kept = _kept(path)  # what another run has written meanwhile, too
+    if asked.add:
+        have = {(_same(r.config), r.seed) for r in kept}
+        fresh = [r for r in fresh if (_same(r.config), r.seed) not in have]
+    else:
+        there = {_place(r) for r in fresh}
+        kept = [r for r in kept if _place(r) not in there]
     records = about.order(kept + fresh) if about.order else kept + fresh
     write_records(path, records)
     return asked, records
@@ -107,7 +110,9 @@ class Search:
         code = {"code": code_version(about.file, *about.sources)}
         self.grid = [{**cell, **code, "device": asked.device} for cell in grid]
         self.rates = [about.trials(cell, asked.quick) for cell in self.grid]
-        self.kept = {(_place(r.config), r.seed): r.config.get("lr") for r in kept}
+        self.kept = {(_same(r.config), r.seed): r.config for r in kept}
+        self.known = {_same(r.config): r.config for r in kept}
+        _check_known(self.grid, kept)
         tried = {(c["task"], c["model"]): 0 for c in grid}
         for cell, rates in zip(grid, self.rates):
             tried[cell["task"], cell["model"]] += max(1, len(rates))
@@ -117,11 +122,11 @@ class Search:
         """The cells of every seed at the chosen rate, with the rates that were tried."""
         seeds = range(self.asked.pick(self.about.quick_seeds, self.asked.seeds or self.about.seeds))
         return [
-            ({**cell, **lr, "seed": seed}, rates)
+            ({**cell, **lr, "seed": seed}, self.known.get(_same(cell), {}).get("rates", rates))
             for cell, rates, best in zip(self.grid, self.rates, self._best())
             for lr in ([{"lr": lr} for lr in best] if rates else [{}])
             for seed in seeds
-            if (_place(cell), seed) not in self.kept
+            if (_same(cell), seed) not in self.kept
         ]
 
     def missing(self) -> list[Cell]:
@@ -145,9 +150,8 @@ class Search:
 
     def _best(self) -> list[Sequence[float]]:
         """For each cell of the grid the rates to report: the best one, if one is to be chosen."""
-        place = {where: lr for (where, _), lr in self.kept.items()}
         chooses = [
-            len(rates) > 1 and bool(self.about.chooses) and _place(cell) not in place
+            len(rates) > 1 and bool(self.about.chooses) and _same(cell) not in self.known
             for cell, rates in zip(self.grid, self.rates)
         ]
         cells = [
@@ -163,8 +167,8 @@ class Search:
             ranks = [_rank([next(found) for _ in some]) for some in tried]
             top = max(range(len(ranks)), key=ranks.__getitem__, default=None)
             if top is None:
-                chose = place.get(_place(cell)) if self.about.chooses else None
-                best.append(rates if chose is None else (chose,))
+                chose = self.known.get(_same(cell), {}) if self.about.chooses else {}
+                best.append((chose["lr"],) if "lr" in chose else rates)
             else:  # a cell that failed at every rate has no more to report
                 best.append(rates[top : top + 1] if ranks[top] > _FAILED else ())
         if flat and not any(best):
@@ -195,9 +199,25 @@ class Search:
         )
 
 
-def _place(cell: Cell) -> tuple[str, ...]:
-    """Of a cell among the others, whatever its rate and seed."""
-    return tuple(str(cell.get(key, "")) for key in ("task", "model", "setting"))
+def _place(record: Record) -> tuple[str, str, str]:
+    return record.task, record.setting, record.model
+
+
+def _same(config: Cell) -> str:
+    """A hash of a cell, or of its record's configuration, whatever its code, rate and seed."""
+    return digest(config, ("code", "lr", "seed", "rates", "best_step"))
+
+
+def _check_known(grid: Sequence[Cell], kept: Sequence[Record]) -> None:
+    """Seeds are added to what was measured in the same way alone."""
+    for key in {(cell["task"], cell["model"]) for cell in grid}:
+        ours = [cell for cell in grid if (cell["task"], cell["model"]) == key]
+        theirs = [r.config for r in kept if (r.config["task"], r.config["model"]) == key]
+        if theirs and not {_same(cell) for cell in ours} & {_same(cell) for cell in theirs}:
+            raise ValueError(
+                f"{', '.join(key)}: the records there are of other settings than a run of today, "
+                "so no seed can be added: give the options that they had, or leave out --add"
+            )
 
 
 _FAILED = (float("-inf"), 0)
@@ -243,8 +263,9 @@ def _records(
         parts = [(model, {**whole, **own}) for model, own in whole["models"].items()]
     else:
         parts = [(config["model"], whole)]
-    # where files stood on the machine that ran it is nobody's business
+    # where files stood on the machine that ran it is nobody's business; on what it ran is
     config = {key: value for key, value in config.items() if key not in ("out", "folder")}
+    config |= {key: value for key, value in done["cell"].items() if key == "device"}
     if "best_step" in whole:
         config["best_step"] = whole["best_step"]
     rule = _rule(about, config["rates"], search, "checks" in whole)

@@ -18,6 +18,8 @@ from nestlearn.layers.streaming import wide
 
 from .questions import BRIEF, FROM_TEXT, ROWS, Question, Tell, beside, prompt
 
+FIRM = 0.9  # of what is to be thought of a rehearsed answer: that it is right
+
 
 class Example(NamedTuple):
     """The ways to ask a question as ids, the answer's ids, and what is to be thought of each of
@@ -118,14 +120,14 @@ def think(
 
 
 def firm(examples: list[Example]) -> list[Example]:
-    """The examples with half of what is thought given to the answer's own tokens: what is learned
+    """The examples with most of what is thought given to the answer's own tokens: what is learned
     again and again as it was thought last drifts away from the answer.
     """
     found = []
     for e in examples:
-        thought = e.thought.float() - math.log(2)
+        thought = e.thought.float() + math.log(1 - FIRM)
         answer = torch.tensor(e.answer, device=thought.device)[:, None]
-        own = thought.gather(1, answer).logaddexp(thought.new_tensor(-math.log(2)))
+        own = thought.gather(1, answer).logaddexp(thought.new_tensor(math.log(FIRM)))
         found.append(e._replace(thought=thought.scatter(1, answer, own).half()))
     return found
 

@@ -28,7 +28,8 @@ from .pupil import Pupil
 from .questions import Question, Tell
 
 WARMUP = 4  # steps
-EARLIER = 64  # questions of earlier studies, at most
+EARLIER = 96  # questions of earlier studies, at most
+STRAYED = 4  # texts by which a round is judged
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class StudyConfig:
     `held_out`, have not become better for two. batch: questions of one step. lr: Adam's, which
     falls to nothing. text: the weight of the text's own next tokens. anchor: that of the divergence
     from the base model on its own samples (0: none); most: that divergence, in nats a token, above
-    which the study is undone, for a memory can study so much that the model says nothing right any
-    more. rehearse: questions of earlier studies in each step beside the batch. level: the one that
-    learns (None: the slowest). cuda_graph: on CUDA, capture a step as a graph, unless the text's
-    own tokens are learned, too.
+    which the study is undone (a guess): a memory can study so much that the model says nothing
+    right any more. rehearse: questions of earlier studies in each step beside the batch. level: the
+    one that learns (None: the slowest). cuda_graph: on CUDA, capture a step as a graph, unless the
+    text's own tokens are learned, too.
     """
 
     questions: int = 24
@@ -75,8 +76,8 @@ class StudyConfig:
 class Epoch(NamedTuple):
     """number: rounds made. memory: after the best of them so far. apart: the divergence, in nats a
     token, of the questions kept apart, before anything was studied and now; of all questions where
-    none is kept apart. ended: whether it was the last. strayed: after that, the divergence from
-    the base model on its own samples, in nats a token (None: there is no anchor).
+    none is kept apart. ended: whether it was the last. strayed: the divergence of that memory from
+    the base model, on some of its own samples, in nats a token (None: there is no anchor).
     """
 
     number: int
@@ -149,15 +150,15 @@ def consolidate(
             if value < best:
                 best, kept = value, pupil.memory()
             ended = number == config.epochs or since == 2
-            strayed = _strayed(model, kept, held) if ended and held is not None else None
+            strayed = None if held is None else _strayed(model, kept, held)
             if not each(Epoch(number, kept, (first, best), ended, strayed)) or ended:
                 break
 
 
 @torch.no_grad()
 def _strayed(model: StackedModel, memory: StackMemory, held: Anchor) -> float:
-    """KL(base ‖ now) on the anchor's texts, in nats a token."""
-    texts = held.samples.to(model.lr[0].device)
+    """KL(base ‖ now) on the anchor's first texts, in nats a token."""
+    texts = held.samples[:STRAYED].to(model.lr[0].device)
     return float(held.apart(model, model.weights(memory), texts, 1).mean()) / held.strength
 
 

@@ -135,7 +135,8 @@ class Session:
         The model asks itself questions about the text and answers them with the text before it;
         then one level learns to answer so without. The text need not have been read; the stream
         stays where it is. With a folder, questions and rounds are saved: a study that was stopped
-        or killed goes on. tell: called with what is being done, how much of it, of how much.
+        or killed goes on. One that leaves the model too far from what it was (`StudyConfig.most`)
+        is undone. tell: called with what is being done, how much of it, of how much.
 
         ValueError without a tokenizer, for an empty text, and where the model finds no question
         that the text answers.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 FORMAT = "nestlearn-study"
-KEPT = 16  # questions of a study that the history keeps, for later ones to rehearse
+KEPT = 36  # questions of a study that the history keeps, for later ones to rehearse
 
 
 class Studied(NamedTuple):
@@ -55,10 +55,10 @@ def study(
         nonlocal last, held_out, reason
         last, session.memory = epoch, before
         held_out, reason = session.judge(epoch.memory)
-        if reason is None and epoch.strayed is not None and epoch.strayed > config.most:
+        if reason is None and epoch.strayed is not None and not epoch.strayed <= config.most:
             reason = (
                 f"the model would be {epoch.strayed:.2f} nats a token from what it was, above "
-                f"most={config.most}: study less in one memory, or in a fork or a new one"
+                f"most={config.most}: study this in a new memory, or in an older copy"
             )
         if reason is None:
             session.memory = epoch.memory
@@ -86,9 +86,9 @@ def study(
     made = done if last is None else last.number
     studied = Studied(len(found), made, apart, held_out, reason, stopped)
     facts = studied._asdict() | {"apart": [None if math.isnan(x) else x for x in apart]}
-    step = max(1, len(found) // KEPT)
-    learned = reason is None and made > 0
-    asked = [[q.text, q.answer] for q in found[::step][:KEPT] if learned]
+    count = min(KEPT, len(found)) if reason is None and made > 0 else 0
+    kept = [found[i * len(found) // count] for i in range(count)]
+    asked = [[q.text, q.answer] for q in kept]
     session.note("study", source=source, begin=before.position, asked=asked, **facts)
     if notes is not None:
         session.save()

@@ -197,10 +197,14 @@ _TRITON_IS_THERE = find_spec("triton") is not None  # asked once: a compiler can
 _triton = True
 
 
-def use_triton(on: bool = True) -> None:
-    """Whether CUDA tensors go through the Triton kernels (the default) or torch's own products."""
+def use_triton(on: bool = True) -> bool:
+    """Whether CUDA tensors go through the Triton kernels (the default) or torch's own products.
+
+    Returns what it was before.
+    """
     global _triton
-    _triton = on
+    before, _triton = _triton, on
+    return before
 
 
 def on_card(x: Tensor) -> bool:
