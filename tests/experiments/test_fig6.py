@@ -103,11 +103,15 @@ def test_a_small_hope_learns_the_classes_of_a_group(folder, how, monkeypatch):
     torch.manual_seed(0)
     learner = fig6.Trained(folder, "cpu", how, 3e-3, 0)
     one, two = classes.groups(folder, "CLINC150", 0, train=4, validation=1, test=2, most=2)
-    before = learner._run(*learner._laid(two.train))
+    before = learner._run(*learner._laid(two.train, len(two.train)))
+    gradients = [w.grad for w in learner.weights]
+    filled = learner._run(*learner._laid(two.train, len(two.train) + 3))  # as on a card
+    assert float(filled) == pytest.approx(float(before), rel=1e-5)
+    torch.testing.assert_close([w.grad for w in learner.weights], gradients, rtol=1e-3, atol=1e-6)
     learner.learn(one)
     assert learner.said([one.test[0].text])[0] in one.labels
     learner.learn(two)
-    assert learner._run(*learner._laid(two.train)) < 0.3 * before
+    assert learner._run(*learner._laid(two.train, len(two.train))) < 0.3 * before
     assert {t.label for t in learner.kept} == {*one.labels, *two.labels}
     assert learner.bytes > 4 * learner.base.parameter_count() - 1
 

@@ -117,7 +117,7 @@ class Trained(OfBytes):
         batches = self.batches(texts)
         squares = [torch.zeros_like(w) for w in self.weights]
         for n, some in enumerate(batches):
-            self._gradients(*self._laid(some))
+            self._gradients(*self._laid(some, BATCH if self.device.type == "cuda" else len(some)))
             torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             if self.how == "ewc":
                 for square, w, (weight, at) in zip(squares, self.weights, self._importance()):
@@ -141,11 +141,11 @@ class Trained(OfBytes):
     def _importance(self) -> list[tuple[Tensor, Tensor]]:
         return self.importance or [(torch.zeros_like(w), w.detach()) for w in self.weights]
 
-    def _laid(self, some: Sequence[Text]) -> tuple[Tensor, Tensor]:
-        """ids and mask of the answers; on a card of whole batches, for a graph has one shape."""
+    def _laid(self, some: Sequence[Text], size: int) -> tuple[Tensor, Tensor]:
+        """ids and mask of the answers, filled up to `size` rows: a graph has one shape."""
         asked = [list(self.asked(t.text)) for t in some]
         rows = [a + self.encode(f" {t.label}\n") for a, t in zip(asked, some)]
-        rows += rows[:1] * ((BATCH - len(rows)) * (self.device.type == "cuda"))
+        rows += rows[:1] * (size - len(rows))
         ids, mask = _whole(rows, one_more=True)
         for row, a in zip(mask, asked):
             row[: len(a)] = 0
