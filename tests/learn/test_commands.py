@@ -296,7 +296,7 @@ def test_a_text_is_read_and_then_studied(call, folder, monkeypatch):
     assert code == 0, said
     shown = re.search(r"Studied in \d+ seconds: 2 questions, \d times\. (.+)", said)
     assert shown, said
-    now, before = map(float, re.search(r"answers (\S+) nats [^,]+, (\S+) before", said).groups())
+    now, before = map(float, re.search(r"it is (\S+) nats [^,]+, (\S+) before", said).groups())
     assert now <= before
     assert said.count("Forgotten: loss on its own samples") == 2
     assert "study" in call("memory", "show", out, "mine")[1]

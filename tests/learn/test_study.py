@@ -26,7 +26,9 @@ ASKED = [
     Question("which hat has the cat?", "red", PASSAGE),
     Question("what is under the mat?", "the key", PASSAGE),
 ]
-QUICK = StudyConfig(4, words=0, epochs=4, batch=2, lr=3e-2, text=0.1, anchor=0.0, held_out=0.0)
+QUICK = StudyConfig(
+    4, words=0, epochs=4, batch=2, lr=3e-2, firm=0.0, text=0.1, anchor=0.0, held_out=0.0
+)
 
 
 def silent(*_):
@@ -174,6 +176,7 @@ def test_most_of_a_firm_thought_is_the_answer_itself():
         right = torch.eye(was.shape[1])[before.answer]
         torch.testing.assert_close(now, 0.1 * was + 0.9 * right, atol=2e-3, rtol=2e-2)
     assert answers.firm([]) == []
+    assert answers.firm(examples, 0.0) == examples
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "low-rank"])
@@ -501,6 +504,7 @@ def test_what_cannot_be_studied_is_refused(monkeypatch):
         {"questions": 0, "words": 0},
         {"lr": 0},
         {"held_out": 1.0},
+        {"firm": 1.0},
         {"anchor": -1},
         {"most": 0.0},
     ):

@@ -105,8 +105,8 @@ def study_text(
         return studied
     say(
         f"Studied in {time.perf_counter() - begin:,.0f} seconds: {studied.questions:,} questions"
-        f", {studied.epochs:,} times. Without the text it answers {now:.3f} nats a token "
-        f"from what it said with it, {first:.3f} before."
+        f", {studied.epochs:,} times. Without the text it is {now:.3f} nats a token from the "
+        f"answers, {first:.3f} before."
     )
     if studied.rolled_back:
         say(f"Nothing of the study was kept: {studied.rolled_back}.", "yellow")

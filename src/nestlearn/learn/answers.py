@@ -18,7 +18,7 @@ from nestlearn.layers.streaming import wide
 
 from .questions import BRIEF, FROM_TEXT, ROWS, Question, Tell, beside, prompt
 
-FIRM = 0.9  # of what is to be thought of a rehearsed answer: that it is right
+FIRM = 0.9  # of what is to be thought of an answer: that it is right
 
 
 class Example(NamedTuple):
@@ -119,15 +119,19 @@ def think(
     return found
 
 
-def firm(examples: list[Example]) -> list[Example]:
-    """The examples with most of what is thought given to the answer's own tokens: what is learned
-    again and again as it was thought last drifts away from the answer.
+def firm(examples: list[Example], share: float = FIRM) -> list[Example]:
+    """The examples with this share of what is thought given to the answer's own tokens.
+
+    A distribution that is learned as it is spreads over what the model would say as well; one that
+    is learned again and again as it was thought last drifts away from the answer.
     """
+    if not share:
+        return examples
     found = []
     for e in examples:
-        thought = e.thought.float() + math.log(1 - FIRM)
+        thought = e.thought.float() + math.log(1 - share)
         answer = torch.tensor(e.answer, device=thought.device)[:, None]
-        own = thought.gather(1, answer).logaddexp(thought.new_tensor(math.log(FIRM)))
+        own = thought.gather(1, answer).logaddexp(thought.new_tensor(math.log(share)))
         found.append(e._replace(thought=thought.scatter(1, answer, own).half()))
     return found
 

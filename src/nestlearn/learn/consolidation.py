@@ -2,10 +2,10 @@
 
 Reading teaches a model the text's next tokens; asked what the text says, it does not know. So it
 asks itself questions about the text and answers them with the text before it, and is asked about
-the words of each sentence, which that sentence answers. Then one level learns to think of every
-answer without the text what the model thinks of it with the text (a divergence). It is held to
-what the model says by itself, and to what it answered to questions of earlier studies. This is the
-consolidation that the paper asks for: the slow level learns from what the fast context has.
+the words of each sentence, which that sentence answers. Then one level learns to give every answer
+without the text: mostly its very tokens, and for the rest what the model thinks of them with the
+text. It is held to what the model says by itself, and to the answers of earlier studies. This is
+the consolidation that the paper asks for: the slow level learns from what the fast context has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nestlearn.hf.door import evaluating
 from nestlearn.hf.plan import StackMemory
 from nestlearn.hf.stack import StackedModel
 
-from .answers import Example, Frame, firm, mean, thoughts
+from .answers import FIRM, Example, Frame, firm, mean, thoughts
 from .pupil import Pupil
 from .questions import Question, Tell
 
@@ -39,12 +39,13 @@ class StudyConfig:
     questions: that the model asks itself, at most. words: of each sentence, about which it is asked
     (0: none). epochs: rounds of them; it ends sooner when the questions kept apart, the share
     `held_out`, have not become better for two. batch: questions of one step. lr: Adam's, which
-    falls to nothing. text: the weight of the text's own next tokens. anchor: that of the divergence
-    from the base model on its own samples (0: none); most: that divergence, in nats a token, above
-    which the study is undone (a guess): a memory can study so much that the model says nothing
-    right any more. rehearse: questions of earlier studies in each step beside the batch. level: the
-    one that learns (None: the slowest). cuda_graph: on CUDA, capture a step as a graph, unless the
-    text's own tokens are learned, too.
+    falls to nothing. firm: the share of what is to be thought of an answer that is the answer
+    itself; the rest is what the model thinks of it with the text. text: the weight of the text's
+    own next tokens. anchor: that of the divergence from the base model on its own samples (0:
+    none); most: that divergence, in nats a token, above which the study is undone (a guess): a
+    memory can study so much that the model says nothing right any more. rehearse: questions of
+    earlier studies in each step beside the batch. level: the one that learns (None: the slowest).
+    cuda_graph: on CUDA, capture a step as a graph, unless the text's own tokens are learned, too.
     """
 
     questions: int = 24
@@ -52,6 +53,7 @@ class StudyConfig:
     epochs: int = 6
     batch: int = 8
     lr: float = 4e-3
+    firm: float = FIRM
     text: float = 0.0
     anchor: float = 2.0
     most: float = 0.5
@@ -69,8 +71,9 @@ class StudyConfig:
             raise ValueError("questions=0, words=0: nothing would be asked, give one of them")
         if not min(self.lr, self.most) > 0 or min(self.text, self.anchor, self.rehearse) < 0:
             raise ValueError("lr and most are above 0; text, anchor and rehearse are 0 or more")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out={self.held_out}: give a share in [0, 1)")
+        for name in ("firm", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a share in [0, 1)")
 
 
 class Epoch(NamedTuple):
@@ -118,7 +121,8 @@ def consolidate(
             "the model found no question that the text answers: give a longer text, more "
             "questions, or a model that follows instructions"
         )
-    mine, apart = _parted(thoughts(model, tokenizer, questions, tell), config.held_out)
+    asked = firm(thoughts(model, tokenizer, questions, tell), config.firm)
+    mine, apart = _parted(asked, config.held_out)
     held = anchor
     if held is None and config.anchor:
         held = Anchor.sampled(model, 16, 48, strength=config.anchor, rows=1, seed=config.seed)
@@ -128,7 +132,7 @@ def consolidate(
         drift=drift, held=held, text=config.text, ids=ids,
     )  # fmt: skip
     drawn = drawn if config.rehearse else []
-    known = firm(thoughts(model, tokenizer, drawn, tell, pupil.weights()))
+    known = firm(thoughts(model, tokenizer, drawn, tell, pupil.weights()), config.firm)
     least = min(config.rehearse, len(known))
     if ids.is_cuda and config.cuda_graph and not config.text:
         pupil.fits("answers", Frame.of(mine + known, min(config.batch, len(mine)) + least))

@@ -26,7 +26,7 @@ KEPT = 36  # questions of a study that the history keeps, for later ones to rehe
 class Studied(NamedTuple):
     """What one study did. questions: that the model asked itself and answered from the text.
     epochs: rounds of them, in all. apart: the divergence, in nats a token, of what it says without
-    the text from what it said with it, on questions kept apart: at first, and now. held_out,
+    the text from what it is to say, on questions kept apart: at first, and now. held_out,
     rolled_back: as in `Learned`. stopped: by Ctrl-C; what was learned until then is kept.
     """
 
