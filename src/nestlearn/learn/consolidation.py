@@ -79,8 +79,8 @@ class StudyConfig:
 class Epoch(NamedTuple):
     """number: rounds made. memory: after the best of them so far. apart: the divergence, in nats a
     token, of the questions kept apart, before anything was studied and now; of all questions where
-    none is kept apart. ended: whether it was the last. strayed: the divergence of that memory from
-    the base model, on some of its own samples, in nats a token (None: there is no anchor).
+    none is kept apart. ended: whether it was the last. strayed: then, the divergence of that memory
+    from the base model, on some of its own samples, in nats a token (None: there is no anchor).
     """
 
     number: int
@@ -154,7 +154,8 @@ def consolidate(
             if value < best:
                 best, kept = value, pupil.memory()
             ended = number == config.epochs or since == 2
-            strayed = None if held is None else _strayed(model, kept, held)
+            # in the middle, at large rates, it is further away than at the end
+            strayed = _strayed(model, kept, held) if ended and held is not None else None
             if not each(Epoch(number, kept, (first, best), ended, strayed)) or ended:
                 break
 
