@@ -179,6 +179,20 @@ def test_most_of_a_firm_thought_is_the_answer_itself():
     assert answers.firm(examples, 0.0) == examples
 
 
+def test_a_firm_study_learns_the_answers_tokens():
+    model, words, lost = stacked(), session().tokenizer, []
+    ids = torch.tensor([words.encode(TEXT)])
+    shown = answers.thoughts(model, words, ASKED, silent)
+    for share in (0.0, StudyConfig.firm):
+        rounds, config = Rounds(), replace(QUICK, firm=share)
+        consolidation.consolidate(
+            model, words, model.init_memory(1), ASKED, ids, config, silent, rounds
+        )
+        now = answers.think(model, model.weights(rounds[-1].memory), shown)
+        lost.append(sum(-float(e.thought[range(len(e.answer)), e.answer].mean()) for e in now))
+    assert lost[1] < 0.8 * lost[0]
+
+
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "low-rank"])
 def test_a_level_takes_over_what_was_thought_with_the_text(rank):
     model, words = stacked(rank=rank), session().tokenizer

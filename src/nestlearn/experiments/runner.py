@@ -110,7 +110,7 @@ class Search:
         code = {"code": code_version(about.file, *about.sources)}
         self.grid = [{**cell, **code, "device": asked.device} for cell in grid]
         self.rates = [about.trials(cell, asked.quick) for cell in self.grid]
-        self.kept = {(_same(r.config), r.seed): r.config for r in kept}
+        self.kept = {(_same(r.config), r.seed) for r in kept}
         self.known = {_same(r.config): r.config for r in kept}
         _check_known(self.grid, kept)
         tried = {(c["task"], c["model"]): 0 for c in grid}
