@@ -115,7 +115,8 @@ def test_a_step_costs_what_it_is_told_to(model):
     free = grad(every, 3.0, costly=False)
     assert torch.equal(free, grad(~every, 3.0))
     once, thrice = grad(every, 1.0) - free, grad(every, 3.0) - free
-    assert (once > 0.005).all()  # of sigmoid(0) or of 0.02: 1/4 or 0.0196, of two heads
+    least = 0.005 if model.startswith("Hope") else 0.01
+    assert (once > least).all()  # of sigmoid(0) or, in Hope, of 0.02: 1/4 or 0.0196, of two heads
     torch.testing.assert_close(thrice, 3 * once)
     torch.testing.assert_close(grad(first, 1.0) + grad(~first, 1.0) - 2 * free, 2 * once)
     with pytest.raises(AssertionError, match="no steps"):
