@@ -19,7 +19,7 @@ def test_pages_in_a_row_are_studied_by_one_memory_and_gone_on_with(tmp_path, mon
     monkeypatch.setattr(study, "ask", lambda *_: [])
     monkeypatch.setattr(closed_book, "SAID", 3)
     options = {"data": str(tmp_path), "quick": True, "workers": 0, "progress": False,
-               "device": "cpu", "models": ["studied, earlier ones rehearsed"]}  # fmt: skip
+               "device": "cpu", "models": ["studied, 8 earlier questions a step"]}  # fmt: skip
     told = []
 
     def stop(*given):
@@ -35,7 +35,7 @@ def test_pages_in_a_row_are_studied_by_one_memory_and_gone_on_with(tmp_path, mon
     (notes,) = (tmp_path / "out").glob("*/right.json")
     assert notes.read_text() == '{"after": [[0.5, 0.25]], "undone": [], "left": []}'
     text = runner.run("in-a-row", tmp_path / "out", **options)
-    assert "| studied, earlier ones rehearsed | 2 | " in text
+    assert "| studied, 8 earlier questions a step | 2 | " in text
     detail = runner.read_records(tmp_path / "out" / "results.json")[0].detail
     assert detail["after"][0] == [0.5, 0.25]
     assert len(detail["after"]) == 2

@@ -27,10 +27,10 @@ from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, 
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import detail, mean, model
 
-ROWS = {  # whether pages are read first, as `session.learn` does; questions rehearsed in a step
-    "studied, earlier ones rehearsed": (False, 8),
-    "read and studied, earlier ones rehearsed": (True, 8),
-    "studied": (False, 0),
+ROWS = {  # questions of earlier pages that are rehearsed in a step, beside eight of the page
+    "studied": 0,
+    "studied, 8 earlier questions a step": 8,
+    "studied, 16 earlier questions a step": 16,
 }
 PAGES, QUICK_PAGES = 100, 2
 FORMS = (DIRECT, PARAPHRASE)
@@ -53,7 +53,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     from nestlearn.learn import StudyConfig
 
     base, words_of = loaded(Path(cell["folder"]), cell["device"])
-    reads, rehearse = ROWS[cell["model"]]
     place = Path(cell["out"]) / f"memory-{digest(cell)}"
     notes = place / "right.json"
     every = closed_book.documents(HELD_OUT, cell["pages"], cell["seed"] + 1)  # no two of one name
@@ -73,13 +72,11 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
             keep()
 
     short: dict[str, Any] = {"questions": 1, "words": 1, "epochs": 1} if cell["short"] else {}
-    config = StudyConfig(**short, rehearse=rehearse, seed=cell["seed"])
+    config = StudyConfig(**short, rehearse=ROWS[cell["model"]], seed=cell["seed"])
     session = Session(base, place / "memory", words_of)
     for n, page in enumerate(every[len(after) :], len(after)):
         asked_again()
         tell(n / len(every), f"page {n + 1}")
-        if reads:
-            session.learn(page.text)
         if session.study(page.text, replace(config, seed=n)).rolled_back:
             found["undone"].append(n + 1)
         session.save()

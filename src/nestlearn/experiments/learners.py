@@ -157,11 +157,13 @@ class Learner(Reader):
         texts = list(group.train) + self.kept * (self.how == "replay")
         train = [self._example(text) for text in texts]
         pupil = self._pupil()
-        if self.base.device.type == "cuda":
-            for name, examples, size in (("new", train, BATCH), ("held", held, BATCH // 2)):
-                if examples:
-                    pupil.fits(name, Frame.of(examples, min(size, len(examples))))
         batches = self.batches(train)
+        # every text that is held as often as a new one, as in replay
+        size = min(len(held), -(-self.epochs * len(held) // len(batches)))
+        if self.base.device.type == "cuda":
+            for name, examples, rows in (("new", train, BATCH), ("held", held, size)):
+                if examples:
+                    pupil.fits(name, Frame.of(examples, min(rows, len(examples))))
         squares = [torch.zeros_like(w) for w in pupil.flat]
         with torch.enable_grad():
             for n, some in enumerate(batches):
@@ -173,9 +175,7 @@ class Learner(Reader):
                     if self.importance:
                         parts.append([2 * EWC * i * (w.detach() - at) for (i, at), w in past])
                 if held:
-                    size = min(BATCH // 2, len(held))
-                    first = n * BATCH // 2
-                    again = [held[(first + i) % len(held)] for i in range(size)]
+                    again = [held[(n * size + i) % len(held)] for i in range(size)]
                     parts.append(pupil.gradients("held", again))
                 pupil.move(parts, 1 - n / len(batches))
         if self.how == "ewc":

@@ -28,7 +28,6 @@ from .pupil import Pupil
 from .questions import Question, Tell
 
 WARMUP = 4  # steps
-EARLIER = 96  # questions of earlier studies, at most
 STRAYED = 4  # texts by which a round is judged
 
 
@@ -126,18 +125,18 @@ def consolidate(
     held = anchor
     if held is None and config.anchor:
         held = Anchor.sampled(model, 16, 48, strength=config.anchor, rows=1, seed=config.seed)
-    drawn = random.Random(config.seed).sample(earlier, min(len(earlier), EARLIER))
+    per_round = -(-len(mine) // config.batch)
+    steps, step = per_round * config.epochs, per_round * done
+    again = min(len(earlier), steps * config.rehearse)  # each once, where there are so many
+    drawn = random.Random(config.seed).sample(earlier, again)
     pupil = Pupil(
         model, memory, level_of(model, config.level), config.lr,
         drift=drift, held=held, text=config.text, ids=ids,
     )  # fmt: skip
-    drawn = drawn if config.rehearse else []
     known = firm(thoughts(model, tokenizer, drawn, tell, pupil.weights()), config.firm)
     least = min(config.rehearse, len(known))
     if ids.is_cuda and config.cuda_graph and not config.text:
         pupil.fits("answers", Frame.of(mine + known, min(config.batch, len(mine)) + least))
-    per_round = -(-len(mine) // config.batch)
-    steps, step = per_round * config.epochs, per_round * done
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model.base):
         first = best = mean(model, pupil.weights(), apart)
         kept, since = memory, 0
