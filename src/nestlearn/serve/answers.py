@@ -73,7 +73,7 @@ class Answer:
             self._read += len(piece)
         else:
             piece = self.made[-1:]
-        scores = self._reader.feed(piece)
+        scores = self._reader(piece)
         if self._read < len(self.ids):
             return
         token = draw(scores, self.asked, self._draw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -60,27 +60,36 @@ def make_app(
 
 def _routes() -> list[Route]:
     one = "/v1/memories/{name}"
-    post, both = ["POST"], ["GET", "POST"]
     return [
         *(Route(path, _static, methods=["GET"]) for path in FILES),
         Route("/health", _health, methods=["GET"]),
-        Route("/v1/models", chat.models, methods=["GET"]),
-        Route("/v1/chat/completions", chat.chat, methods=post),
-        Route("/v1/completions", chat.complete, methods=post),
-        Route("/v1/about", rooms.about, methods=["GET"]),
-        Route("/v1/memories", rooms.memories, methods=both),
-        Route(one, rooms.memory, methods=["GET", "DELETE"]),
-        Route(f"{one}/fork", rooms.fork, methods=post),
-        Route(f"{one}/reset", rooms.reset, methods=post),
-        Route(f"{one}/rollback", rooms.rollback, methods=post),
-        Route(f"{one}/file", rooms.file, methods=["GET", "PUT"]),
-        Route(f"{one}/surprise", rooms.surprise, methods=post),
-        Route(f"{one}/learn", rooms.learn, methods=post),
-        Route(f"{one}/study", rooms.study, methods=post),
-        Route("/v1/jobs", rooms.jobs, methods=["GET"]),
-        Route("/v1/jobs/{job}", rooms.job, methods=["GET", "DELETE"]),
-        Route("/v1/jobs/{job}/events", rooms.events, methods=["GET"]),
+        _route("GET", "/v1/models", chat.models),
+        _route("POST", "/v1/chat/completions", chat.chat),
+        _route("POST", "/v1/completions", chat.complete),
+        _route("GET", "/v1/about", rooms.about),
+        _route("GET POST", "/v1/memories", rooms.memories),
+        _route("GET DELETE", one, rooms.memory),
+        _route("POST", f"{one}/fork", rooms.fork),
+        _route("POST", f"{one}/reset", rooms.reset),
+        _route("POST", f"{one}/rollback", rooms.rollback),
+        _route("GET PUT", f"{one}/file", rooms.file),
+        _route("POST", f"{one}/surprise", rooms.surprise),
+        _route("POST", f"{one}/learn", rooms.learn),
+        _route("POST", f"{one}/study", rooms.study),
+        _route("GET", "/v1/jobs", rooms.jobs),
+        _route("GET DELETE", "/v1/jobs/{job}", rooms.job),
+        _route("GET", "/v1/jobs/{job}/events", rooms.events),
     ]
+
+
+def _route(methods: str, path: str, handler: Callable[..., Awaitable[Response]]) -> Route:
+    """The handler takes the request, the desk, the user who asks, and what the path names."""
+
+    async def endpoint(request: Request) -> Response:
+        desk: Desk = request.app.state.desk
+        return await handler(request, desk, desk.user(request), **request.path_params)
+
+    return Route(path, endpoint, methods=methods.split())
 
 
 async def _static(request: Request) -> Response:
@@ -100,8 +109,8 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = {404: f"there is no {request.url.path[:200]}", 405: f"{request.method} is not for this"}
     text = told.get(error.status_code, str(error.detail))
-    return Refused(error.status_code, text, "not_found" if error.status_code == 404 else None
-                   ).response()  # fmt: skip
+    code = "not_found" if error.status_code == 404 else None
+    return Refused(error.status_code, text, code).response()
 
 
 def run(

@@ -41,37 +41,24 @@ class Question(NamedTuple):
     turns: list[dict[str, str]]
 
 
-async def models(request: Request) -> Response:
+async def models(request: Request, desk: Desk, user: User) -> Response:
     """The model, and the model with each of the user's memories."""
-    desk: Desk = request.app.state.desk
-    user = desk.user(request)
-    names = await desk.do(user.shelf.names)
     base = desk.engine.name
-    return reply(
-        {
-            "object": "list",
-            "data": [
-                {"id": name, "object": "model", "created": desk.began, "owned_by": "nestlearn"}
-                for name in (base, *(f"{base}:{memory}" for memory in names))
-            ],
-        }
-    )
+    names = [base, *(f"{base}:{memory}" for memory in await desk.do(user.shelf.names))]
+    about = {"object": "model", "created": desk.began, "owned_by": "nestlearn"}
+    return reply({"object": "list", "data": [{"id": name, **about} for name in names]})
 
 
-async def chat(request: Request) -> Response:
+async def chat(request: Request, desk: Desk, user: User) -> Response:
     """An answer to a conversation."""
-    desk: Desk = request.app.state.desk
-    user, fields = desk.user(request), await read(request)
-    turns = _turns(fields)
-    question = await desk.do(_understood, desk, user, fields, turns)
+    fields = await read(request)
+    question = await desk.do(_understood, desk, user, fields, _turns(fields))
     return await _answered(request, desk, question, Shape("chat.completion", "chatcmpl"))
 
 
-async def complete(request: Request) -> Response:
+async def complete(request: Request, desk: Desk, user: User) -> Response:
     """A text that goes on."""
-    desk: Desk = request.app.state.desk
-    user, fields = desk.user(request), await read(request)
-    question = await desk.do(_understood, desk, user, fields, [])
+    question = await desk.do(_understood, desk, user, await read(request), [])
     return await _answered(request, desk, question, Shape("text_completion", "cmpl"))
 
 
@@ -194,16 +181,17 @@ class Shape(NamedTuple):
         return self.kind == "chat.completion"
 
     def whole(self, text: str, ended: str) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": text}} if self.talks else {"text": text}
-        return {"index": 0, **said, "logprobs": None, "finish_reason": ended}
+        message = {"role": "assistant", "content": text}
+        return _choice({"message": message} if self.talks else {"text": text}, ended)
 
-    def part(self, text: str | None, ended: str | None = None, *, first: bool = False) -> Any:
-        if not self.talks:
-            said: dict[str, Any] = {"text": text or ""}
-        else:
-            delta = {"role": "assistant"} if first else {}
-            said = {"delta": delta | ({} if text is None else {"content": text})}
-        return {"index": 0, **said, "logprobs": None, "finish_reason": ended}
+    def part(self, text: str, ended: str | None = None, **delta: str) -> dict[str, Any]:
+        """delta: what a part of a conversation has beside its text."""
+        said = {"content": text} if text or delta else {}
+        return _choice({"delta": delta | said} if self.talks else {"text": text}, ended)
+
+
+def _choice(said: dict[str, Any], ended: str | None) -> dict[str, Any]:
+    return {"index": 0, **said, "logprobs": None, "finish_reason": ended}
 
 
 async def _answered(request: Request, desk: Desk, question: Question, shape: Shape) -> Response:
@@ -213,18 +201,12 @@ async def _answered(request: Request, desk: Desk, question: Question, shape: Sha
         "created": round(time.time()), "model": question.model,
     }  # fmt: skip
     if not question.stream:
-        said = await sleepless(request, _all(heard, answer), answer)
-        text, ended = said
+        text, ended = await sleepless(request, _all(heard), answer)
         extra = await _learned(desk, question, answer)
-        return reply(
-            head
-            | {"choices": [shape.whole(text, ended)], "usage": _usage(question, answer)}
-            | extra
-        )
+        body = {"choices": [shape.whole(text, ended)], "usage": _usage(question, answer)}
+        return reply(head | body | extra)
     try:
         first = await anext(heard)
-        if first.error:
-            raise first.error
     except BaseException:
         answer.given_up = True
         raise
@@ -236,6 +218,7 @@ async def _answered(request: Request, desk: Desk, question: Question, shape: Sha
 
 
 async def _begin(desk: Desk, question: Question) -> tuple[Answer, AsyncIterator[Said]]:
+    """The answer in the making, and what is heard of it; there the error that ends it is raised."""
     memory = None
     if question.memory is not None:
         memory = (await desk.do(question.user.shelf.open, question.memory)).memory
@@ -252,21 +235,21 @@ async def _begin(desk: Desk, question: Question) -> tuple[Answer, AsyncIterator[
     )  # fmt: skip
 
     async def heard() -> AsyncIterator[Said]:
-        ended = False
-        while not ended:
+        ended = None
+        while ended is None:
             said = await inbox.get()
-            ended = said.ended is not None or said.error is not None
+            if said.error:
+                raise said.error
+            ended = said.ended
             yield said
 
     desk.answering.add(answer)
     return answer, heard()
 
 
-async def _all(heard: AsyncIterator[Said], answer: Answer) -> tuple[str, str]:
+async def _all(heard: AsyncIterator[Said]) -> tuple[str, str]:
     text, ended = "", ""
     async for said in heard:
-        if said.error:
-            raise said.error
         text, ended = text + said.text, said.ended or ""
     return text, ended
 
@@ -278,27 +261,26 @@ async def _stream(
     """The events of an answer. Who does not read them stops reading its own answer only."""
     none = {"usage": None} if question.usage else {}
 
-    def part(*args: Any, **options: Any) -> bytes:
-        return event(head | {"choices": [shape.part(*args, **options)]} | none)
+    def part(text: str, ended: str | None = None, **delta: str) -> dict[str, Any]:
+        return head | {"choices": [shape.part(text, ended, **delta)]} | none
 
     try:
         if shape.talks:
-            yield part("", first=True)
+            yield event(part("", role="assistant"))
         said: Said | None = first
         ended = ""
         while said is not None:
-            if said.error:
-                yield event(said.error.body())
-                return
             if said.text:
-                yield part(said.text)
+                yield event(part(said.text))
             ended = said.ended or ""
             said = await anext(heard, None)
         extra = await _learned(desk, question, answer)
-        yield event(head | {"choices": [shape.part(None, ended)]} | none | extra)
+        yield event(part("", ended) | extra)
         if question.usage:
             yield event(head | {"choices": [], "usage": _usage(question, answer)})
         yield b"data: [DONE]\n\n"
+    except Refused as error:
+        yield event(error.body())
     finally:
         answer.given_up = True
 

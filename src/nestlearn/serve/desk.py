@@ -38,7 +38,7 @@ class Desk:
         self.lessons = Lessons(engine, limits, self.turns)
         self.began = round(time.time())
         with self.turns:
-            self.vocabulary = len(engine.reader(None).feed(engine.encode("a")))
+            self.vocabulary = len(engine.reader(None)(engine.encode("a")))
         self._threads = ThreadPoolExecutor(THREADS, "desk")
 
     def user(self, request: Request) -> User:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from nestlearn.learn import conversation
+
 Entry = dict[str, Any]
+Reader = Callable[[list[int]], Tensor]  # reads the next tokens; scores [V] of the one that follows
 
 
 class Kept(NamedTuple):
     """A memory as it was read or written last: its state, what it has been through, and by what
-    the disk is known to hold the same (None: nothing is there yet).
+    the disk is known to hold the same (None: nothing is there yet, or nobody compares).
     """
 
     memory: Any
@@ -28,48 +33,47 @@ class Measure(NamedTuple):
     moved: float
 
 
-class Reader(Protocol):
-    """One reading of tokens that nobody else sees."""
-
-    def feed(self, ids: list[int]) -> Tensor:
-        """Read the next tokens; the scores [V] of the one that follows."""
-
-
 class Engine(Protocol):
-    """A model and its tokenizer. Only one thread at a time may use it; a memory is a value.
+    """A model and its tokenizer. Only one thread at a time may use it; a memory is a value, and
+    its `position` says how many tokens it has read.
 
     name: by which requests know it. marker: the file that is there once a memory is. words: its
-    tokenizer. ends: tokens that end an answer. room: tokens that it can read at once (None: any).
-    piece: tokens between two writes of its fastest level. studies: whether it can study. masks:
-    whether it can read without learning.
+    tokenizer. device: where ids go. piece: tokens between two writes of its fastest level. ends:
+    tokens that end an answer. room: tokens that it can read at once (None: any). studies: whether
+    it can study. masks: whether it can read without learning.
     """
 
     name: str
     marker: str
     words: Any
-    ends: frozenset[int]
-    room: int | None
+    device: torch.device
     piece: int
-    studies: bool
-    masks: bool
+    ends: frozenset[int] = frozenset()
+    room: int | None = None
+    studies: bool = False
+    masks: bool = False
 
     def prompt(self, turns: list[Any]) -> list[int]:
         """The ids that ask for a reply to a conversation."""
+        return conversation.prompt(self.words, turns)
 
-    def encode(self, text: str, *, first: bool = True) -> list[int]:
-        """A text's ids; first: with those that begin one."""
+    def encode(self, text: str) -> list[int]:
+        """A text's ids, with those that begin one."""
+        return conversation.encode(self.words, text)
 
     def decode(self, ids: list[int]) -> str:
         """The ids' text."""
+        return self.words.decode(ids, skip_special_tokens=True)
+
+    def row(self, ids: list[int]) -> Tensor:
+        """The ids as a batch of one."""
+        return torch.tensor([ids], dtype=torch.long, device=self.device)
 
     def fresh(self) -> Any:
         """The memory before the first token."""
 
-    def position(self, memory: Any) -> int:
-        """How many tokens it has read."""
-
     def reader(self, memory: Any) -> Reader:
-        """Read with a memory (None: without any); it stays as it is."""
+        """One reading, seen by nobody else, with a memory that stays as it is (None: without)."""
 
     def learn(
         self, memory: Any, ids: list[int], mask: list[float] | None = None
@@ -104,8 +108,11 @@ class Engine(Protocol):
         model's, and then nothing was written.
         """
 
-    def study(self, folder: Path, text: str, source: str | None, questions: int | None, tell: Any):
+    def study(
+        self, folder: Path, text: str, source: str | None, questions: int | None, tell: Any
+    ) -> Any:
         """Study a text with the memory of a folder, and save; a `Studied`."""
+        raise ValueError(f"{self.name} cannot study")  # `studies` says so before
 
 
 def engine_for(model: Any, tokenizer: Any, name: str) -> Engine:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from nestlearn import state as trees
 from nestlearn.hf.folder import digest_of
-from nestlearn.learn import conversation
 from nestlearn.models.hope import HopeLM, HopeState
 from nestlearn.options import Continuum
 
-from .engines import Entry, Kept, Measure
+from .engines import Engine, Entry, Kept, Measure, Reader
 
 FILE = "memory.safetensors"
+_BODY = {"base": str, "position": int, "history": list, "bytes": dict}
 
 
 class HopeMemory(NamedTuple):
@@ -31,42 +31,35 @@ class HopeMemory(NamedTuple):
     ahead: Tensor
 
 
-class HopeEngine:
+class HopeEngine(Engine):
     """See `Engine`. Its tokenizer is the run's, or bytes."""
 
     marker = FILE
-    studies = masks = False
-    room: int | None = None
-    ends: frozenset[int] = frozenset()
 
     def __init__(self, model: HopeLM, tokenizer: Any, name: str):
         self.model, self.name = model.eval().requires_grad_(False), name
-        self.words = _Words(tokenizer)
+        self.words, self.device = _Words(tokenizer), model.embed.weight.device
         channel = model.config.channel
         self.levels = channel.levels if isinstance(channel, Continuum) else ()
         self.piece = min((x.chunk for x in self.levels if x.chunk is not None), default=64)
         config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
         self.base = digest_of(model.state_dict().items(), config.encode())
 
-    def prompt(self, turns: list[Any]) -> list[int]:
-        return conversation.prompt(self.words, turns)
-
-    def encode(self, text: str, *, first: bool = True) -> list[int]:
-        return self.words.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.words.decode(ids)
-
     def fresh(self) -> HopeMemory:
         like = self.model.embed.weight
         ahead = like.new_full((1, self.model.config.vocab_size), float("nan"))
         return HopeMemory(0, trees.detach(self.model.init_state(1)), ahead)
 
-    def position(self, memory: HopeMemory) -> int:
-        return memory.position
+    def reader(self, memory: HopeMemory | None) -> Reader:
+        state = None if memory is None else memory.state
 
-    def reader(self, memory: HopeMemory | None) -> _Reader:
-        return _Reader(self.model, None if memory is None else memory.state)
+        @torch.no_grad()
+        def feed(ids: list[int]) -> Tensor:
+            nonlocal state
+            logits, state = self.model(self.row(ids), state)
+            return logits[0, -1].float()
+
+        return feed
 
     @torch.no_grad()
     def learn(
@@ -74,7 +67,7 @@ class HopeEngine:
     ) -> tuple[Tensor, HopeMemory]:
         if mask is not None and set(mask) != {1.0}:
             raise ValueError("a Hope learns from all that it reads: let it learn both sides")
-        row = torch.tensor([ids], dtype=torch.long, device=memory.ahead.device)
+        row = self.row(ids)
         logits, state = self.model(row, memory.state)
         scores = torch.cat([memory.ahead[:, None], logits], 1)[0]
         losses = F.cross_entropy(scores[:-1].float(), row[0], reduction="none")
@@ -85,13 +78,12 @@ class HopeEngine:
 
     def measures(self, memory: HopeMemory, before: HopeMemory) -> list[Measure]:
         """Of each memory, in all blocks, how far `now` is from `start`."""
-        own, old = _learned(memory), _learned(before)
+        old = _learned(before)
         sums: dict[str, tuple[float, float]] = {}
-        for path, delta in own.items():
+        for path, delta in _learned(memory).items():
             name = self._level(path)
             norm, moved = sums.get(name, (0.0, 0.0))
-            then = old.get(path)
-            gone = delta if then is None else delta - then
+            gone = delta - old[path] if path in old else delta
             sums[name] = norm + _square(delta), moved + _square(gone)
         return [Measure(name, a**0.5, b**0.5) for name, (a, b) in sums.items()]
 
@@ -120,7 +112,7 @@ class HopeEngine:
             raise ValueError(f"{file} is a memory of another model")
         memory = trees.load(file, self.fresh())
         _check(file, memory, body["position"])
-        return Kept(memory, body["history"], "")
+        return Kept(memory, body["history"])
 
     def save(self, folder: Path, kept: Kept) -> Kept:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +121,7 @@ class HopeEngine:
             "bytes": {"state": trees.nbytes(kept.memory)},
         }  # fmt: skip
         trees.save(kept.memory, folder / FILE, {"memory": json.dumps(body)})
-        return kept._replace(digest="")
+        return kept
 
     def describe(self, folder: Path) -> Entry:
         if not (folder / FILE).is_file():
@@ -143,9 +135,6 @@ class HopeEngine:
         self._load(file)
         folder.mkdir()
         (folder / FILE).write_bytes(file.read_bytes())
-
-    def study(self, folder: Path, text: str, source: str | None, questions: int | None, tell: Any):
-        raise ValueError("a Hope learns by reading alone: ask it to learn the text")
 
 
 def _learned(memory: HopeMemory) -> dict[str, Tensor]:
@@ -190,23 +179,9 @@ def _check(file: Path, memory: HopeMemory, position: int) -> None:
 def _body(file: Path) -> Entry:
     try:
         body = json.loads(trees.read_metadata(file)["memory"])
-        whole = (
-            isinstance(body["base"], str) and type(body["position"]) is int
-            and isinstance(body["history"], list) and isinstance(body["bytes"], dict)
-        )  # fmt: skip
+        whole = all(type(body[name]) is kind for name, kind in _BODY.items())
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} holds no memory of a Hope") from error
     if not whole:
         raise ValueError(f"{file} holds no memory of a Hope")
     return body
-
-
-class _Reader:
-    def __init__(self, model: HopeLM, state: HopeState | None):
-        self.model, self.state = model, state
-
-    @torch.no_grad()
-    def feed(self, ids: list[int]) -> Tensor:
-        row = torch.tensor([ids], dtype=torch.long, device=self.model.embed.weight.device)
-        logits, self.state = self.model(row, self.state)
-        return logits[0, -1].float()

@@ -20,6 +20,7 @@ from torch import Tensor
 from .answers import refusal
 from .engines import Engine, Entry, Kept, Measure
 from .limits import Limits
+from .shelf import entry_of
 from .turns import Turns
 from .users import User
 from .wire import Refused
@@ -154,9 +155,8 @@ class Lessons:
         shelf, engine = user.shelf, self.engine
         kept = shelf.open(job.memory)
         shelf.keep(job.memory)
-        lesson = Lesson(engine, kept.memory, len(ids))
-        entry = {"what": "learn", "time": round(time.time()), "source": source}
-        entry["begin"] = engine.position(kept.memory)
+        lesson, before = Lesson(engine, kept.memory, len(ids)), kept.history
+        entry = entry_of("learn", source=source, begin=kept.memory.position)
         saved = time.monotonic()
 
         def save() -> None:
@@ -164,9 +164,8 @@ class Lessons:
             history = [*before, {**entry, **lesson.facts()}]
             kept = shelf.save(job.memory, Kept(lesson.memory, history, kept.digest))
             saved = time.monotonic()
-            job.tell("saved", position=engine.position(kept.memory), tokens=lesson.done)
+            job.tell("saved", position=kept.memory.position, tokens=lesson.done)
 
-        before = kept.history
         with self.turns:
             begin = engine.measures(kept.memory, kept.memory)
         job.tell("begin", tokens=len(ids), levels=_levels(begin))
@@ -195,14 +194,12 @@ class Lessons:
             self.turns.pause()
 
         user.shelf.keep(job.memory)
+        folder = user.shelf.folder(job.memory)
         with self.turns:
-            studied = self.engine.study(
-                user.shelf.folder(job.memory), text, source, questions, tell
-            )
+            studied = self.engine.study(folder, text, source, questions, tell)
         if studied.stopped:
             job.stop.set()
-        facts = studied._asdict()
-        job.tell("saved", **facts)
+        job.tell("saved", **studied._asdict())
 
 
 class Lesson:
@@ -225,7 +222,7 @@ class Lesson:
         known = losses[~losses.isnan()]
         self._sum, self._count = self._sum + float(known.sum()), self._count + len(known)
         return {
-            "tokens": self.done, "position": self.engine.position(memory),
+            "tokens": self.done, "position": memory.position,
             "loss": float(known.mean()) if len(known) else None, "levels": _levels(now),
             "words": words(self.engine, ids), "surprise": rounded(losses),
         }  # fmt: skip

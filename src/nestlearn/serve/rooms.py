@@ -17,23 +17,11 @@ from .wire import Fields, Refused, event, read, reply
 SOURCE = 200  # letters of what a text is called
 
 
-def _of(request: Request) -> tuple[Desk, User]:
-    desk: Desk = request.app.state.desk
-    return desk, desk.user(request)
-
-
-def _named(request: Request) -> tuple[Desk, User, str]:
-    desk, user = _of(request)
-    name = request.path_params["name"]
-    return desk, user, name
-
-
 # ------------------------------------------------------------------------------------ memories
 
 
-async def about(request: Request) -> Response:
+async def about(request: Request, desk: Desk, user: User) -> Response:
     """The model, and what it and this user may do: for the page."""
-    desk, user = _of(request)
     limits = desk.limits
     return reply(
         {
@@ -44,56 +32,54 @@ async def about(request: Request) -> Response:
     )  # fmt: skip
 
 
-async def memories(request: Request) -> Response:
+async def _shown(desk: Desk, user: User, name: str, status: int = 200) -> Response:
+    return reply(await desk.do(user.shelf.about, name), status)
+
+
+async def memories(request: Request, desk: Desk, user: User) -> Response:
     """GET: the user's memories. POST {name}: a new one."""
-    desk, user = _of(request)
     if request.method == "POST":
         name = (await read(request)).take("name", str)
         await desk.do(user.shelf.create, name)
-        return reply(await desk.do(user.shelf.about, name), 201)
+        return await _shown(desk, user, name, 201)
     names = await desk.do(user.shelf.names)
     return reply({"object": "list", "data": [{"id": name, "object": "memory"} for name in names]})
 
 
-async def memory(request: Request) -> Response:
+async def memory(request: Request, desk: Desk, user: User, name: str) -> Response:
     """GET: its position, size, history and points. DELETE: for good."""
-    desk, user, name = _named(request)
     if request.method == "DELETE":
         await desk.do(user.shelf.delete, name)
         return reply({"id": name, "object": "memory", "deleted": True})
-    return reply(await desk.do(user.shelf.about, name))
+    return await _shown(desk, user, name)
 
 
-async def fork(request: Request) -> Response:
+async def fork(request: Request, desk: Desk, user: User, name: str) -> Response:
     """POST {to}: a copy under a new name."""
-    desk, user, name = _named(request)
     to = (await read(request)).take("to", str)
     await desk.do(user.shelf.fork, name, to)
-    return reply(await desk.do(user.shelf.about, to), 201)
+    return await _shown(desk, user, to, 201)
 
 
-async def reset(request: Request) -> Response:
+async def reset(request: Request, desk: Desk, user: User, name: str) -> Response:
     """POST {level?}: forget one level, or everything."""
-    desk, user, name = _named(request)
     level = (await read(request)).take("level", int, None, low=0)
     await desk.do(user.shelf.folder, name)
     await desk.do(user.shelf.reset, name, level)
-    return reply(await desk.do(user.shelf.about, name))
+    return await _shown(desk, user, name)
 
 
-async def rollback(request: Request) -> Response:
+async def rollback(request: Request, desk: Desk, user: User, name: str) -> Response:
     """POST {point}: as it was there."""
-    desk, user, name = _named(request)
     point = (await read(request)).take("point", int, low=1, high=999_999)
     await desk.do(user.shelf.rollback, name, point)
-    return reply(await desk.do(user.shelf.about, name))
+    return await _shown(desk, user, name)
 
 
-async def file(request: Request) -> Response:
+async def file(request: Request, desk: Desk, user: User, name: str) -> Response:
     """GET: the memory as one safetensors file. PUT: a memory of such a file (?replace=true: in
     place of one that is there).
     """
-    desk, user, name = _named(request)
     if request.method == "GET":
         raw = await desk.do(user.shelf.pack, name)
         headers = {"Content-Disposition": f'attachment; filename="{name}.safetensors"'}
@@ -105,15 +91,12 @@ async def file(request: Request) -> Response:
             async for part in request.stream():
                 await desk.do(out.write, part)
         await desk.do(user.shelf.unpack, name, path, replace=replace)
-    return reply(await desk.do(user.shelf.about, name), 200 if replace else 201)
+    return await _shown(desk, user, name, 200 if replace else 201)
 
 
-async def surprise(request: Request) -> Response:
+async def surprise(request: Request, desk: Desk, user: User, name: str) -> Response:
     """POST {text}: −log p of each token in nats, with the memory and without."""
-    desk, user, name = _named(request)
-    fields = await read(request)
-    await desk.do(user.shelf.folder, name)
-    ids = await desk.do(_ids, desk, fields, desk.limits.tokens)
+    _, ids = await _text(request, desk, user, name, desk.limits.tokens)
 
     def measure() -> dict[str, object]:
         memory, found = user.shelf.open(name).memory, dict[str, object]()
@@ -129,53 +112,41 @@ async def surprise(request: Request) -> Response:
 # -------------------------------------------------------------------------- learning, and jobs
 
 
-async def learn(request: Request) -> Response:
+async def learn(request: Request, desk: Desk, user: User, name: str) -> Response:
     """POST {text, source?, stream?}: learn a text; the job, or its events."""
-    desk, user, name = _named(request)
-    fields = await read(request)
-    await desk.do(user.shelf.folder, name)
-    ids = await desk.do(_ids, desk, fields, desk.limits.text)
+    fields, ids = await _text(request, desk, user, name, desk.limits.text)
     job = await desk.do(desk.lessons.learn, user, name, ids, _source(fields))
     return _told(desk, job, stream=fields.take("stream", bool, False))
 
 
-async def study(request: Request) -> Response:
+async def study(request: Request, desk: Desk, user: User, name: str) -> Response:
     """POST {text, source?, questions?, stream?}: study a text; the job, or its events."""
-    desk, user, name = _named(request)
-    fields = await read(request)
-    await desk.do(user.shelf.folder, name)
-    await desk.do(_ids, desk, fields, desk.limits.tokens)
-    text = fields.take("text", str, low=1)
+    fields, _ = await _text(request, desk, user, name, desk.limits.tokens)
     questions = fields.take("questions", int, None, low=1, high=256)
-    job = await desk.do(desk.lessons.study, user, name, text, _source(fields), questions)
+    text, source = fields.take("text", str), _source(fields)
+    job = await desk.do(desk.lessons.study, user, name, text, source, questions)
     return _told(desk, job, stream=fields.take("stream", bool, False))
 
 
-async def jobs(request: Request) -> Response:
+async def jobs(request: Request, desk: Desk, user: User) -> Response:
     """The user's jobs, without their events."""
-    desk, user = _of(request)
     found = [job.about(len(job.events)) for job in desk.lessons.of(user)]
     return reply({"object": "list", "data": found})
 
 
-async def job(request: Request) -> Response:
+async def job(request: Request, desk: Desk, user: User, job: str) -> Response:
     """GET: a job, with its events (?after=N: from number N on). DELETE: stop it; what it has
     learned until then is kept.
     """
-    desk, user = _of(request)
-    found = desk.lessons.find(user, request.path_params["job"])
+    found = desk.lessons.find(user, job)
     if request.method == "DELETE":
         found.stop.set()
     return reply(found.about(_after(request)))
 
 
-async def events(request: Request) -> Response:
+async def events(request: Request, desk: Desk, user: User, job: str) -> Response:
     """A job's events as they come (?after=N)."""
-    desk, user = _of(request)
-    return _told(
-        desk, desk.lessons.find(user, request.path_params["job"]), stream=True,
-        after=_after(request),
-    )  # fmt: skip
+    return _told(desk, desk.lessons.find(user, job), stream=True, after=_after(request))
 
 
 def _after(request: Request) -> int:
@@ -199,6 +170,15 @@ async def _stream(desk: Desk, job: Job, after: int) -> AsyncIterator[bytes]:
     async for told in desk.follow(job, after):
         yield b": still here\n\n" if told is None else event(told)
     yield b"data: [DONE]\n\n"
+
+
+async def _text(
+    request: Request, desk: Desk, user: User, name: str, limit: int
+) -> tuple[Fields, list[int]]:
+    """The fields of a request for a memory that is there, and the ids of its text."""
+    fields = await read(request)
+    await desk.do(user.shelf.folder, name)
+    return fields, await desk.do(_ids, desk, fields, limit)
 
 
 def _ids(desk: Desk, fields: Fields, limit: int) -> list[int]:

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,14 +150,14 @@ class Shelf:
         with self.changing(checked(name)):
             with self.turns:
                 fresh = self.engine.fresh()
-            self._new(name, lambda temp: self._write(temp, Kept(fresh, [_entry("create")])))
+            self._new(name, Kept(fresh, [entry_of("create")]))
 
     def fork(self, name: str, new: Any) -> None:
         """A copy under a new name, and ways of their own from there."""
         kept = self.open(name)
-        history = [*kept.history, _entry("fork", source=name)]
+        history = [*kept.history, entry_of("fork", source=name)]
         with self.changing(checked(new)):
-            self._new(new, lambda temp: self._write(temp, Kept(kept.memory, history)))
+            self._new(new, Kept(kept.memory, history))
 
     def reset(self, name: str, level: int | None) -> None:
         """Forget what a level has learned, or everything; that can be rolled back."""
@@ -166,7 +166,7 @@ class Shelf:
             with self.turns:
                 memory = self.engine.reset(kept.memory, level)
             self.keep(name)
-            history = [*kept.history, _entry("reset", level=level)]
+            history = [*kept.history, entry_of("reset", level=level)]
             self.save(name, kept._replace(memory=memory, history=history))
 
     def rollback(self, name: str, point: int) -> None:
@@ -180,7 +180,7 @@ class Shelf:
                 was = self.engine.load(there)
             now = self.open(name)
             self.keep(name)
-            history = [*was.history, _entry("rollback", to=point)]
+            history = [*was.history, entry_of("rollback", to=point)]
             self.save(name, Kept(was.memory, history, now.digest))
 
     def delete(self, name: str) -> None:
@@ -200,28 +200,32 @@ class Shelf:
 
         Refused for a file that is none, or another model's: nothing was changed then.
         """
-        with self.changing(checked(name)), self._beside(name) as beside:
-            try:
-                with self.turns:
-                    self.engine.unpack(file, beside)
-                    found = self.engine.load(beside)
-            except (ValueError, KeyError, TypeError) as error:
-                text = str(error).replace(str(beside), "the file").replace(str(file), "the file")
-                raise Refused(400, f"not a memory of this model: {text}", "invalid_file") from error
-            history = [*found.history, _entry("upload")]
+        with self.changing(checked(name)):
+            found = self._unpacked(name, file)
+            kept = Kept(found.memory, [*found.history, entry_of("upload")])
             if name in self.names() and replace:
                 now = self.open(name)
                 self.keep(name)
-                self.save(name, Kept(found.memory, history, now.digest))
+                self.save(name, kept._replace(digest=now.digest))
             else:
-                self._new(name, lambda temp: self._write(temp, Kept(found.memory, history)))
+                self._new(name, kept)
 
     # ---------------------------------------------------------------------------------- inside
 
-    def _write(self, temp: Path, kept: Kept) -> None:
-        self.engine.save(temp, kept)
+    def _unpacked(self, name: str, file: Path) -> Kept:
+        self.root.mkdir(parents=True, exist_ok=True)
+        beside = self.root / f".{name}.{secrets.token_hex(4)}.tmp"
+        try:
+            with self.turns:
+                self.engine.unpack(file, beside)
+                return self.engine.load(beside)
+        except (ValueError, KeyError, TypeError) as error:
+            text = str(error).replace(str(beside), "the file").replace(str(file), "the file")
+            raise Refused(400, f"not a memory of this model: {text}", "invalid_file") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
-    def _new(self, name: str, write: Callable[[Path], None]) -> None:
+    def _new(self, name: str, kept: Kept) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
         if len(self.names()) >= self.limits.memories:
@@ -231,16 +235,7 @@ class Shelf:
             )  # fmt: skip
         if (self.root / name).exists():
             raise Refused(409, f"there is a memory {name!r} already", "memory_exists")
-        atomic_write(self.root / name, write)
-
-    @contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
-        self.root.mkdir(parents=True, exist_ok=True)
-        beside = self.root / f".{name}.{secrets.token_hex(4)}.tmp"
-        try:
-            yield beside
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        atomic_write(self.root / name, lambda temp: self.engine.save(temp, kept))
 
     def _sweep(self) -> None:
         """Remove what a kill left behind an hour ago."""
@@ -271,7 +266,8 @@ def _readable(name: str, folder: Path) -> Iterator[None]:
         raise Refused(409, text, "memory_unreadable", param="memory") from error
 
 
-def _entry(what: str, **facts: Any) -> Entry:
+def entry_of(what: str, **facts: Any) -> Entry:
+    """A line of a memory's history."""
     return {"what": what, "time": round(time.time()), **facts}
 
 
@@ -287,9 +283,8 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def _link(folder: Path, temp: Path) -> None:
     temp.mkdir()
     for path in folder.iterdir():
-        if path.is_file() and path.suffix in (".json", ".safetensors"):
-            if path.name.startswith((".", "study-")):
-                continue
+        kept = path.suffix in (".json", ".safetensors") and path.is_file()
+        if kept and not path.name.startswith((".", "study-")):
             try:
                 os.link(path, temp / path.name)
             except OSError:  # a file system without links

@@ -21,16 +21,16 @@ from nestlearn.hf.lending import Weights
 from nestlearn.hf.plan import StackMemory
 from nestlearn.hf.stack import StackedModel
 from nestlearn.hf.writes import inner
-from nestlearn.learn import Session, Studied, StudyConfig, conversation, describe
+from nestlearn.learn import Session, Studied, StudyConfig, describe
 from nestlearn.learn.store import load_memory, save_memory
 
-from .engines import Entry, Kept, Measure
+from .engines import Engine, Entry, Kept, Measure, Reader
 
 READY = 4  # memories whose weights are kept at hand
 BODY = "nestlearn-memory"  # where a memory's file keeps its memory.json
 
 
-class StackedEngine:
+class StackedEngine(Engine):
     """See `Engine`."""
 
     marker = "memory.json"
@@ -38,6 +38,7 @@ class StackedEngine:
 
     def __init__(self, model: StackedModel, tokenizer: Any, name: str):
         self.model, self.words, self.name = model, tokenizer, name
+        self.device = model.lr[0].device
         self.studies = bool(getattr(tokenizer, "chat_template", None))
         self.room = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
         chunks = [level.chunk for level in model.config.levels if level.chunk is not None]
@@ -48,23 +49,19 @@ class StackedEngine:
         self._ready: OrderedDict[int, tuple[Any, Weights]] = OrderedDict()
         fingerprint(model)
 
-    def prompt(self, turns: list[Any]) -> list[int]:
-        return conversation.prompt(self.words, turns)
-
-    def encode(self, text: str, *, first: bool = True) -> list[int]:
-        return conversation.encode(self.words, text, first=first)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.words.decode(ids, skip_special_tokens=True)
-
     def fresh(self) -> StackMemory:
         return self.model.init_memory(1)
 
-    def position(self, memory: StackMemory) -> int:
-        return memory.position
+    def reader(self, memory: StackMemory | None) -> Reader:
+        weights = {} if memory is None else self._weights(memory)
+        cache = DynamicCache(config=self.model.base.config)
 
-    def reader(self, memory: StackMemory | None) -> _Reader:
-        return _Reader(self.model, {} if memory is None else self._weights(memory))
+        @torch.no_grad()
+        def feed(ids: list[int]) -> Tensor:
+            out = self.model(self.row(ids), weights, **{CACHE: cache}, use_cache=True)
+            return out.logits[0, -1].float()
+
+        return feed
 
     def _weights(self, memory: StackMemory) -> Weights:
         """Low-rank deltas stay beside the base's weights, so that a memory costs its own size."""
@@ -82,14 +79,11 @@ class StackedEngine:
         self, memory: StackMemory, ids: list[int], mask: list[float] | None = None
     ) -> tuple[Tensor, StackMemory]:
         weight = None if mask is None else self.model.lr[0].new_tensor([mask])
-        losses, memory = self.model.learn(self._row(ids), memory, weight)
+        losses, memory = self.model.learn(self.row(ids), memory, weight)
         return losses[0].detach(), memory
 
     def losses(self, memory: StackMemory | None, ids: list[int]) -> Tensor:
-        return self.model.losses(self._row(ids), memory)[0]
-
-    def _row(self, ids: list[int]) -> Tensor:
-        return torch.tensor([ids], dtype=torch.long, device=self.model.lr[0].device)
+        return self.model.losses(self.row(ids), memory)[0]
 
     def measures(self, memory: StackMemory, before: StackMemory) -> list[Measure]:
         found = []
@@ -98,8 +92,7 @@ class StackedEngine:
             now, then = memory.levels[i].fast, before.levels[i].fast
             own, old = inner(now, now), inner(then, then)
             moved = 0.0 if now is then else own + old - 2 * inner(now, then)
-            norms = (own**0.5, max(moved, 0.0) ** 0.5)
-            found.append(Measure(f"level {i}, {often}", *norms))
+            found.append(Measure(f"level {i}, {often}", own**0.5, max(moved, 0.0) ** 0.5))
         return found
 
     def reset(self, memory: StackMemory, level: int | None) -> StackMemory:
@@ -144,15 +137,3 @@ class StackedEngine:
         session = Session(self.model, folder, self.words)
         config = StudyConfig() if questions is None else StudyConfig(questions=questions)
         return session.study(text, config, source=source, tell=tell)
-
-
-class _Reader:
-    def __init__(self, model: StackedModel, weights: Weights):
-        self.model, self.weights = model, weights
-        self.cache = DynamicCache(config=model.base.config)
-
-    @torch.no_grad()
-    def feed(self, ids: list[int]) -> Tensor:
-        row = torch.tensor([ids], dtype=torch.long, device=self.model.lr[0].device)
-        out = self.model(row, self.weights, **{CACHE: self.cache}, use_cache=True)
-        return out.logits[0, -1].float()

@@ -56,12 +56,10 @@ class Users:
     ):  # fmt: skip
         self.tokens = tokens
         names = {LOCAL} if tokens is None else set(tokens.values())
-        self.all = {
-            name: User(
-                name, Shelf(engine, root if tokens is None else root / name, limits, turns), limits
-            )
-            for name in sorted(names)
-        }
+        self.all = {}
+        for name in sorted(names):
+            place = root if tokens is None else root / name
+            self.all[name] = User(name, Shelf(engine, place, limits, turns), limits)
 
     def who(self, header: str | None) -> User:
         """The user of an Authorization header; Refused, 401. Takes as long for every token."""
