@@ -29,7 +29,7 @@ from torch import nn
 
 from nestlearn import HopeConfig, HopeLM
 from nestlearn.disk import atomic_write
-from nestlearn.train.checkpoint import save_checkpoint, verify_checkpoint
+from nestlearn.train.checkpoint import copied_checkpoint, verify_checkpoint
 from nestlearn.train.folder import RunFolder, read_log
 from nestlearn.train.optimize import adamw
 from servers import server
@@ -305,7 +305,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path):
     """Fork, die at the n-th disk operation of a save, and look at what is left."""
     model = Tiny()
     optimizer = adamw(model, CONFIG, torch.device("cpu"))
-    old = save_checkpoint(tmp_path / "seed", 4, model, optimizer, {})
+    old = copied_checkpoint(tmp_path / "seed", 4, model, optimizer, {})()
     deaths = 0
     for nth in range(1, 50):
         folder = tmp_path / str(nth)
@@ -313,7 +313,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path):
         child = os.fork()
         if child == 0:
             _die_at(nth)
-            save_checkpoint(folder, 8, model, optimizer, {})
+            copied_checkpoint(folder, 8, model, optimizer, {})()
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         names = [name for name in os.listdir(folder) if name.startswith("step-")]

@@ -40,24 +40,6 @@ Identity = dict[str, Any]  # {"train": TrainConfig, "corpus": description, "mode
 # -------------------------------------------------------------------------- one checkpoint
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    identity: Identity,
-    carried: Any = None,
-    ranks: Ranks = ALONE,
-) -> Path:
-    """Write `folder/step-<step>` whole or not at all and return its path; OSErrors name it.
-
-    carried: a state tree that is part of it (None: there is none), with the rows of each rank.
-    """
-    return ranks.first_says(
-        copied_checkpoint(folder, step, model, optimizer, identity, carried, ranks)
-    )
-
-
 def copied_checkpoint(
     folder: Path,
     step: int,
@@ -67,8 +49,10 @@ def copied_checkpoint(
     carried: Any = None,
     ranks: Ranks = ALONE,
 ) -> Callable[[], Path]:
-    """As `save_checkpoint`, with the writing left to what is returned: rank 0 calls it, in any
-    thread, while the model goes on.
+    """Copy what `folder/step-<step>` is to hold; what is returned writes it, whole or not at all,
+    and gives its path; OSErrors name it. Rank 0 calls it, in any thread, while the model goes on.
+
+    carried: a state tree that is part of it (None: there is none), with the rows of each rank.
     """
     tensors = {
         "model.safetensors": _copies(model.state_dict(), ranks),
@@ -113,14 +97,12 @@ def verify_checkpoint(path: Path) -> Record:
         raise ValueError(f"{path}: meta.json has changed since it was written")
     carried = (_CARRIED_FILE,) if _CARRIED_FILE in meta["files"] else ()
     for name in (*_TENSOR_FILES, *carried):
-        expected = meta["files"][name]
-        file = path / name
+        expected, file = meta["files"][name], path / name
         if not file.is_file():
             raise ValueError(f"{path}: {name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(
-                f"{path}: {name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-            )
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"{path}: {name} has {size} bytes instead of {expected['bytes']}")
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected["sha256"]:
             raise ValueError(f"{path}: {name} has changed since it was written (sha256)")
     return meta
@@ -150,7 +132,7 @@ def load_checkpoint(
                 "resume with the model that the run was started with"
             )
     model.load_state_dict({name: laid_out(t, current[name]) for name, t in saved.items()})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, torch.Tensor]] = {}
     numbers = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
     for key, tensor in load_file(path / "optimizer.safetensors").items():
@@ -162,11 +144,8 @@ def load_checkpoint(
             )
         if name in older and part != "step" and tensor.ndim == 0:
             tensor = tensor.reshape(1)
-        like = parameters[numbers[name]]
-        state.setdefault(numbers[name], {})[part] = laid_out(tensor, like)
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+        state.setdefault(numbers[name], {})[part] = laid_out(tensor, parameters[name])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if carried is not None:
         _load_carried(path / _CARRIED_FILE, carried, ranks)
 

@@ -34,13 +34,14 @@ from nestlearn.train.ranks import ALONE, Ranks
 KEEP = 2
 # A run may go on with other values of these: they move the schedule, the reports or the place of
 # the work, not what a step means. Only with all of them unchanged it goes on bit for bit.
-MAY_CHANGE = frozenset(
-    {
-        *("steps", "warmup", "eval_every", "eval_windows", "checkpoint_every", "device"),
-        *("accumulate", "parallel", "profile"),
-    }
-)
-_MAY_MOVE = frozenset({"name", "files", "skipped_files"})  # the corpus' sha256 is what counts
+MAY_CHANGE = {
+    "train": {
+        "steps", "warmup", "eval_every", "eval_windows", "checkpoint_every", "device",
+        "accumulate", "parallel", "profile",
+    },
+    "corpus": {"name", "files", "skipped_files"},  # its sha256 is what counts
+    "model": set(),
+}  # fmt: skip
 # settings that older runs lack, with the value that they ran with
 _ADDED = {"stream": 1, "stream_from": 0}
 _RUN_FILES = ("config.json", "log.jsonl", "checkpoints", "model")
@@ -54,7 +55,7 @@ class RunFolder:
     def __init__(self, out: Path, identity: Identity, ranks: Ranks = ALONE) -> None:
         self.out, self.ranks = out, ranks
         self.identity: Identity = json.loads(json.dumps(identity))  # tuples as JSON has them
-        self.checkpoints = out / "checkpoints"
+        self.checkpoints, self.log = out / "checkpoints", out / "log.jsonl"
         self.saved_step: int | None = None
         self._writing: Future[None] | None = None  # rank 0's, of the newest checkpoint
 
@@ -63,8 +64,7 @@ class RunFolder:
         self.ranks.first_says(self._claim)
 
     def _claim(self) -> None:
-        present = [name for name in _RUN_FILES if (self.out / name).exists()]
-        if present:
+        if present := [name for name in _RUN_FILES if (self.out / name).exists()]:
             raise ValueError(
                 f"{self.out} already holds a run ({', '.join(present)}); go on with it by "
                 "resume=True (--resume), or choose another folder"
@@ -113,13 +113,9 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Add one record to log.jsonl."""
-        if not self.ranks.first:
-            return
-        with (
-            disk_errors(self.out / "log.jsonl"),
-            (self.out / "log.jsonl").open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps(record) + "\n")
+        if self.ranks.first:
+            with disk_errors(self.log), self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def save(
         self,
@@ -137,8 +133,8 @@ class RunFolder:
         if self.saved_step != step:
             self.settle()
             if self.ranks.first:
-                with disk_errors(self.out / "log.jsonl"):  # the log reaches the disk first
-                    sync(self.out / "log.jsonl")
+                with disk_errors(self.log):  # the log reaches the disk first
+                    sync(self.log)
             publish = copied_checkpoint(
                 self.checkpoints, step, model, optimizer, self.identity, carried, self.ranks
             )
@@ -231,11 +227,10 @@ class RunFolder:
         atomic_write(self.out / "config.json", lambda temp: temp.write_text(text, encoding="utf-8"))
 
     def _truncate_log(self, step: int) -> list[Record]:
-        path = self.out / "log.jsonl"
-        records = read_log(path) if path.is_file() else []
+        records = read_log(self.log) if self.log.is_file() else []
         records = [record for record in records if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in records)
-        atomic_write(path, lambda temp: temp.write_text(text, encoding="utf-8"))
+        atomic_write(self.log, lambda temp: temp.write_text(text, encoding="utf-8"))
         return records
 
 
@@ -265,11 +260,10 @@ def _as_now(started: Identity, model: nn.Module) -> Identity:
 
 def _check_identity(out: Path, started: Identity, now: Identity) -> None:
     differences = []
-    for part in ("train", "corpus", "model"):
+    for part, free in MAY_CHANGE.items():
         old, new = started.get(part) or {}, now.get(part) or {}
         if part == "train":
             old, new = _ADDED | old, _ADDED | new
-        free = {"train": MAY_CHANGE, "corpus": _MAY_MOVE, "model": frozenset[str]()}[part]
         differences += [
             f"{part}.{key} was {old.get(key)!r}, now {new.get(key)!r}"
             for key in sorted((old.keys() | new.keys()) - free)

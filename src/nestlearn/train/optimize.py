@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
-
-
-class Rates(Protocol):
-    """What AdamW takes of a configuration."""
-
-    @property
-    def lr(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float: ...
-
-    @property
-    def betas(self) -> tuple[float, float]: ...
 
 
 def schedule(
@@ -44,8 +31,11 @@ def schedule(
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def adamw(model: nn.Module, config: Rates, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, with decay on matrices only."""
+def adamw(model: nn.Module, config: Any, device: torch.device) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters, with decay on matrices only.
+
+    config: has lr, weight_decay and betas.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -53,11 +52,6 @@ def shard(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
             register_fsdp_forward_method(part, "init_state")
     for name, p in model.named_parameters():  # `no_decay` and the like
         vars(p).update(said[name])
-
-
-def spare(model: nn.Module, ranks: Ranks) -> nn.Module | None:
-    """A copy on rank 0's CPU that can be written when the model itself is in parts."""
-    return copy.deepcopy(model).cpu() if ranks.first else None
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

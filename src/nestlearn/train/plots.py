@@ -12,7 +12,6 @@ from nestlearn.disk import atomic_write
 
 # Okabe and Ito's palette, told apart with any colour vision; its yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("-", "--", "-.", ":")
 MARKERS = "os^DvPX"
 _BINS = 8  # points of a comparison over the context: few windows are read, so fewer are steadier
 

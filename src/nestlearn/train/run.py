@@ -10,6 +10,7 @@ by rounding alone.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
 import shutil
@@ -35,7 +36,7 @@ from nestlearn.train.folder import RunFolder, weights
 from nestlearn.train.losses import cast, evaluate, evaluating, nats
 from nestlearn.train.meters import Meters
 from nestlearn.train.optimize import adamw
-from nestlearn.train.parallel import Engine, shard, shares, spare, whole
+from nestlearn.train.parallel import Engine, shard, shares, whole
 from nestlearn.train.plots import loss_curves
 from nestlearn.train.ranks import ALONE, Ranks
 from nestlearn.train.terminal import Display, Interrupt
@@ -71,28 +72,28 @@ def train(
     between two updates; FloatingPointError at a loss that is not finite; KeyboardInterrupt, after a
     checkpoint, naming how to go on; OSError when the disk refuses. Checkpoints are always kept.
     """
-    ranks, device = Ranks.here(), resolve_device(config.device)
-    meters = Meters(model, config, device, ranks)
-    kept, run = _placed(model, config, device, ranks, optimizer)
-    windows = corpus.val_windows(config.eval_windows, config.length)
-    _batch(corpus, config, 0)  # a short text fails before any file
-    memory = Carried(model, config, ranks) if config.stream > 1 else None
-    carried = memory.state if memory else None
-    folder, step, log = _open(model, run, corpus, config, out, resume, carried)
-    gradients = _gradients(model.train(), config, memory, ranks)
-    display = Display(config, step, progress and ranks.first, meters)
+    run = _Run(model, corpus, config, optimizer)
+    ranks, carried = run.ranks, run.memory.state if run.memory else None
+    folder, step, log = run.open(out, resume, carried)
+    eager = _Gradients(model.train(), config, run.memory, ranks)
+    gradients = _InOneGraph(eager) if eager.captures else eager
+    display = Display(config, step, progress and ranks.first, run.meters)
     writing = folder or contextlib.nullcontext()  # ends before the run does, whatever comes
-    with _fork_rng(device), Interrupt(ranks) as interrupt, meters.traced(out), display, writing:
+    alone = torch.random.fork_rng([run.device] if run.device.type == "cuda" else [])
+    with alone, Interrupt(ranks) as interrupt, run.meters.traced(out), display, writing:
         try:
             while step < config.steps:
-                began, ids = time.perf_counter(), _begun(run, corpus, config, step, ranks)
-                loss = gradients(ids.to(device), _anew(config, step))
-                record = _update(model, run, corpus, config, step, loss, ranks, began)
+                began, ids = time.perf_counter(), run.begin(step)
+                loss = gradients(ids.to(run.device), _anew(config, step))
+                record = run.update(step, loss, began)
                 step += 1
-                record |= _validate(model, corpus, windows, config, ranks, step)
+                record |= run.validate(step)
                 log.append(record)
-                _record(folder, config, record, model, run, carried)
-                meters.step(record)
+                if folder:
+                    folder.append(record)
+                    if step % config.checkpoint_every == 0 or step == config.steps:
+                        folder.save(step, model, run.optimizer, carried, later=True)
+                run.meters.step(record)
                 display.show(record)
                 if on_step:
                     on_step(record)
@@ -100,66 +101,153 @@ def train(
         except KeyboardInterrupt:
             if folder is None or interrupt.forced:  # forced: this step may be half made
                 raise
-            path = folder.save(step, model, run, carried)
+            path = folder.save(step, model, run.optimizer, carried)
             raise KeyboardInterrupt(_STOPPED.format(step, config.steps, path)) from None
     if folder:
         folder.settle()
-        ranks.first_says(lambda: _finish(kept, corpus, config, folder, log, kept is not model))
+        ranks.first_says(lambda: run.finish(folder, log))
     return log
 
 
-def _record(folder: RunFolder | None, config: TrainConfig, record: Record, *kept: Any) -> None:
-    """A step's record, and a checkpoint where one is due."""
-    if folder is None:
-        return
-    folder.append(record)
-    step = record["step"]
-    if step % config.checkpoint_every == 0 or step == config.steps:
-        folder.save(step, *kept, later=True)
+class _Run:
+    """The parts of a training, where it runs; and what is done before and after gradients.
 
+    kept: the model that is written at the end, `model` itself or, where ranks hold parts of that, a
+    whole one on the first rank that stands at the start.
+    """
 
-def _placed(
-    model: nn.Module,
-    config: TrainConfig,
-    device: torch.device,
-    ranks: Ranks,
-    make: Callable[[nn.Module, TrainConfig], torch.optim.Optimizer] | None,
-) -> tuple[Any, torch.optim.Optimizer]:
-    """The model, or where ranks hold parts of it a whole one to write; and its optimizer."""
-    kept: nn.Module | None = model
-    if shares(model, config, device, ranks):
-        kept = spare(model, ranks)
-        shard(model, device, ranks)
-    else:
-        model.to(device)
-    return kept, make(model, config) if make else adamw(model, config, device)
+    def __init__(
+        self, model: nn.Module, corpus: Corpus, config: TrainConfig,
+        make: Callable[[nn.Module, TrainConfig], torch.optim.Optimizer] | None,
+    ) -> None:  # fmt: skip
+        self.model, self.corpus, self.config = model, corpus, config
+        self.ranks, self.device = Ranks.here(), resolve_device(config.device)
+        self.meters = Meters(model, config, self.device, self.ranks)
+        self.kept: Any = model
+        if shares(model, config, self.device, self.ranks):
+            self.kept = copy.deepcopy(model).cpu() if self.ranks.first else None
+            shard(model, self.device, self.ranks)
+        else:
+            model.to(self.device)
+        self.optimizer = make(model, config) if make else adamw(model, config, self.device)
+        self.windows = corpus.val_windows(config.eval_windows, config.length)
+        _batch(corpus, config, 0)  # a short text fails before any file
+        self.memory = Carried(model, config, self.ranks) if config.stream > 1 else None
 
-
-def _open(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    corpus: Corpus,
-    config: TrainConfig,
-    out: Path | str | None,
-    resume: bool,
-    carried: Any,
-) -> tuple[RunFolder | None, int, list[Record]]:
-    """The run's folder, the steps already made and their log."""
-    if out is None:
+    def open(
+        self, out: Path | str | None, resume: bool, carried: Any
+    ) -> tuple[RunFolder | None, int, list[Record]]:
+        """The run's folder, the steps already made and their log."""
+        if out is None:
+            if resume:
+                raise ValueError("resume=True needs out, the folder of the run to go on with")
+            return None, 0, []
+        settings = getattr(getattr(self.model, "config", None), "to_dict", None)
+        identity = {
+            "train": asdict(self.config) | _other_than_adamw(self.optimizer),
+            "corpus": self.corpus.describe(),
+            "model": settings() if settings else None,
+        }
+        folder = RunFolder(Path(out), identity, self.ranks)
         if resume:
-            raise ValueError("resume=True needs out, the folder of the run to go on with")
-        return None, 0, []
-    settings = getattr(getattr(model, "config", None), "to_dict", None)
-    identity = {
-        "train": asdict(config) | _other_than_adamw(optimizer),
-        "corpus": corpus.describe(),
-        "model": settings() if settings else None,
-    }
-    folder = RunFolder(Path(out), identity, Ranks.here())
-    if resume:
-        return folder, *folder.resume(model, optimizer, carried)
-    folder.start()
-    return folder, 0, []
+            return folder, *folder.resume(self.model, self.optimizer, carried)
+        folder.start()
+        return folder, 0, []
+
+    def begin(self, step: int) -> torch.Tensor:
+        """A rank's rows of the batch after `step` others; the step's rate and draws are set."""
+        config, ranks = self.config, self.ranks
+        draws = () if ranks.first else (ranks.rank,)
+        torch.manual_seed(keyed_seed(config.seed, step, 1, *draws))  # dropout and such: not stored
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        return _batch(self.corpus, config, step)[ranks.rows(config.batch)]
+
+    def update(self, step: int, loss: torch.Tensor, began: float) -> Record:
+        """The optimizer's step, by the gradients that are there; what to say of the whole step."""
+        config = self.config
+        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)))
+        losses = self.ranks.gather(float(loss))
+        value = sum(losses) / self.ranks.size
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            where = [str(rank) for rank, each in enumerate(losses) if not math.isfinite(each)]
+            whose = f" on rank {', '.join(where)}" if where and self.ranks.size > 1 else ""
+            raise FloatingPointError(
+                f"the loss is {value}{whose} and the gradient norm {norm} at step {step + 1}: "
+                f"lower lr (now {config.lr}), lengthen warmup (now {config.warmup}) or clip lower "
+                f"(now {config.clip}); the checkpoints before it are kept"
+            )
+        self.optimizer.step()
+        tokens = config.batch * config.length
+        return {
+            "step": step + 1,
+            "loss": value,
+            "bits_per_byte": self.corpus.bits_per_byte(value, "train"),
+            "lr": learning_rate(config, step),
+            "grad_norm": norm,
+            "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
+        }
+
+    def validate(self, step: int) -> Record:
+        """The loss on the validation text; nothing where none is due after so many steps."""
+        config = self.config
+        if step % config.eval_every and step < config.steps:
+            return {}
+        if self.ranks.size == 1:
+            loss, _ = evaluate(self.model, self.windows, config.batch, config.dtype)
+        else:
+            loss = self._evaluate_shares()
+        return {"val_loss": loss, "val_bits_per_byte": self.corpus.bits_per_byte(loss, "val")}
+
+    @torch.no_grad()
+    def _evaluate_shares(self) -> float:
+        """The mean loss, each rank having read as many windows: the last again to make up a
+        number.
+        """
+        model, windows, ranks = self.model, self.windows, self.ranks
+        device = next(model.parameters()).device
+        own = torch.arange(-(-len(windows) // ranks.size)) * ranks.size + ranks.rank
+        total = 0.0
+        with evaluating(model):
+            for numbers in own.split(self.config.batch // ranks.size):
+                some = windows[numbers.clamp(max=len(windows) - 1)].to(device)
+                with cast(device, self.config.dtype):
+                    logits, _ = model(some[:, :-1])
+                losses = nats(logits, some).double().mean(1)
+                total += float(losses[(numbers < len(windows)).to(device)].sum())
+        return sum(ranks.gather(total)) / len(windows)
+
+    def finish(self, folder: RunFolder, log: list[Record]) -> None:
+        """Write what a whole run leaves: the model and the picture of its losses."""
+        if self.kept is not self.model:
+            self.kept.load_state_dict(weights(folder.path(log[-1]["step"])))
+        tells = "trained" in inspect.signature(self.kept.save_pretrained).parameters
+        about = {"trained": self._told(log)} if tells else {}
+        path = folder.out / "model"
+
+        def write(temp: Path) -> None:
+            temp.mkdir()
+            self.kept.save_pretrained(temp, **about)
+            if self.corpus.tokenizer:
+                self.corpus.tokenizer.save(temp)
+            if path.exists():  # of a shorter run; should a kill fall here, --resume writes it again
+                shutil.rmtree(path)
+
+        atomic_write(path, write)
+        loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
+
+    def _told(self, log: list[Record]) -> str:
+        """How a model was trained, for its card."""
+        config, text = self.config, self.corpus.describe()
+        lines = [
+            f"{config.steps:,} steps of {config.batch} windows of {config.length} tokens, on "
+            f"{text['train_tokens']:,} tokens of {text['files']} files named {text['name']} "
+            f"(sha256 {text['sha256'][:16]})."
+        ]
+        if log and "val_bits_per_byte" in log[-1]:
+            lines += [f"On its validation text: {log[-1]['val_bits_per_byte']:.3f} bits per byte."]
+        settings = (f"* {name}: {value}" for name, value in asdict(config).items())
+        return "\n".join([*lines, "", *settings])
 
 
 def _other_than_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -175,58 +263,6 @@ def _batch(corpus: Corpus, config: TrainConfig, step: int) -> torch.Tensor:
 
 def _anew(config: TrainConfig, step: int) -> torch.Tensor:
     return restarts(step, config.batch, config.stream, config.stream_from)
-
-
-def _begun(
-    optimizer: torch.optim.Optimizer, corpus: Corpus, config: TrainConfig, step: int, ranks: Ranks
-) -> torch.Tensor:
-    """A rank's rows of the batch of the step after `step` others, whose rate and draws are set."""
-    draws = () if ranks.first else (ranks.rank,)
-    torch.manual_seed(keyed_seed(config.seed, step, 1, *draws))  # dropout and the like: not stored
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    return _batch(corpus, config, step)[ranks.rows(config.batch)]
-
-
-def _update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    corpus: Corpus,
-    config: TrainConfig,
-    step: int,
-    loss: torch.Tensor,
-    ranks: Ranks,
-    began: float,
-) -> Record:
-    """The optimizer's step, by the gradients that are there; what to say of the whole step."""
-    norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip)))
-    losses = ranks.gather(float(loss))
-    value = sum(losses) / ranks.size
-    if not (math.isfinite(value) and math.isfinite(norm)):
-        where = [str(rank) for rank, each in enumerate(losses) if not math.isfinite(each)]
-        whose = f" on rank {', '.join(where)}" if where and ranks.size > 1 else ""
-        raise FloatingPointError(
-            f"the loss is {value}{whose} and the gradient norm {norm} at step {step + 1}: lower lr "
-            f"(now {config.lr}), lengthen warmup (now {config.warmup}) or clip lower (now "
-            f"{config.clip}); the checkpoints before it are kept"
-        )
-    optimizer.step()
-    tokens = config.batch * config.length
-    return {
-        "step": step + 1,
-        "loss": value,
-        "bits_per_byte": corpus.bits_per_byte(value, "train"),
-        "lr": learning_rate(config, step),
-        "grad_norm": norm,
-        "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
-    }
-
-
-def _gradients(
-    model: nn.Module, config: TrainConfig, carried: Carried | None, ranks: Ranks
-) -> _Gradients | _InOneGraph:
-    eager = _Gradients(model, config, carried, ranks)
-    return _InOneGraph(eager) if eager.captures else eager
 
 
 class _Gradients:
@@ -317,83 +353,3 @@ def _apple_works() -> bool:
         return bool(x.grad is not None and x.grad.isfinite().all())
     except (RuntimeError, NotImplementedError, TypeError):
         return False
-
-
-def _validate(
-    model: nn.Module, corpus: Corpus, windows: torch.Tensor, config: TrainConfig, ranks: Ranks,
-    step: int,
-) -> Record:  # fmt: skip
-    """The loss on the validation text; nothing where none is due after so many steps."""
-    if step % config.eval_every and step < config.steps:
-        return {}
-    if ranks.size == 1:
-        loss, _ = evaluate(model, windows, config.batch, config.dtype)
-    else:
-        loss = _evaluate_shares(model, windows, config, ranks)
-    return {"val_loss": loss, "val_bits_per_byte": corpus.bits_per_byte(loss, "val")}
-
-
-@torch.no_grad()
-def _evaluate_shares(
-    model: nn.Module, windows: torch.Tensor, config: TrainConfig, ranks: Ranks
-) -> float:
-    """The mean loss, each rank having read as many windows: the last again to make up a number."""
-    device = next(model.parameters()).device
-    own = torch.arange(-(-len(windows) // ranks.size)) * ranks.size + ranks.rank
-    total = 0.0
-    with evaluating(model):
-        for numbers in own.split(config.batch // ranks.size):
-            some = windows[numbers.clamp(max=len(windows) - 1)].to(device)
-            with cast(device, config.dtype):
-                logits, _ = model(some[:, :-1])
-            losses = nats(logits, some).double().mean(1)
-            total += float(losses[(numbers < len(windows)).to(device)].sum())
-    return sum(ranks.gather(total)) / len(windows)
-
-
-def _finish(
-    model: Any, corpus: Corpus, config: TrainConfig, folder: RunFolder, log: list[Record],
-    apart: bool,
-) -> None:  # fmt: skip
-    """Write what a whole run leaves: the model and the picture of its losses. apart: another one
-    was trained, and this one stands at the start.
-    """
-    if apart:
-        model.load_state_dict(weights(folder.path(log[-1]["step"])))
-    _write_model(model, corpus, config, log, folder.out / "model")
-    loss_curves({folder.out.resolve().name: log}, folder.out / "loss.png")
-
-
-def _write_model(
-    model: Any, corpus: Corpus, config: TrainConfig, log: list[Record], path: Path
-) -> None:
-    tells = "trained" in inspect.signature(model.save_pretrained).parameters
-    about = {"trained": _told(corpus, config, log)} if tells else {}
-
-    def write(temp: Path) -> None:
-        temp.mkdir()
-        model.save_pretrained(temp, **about)
-        if corpus.tokenizer:
-            corpus.tokenizer.save(temp)
-        if path.exists():  # of a shorter run; should a kill fall here, --resume writes it again
-            shutil.rmtree(path)
-
-    atomic_write(path, write)
-
-
-def _told(corpus: Corpus, config: TrainConfig, log: list[Record]) -> str:
-    """How a model was trained, for its card."""
-    text, said = corpus.describe(), asdict(config)
-    lines = [
-        f"{config.steps:,} steps of {config.batch} windows of {config.length} tokens, on "
-        f"{text['train_tokens']:,} tokens of {text['files']} files named {text['name']} "
-        f"(sha256 {text['sha256'][:16]}).",
-    ]
-    if log and "val_bits_per_byte" in log[-1]:
-        lines += [f"On its validation text: {log[-1]['val_bits_per_byte']:.3f} bits per byte."]
-    return "\n".join([*lines, "", *(f"* {name}: {value}" for name, value in said.items())])
-
-
-def _fork_rng(device: torch.device) -> Any:
-    """The caller's random state is as it was after training."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
