@@ -54,20 +54,15 @@ class DeepMemory:
 
     def read(self, mlp: ResidualMLP, W: Weights, whole: Tensor) -> Tensor:
         """m of a whole parameter's values."""
-        tokens = whole.reshape(1, -1, mlp.dim)
-        parts = tokens.split(max(1, _AT_ONCE // max(mlp.hidden, mlp.dim)), 1)
-        return torch.cat([mlp.read(W, z) for z in parts], 1).reshape(whole.shape)
+        return torch.cat([mlp.read(W, z) for z in _tokens(mlp, whole)], 1).reshape(whole.shape)
 
     def gradient(
         self, mlp: ResidualMLP, W: Weights, key: Tensor, value: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """∂/∂W of the sum over tokens of L(m(k); v), and Σ ‖x‖² of each matrix' inputs x."""
-        at_once = max(1, _AT_ONCE // max(mlp.hidden, mlp.dim))
-        keys = key.reshape(1, -1, mlp.dim).split(at_once, 1)
-        values = value.reshape(1, -1, mlp.dim).split(at_once, 1)
         sums = [torch.zeros_like(w) for w in W]
         squares = [w.new_zeros(()) for w in W]
-        for k, v in zip(keys, values):
+        for k, v in zip(_tokens(mlp, key), _tokens(mlp, value)):
             inputs, _, errors = mlp.factors(W, k, v, OBJECTIVES[self.objective])
             for i, (x, d) in enumerate(zip(inputs, errors)):
                 sums[i] += d.mT @ x
@@ -75,12 +70,14 @@ class DeepMemory:
         return sums, squares
 
 
+def _tokens(mlp: ResidualMLP, whole: Tensor) -> tuple[Tensor, ...]:
+    """A parameter's values as tokens [1, N, width], in parts of bounded size."""
+    at_once = max(1, _AT_ONCE // max(mlp.hidden, mlp.dim))
+    return whole.reshape(1, -1, mlp.dim).split(at_once, 1)
+
+
 def deep_momentum(
-    memory: DeepMemory,
-    *,
-    alpha: float = 0.9,
-    retention: float = 0.99,
-    inner_lr: float = 0.1,
+    memory: DeepMemory, *, alpha: float = 0.9, retention: float = 0.99, inner_lr: float = 0.1
 ) -> Transform:
     """The practical form: an MLP over a linear memory that learns which gradient comes next.
 

@@ -93,9 +93,14 @@ def written(
     if solve == "explicit":
         return alpha * m - lr * slope(m, g)
     assert isinstance(solve, int)
-    anchor = x = alpha * m
-    for _ in range(solve):
-        x = x - 0.5 * (lr * slope(x, g) + x - anchor)
+    return _nearby(lambda x: slope(x, g), alpha * m, lr, solve)
+
+
+def _nearby(slope: Callable[[Tensor], Tensor], anchor: Tensor, lr: float, steps: int) -> Tensor:
+    """argmin L(x) + ‖x − anchor‖² / 2η by gradient steps of half the size, from the anchor."""
+    x = anchor
+    for _ in range(steps):
+        x = x - 0.5 * (lr * slope(x) + x - anchor)
     return x
 
 
@@ -201,10 +206,7 @@ class GGD(DGD):
         def mean(W: Tensor) -> Tensor:
             return self.loss(x @ W.mT, target).mean()
 
-        slope, W = torch.func.grad(mean), w
-        for _ in range(group["inner_steps"]):
-            W = W - 0.5 * (lr * slope(W) + W - w)
-        return W
+        return _nearby(torch.func.grad(mean), w, lr, group["inner_steps"])
 
 
 _PAIR_LOSSES: dict[str, PairLoss] = {

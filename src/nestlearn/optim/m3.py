@@ -15,11 +15,7 @@ _LAST = 0xFF  # of a float32 the last 8 bits of its significand
 
 
 def literal_m3(
-    betas: tuple[float, float, float],
-    alpha: float,
-    period: int,
-    eps: float,
-    sigma: Transform,
+    betas: tuple[float, float, float], alpha: float, period: int, eps: float, sigma: Transform
 ) -> Transform:
     """Algorithm 1 to the letter: (NS(M1) + α NS(M2)) / (√V + ε), the three being growing sums.
 
@@ -45,10 +41,10 @@ def multiscale(
 
     fast, every step: O1 = σ(fast memory). slow, every f = `period` steps: O2 = σ(M2) with
     M2 ← β3 M2 + (1 − β3) · mean of the last f gradients, β3 = `decay`. modulation: what the sum
-    passes before it is scaled. exact: M2 and O2 in a tensor each; else they share one (`Packed`).
+    passes before it is scaled. exact: M2 and O2 in a tensor each; else they share one (`Slow`).
     alpha = 0 keeps no slow memory. σ's answer must be new, as Newton–Schulz' is: it is written to.
     """
-    slow = (Exact if exact else Packed)(decay, period)
+    slow = Slow(decay, period, exact)
 
     def init(slot: Slot) -> State:
         state = fast.init(slot) | (modulation.init(slot) if modulation else {})
@@ -84,52 +80,34 @@ def say_form(group: dict[str, Any], states: list[State]) -> None:
         group.setdefault("exact", all(slow))
 
 
-class Exact:
-    """The slow level's M2 and its direction O2, which readers see until the window ends."""
+class Slow:
+    """The slow level's M2 and its direction O2, which readers see until the window ends.
 
-    def __init__(self, decay: float, period: int) -> None:
-        self.decay, self.period = decay, period
+    exact, and of float64 parameters: a tensor for each. Else both share one float32: M2 its upper
+    24 bits, O2 the last 8, in steps of peak / 127. So M3 needs one copy more than Muon and not two.
+    M2 keeps 16 significant bits, and a write rounds it by at most the last of them; O2 is about 1 %
+    off, where Newton–Schulz itself leaves singular values between 0.7 and 1.2.
+    """
+
+    def __init__(self, decay: float, period: int, exact: bool) -> None:
+        self.decay, self.period, self.exact = decay, period, exact
 
     def init(self, slot: Slot) -> State:
-        return {"slow": slot.zeros(), "direction": slot.zeros()}
+        if self.exact or slot.value.dtype == torch.float64:
+            return {"slow": slot.zeros(), "direction": slot.zeros()}
+        peak = torch.zeros((), dtype=torch.float32, device=slot.value.device)
+        return {"slow": slot.zeros(), "slow_peak": peak}
 
     def turn(self, states: list[State], at: At, sigma: Transform) -> None:
         """Where a window has ended: a new direction, and the old windows fade."""
         due = [i for i, s in enumerate(at.slots) if s.step and s.step % self.period == 0]
-        if due:
-            chosen, here = [states[i] for i in due], at.only(due)
-            slow = [s["slow"] for s in chosen]
-            directions = sigma.update(slow, chosen, here)
-            torch._foreach_mul_(slow, self.decay)
-            self.keep(directions, chosen, here)
-
-    def keep(self, directions: Updates, states: list[State], at: At) -> None:
-        torch._foreach_copy_([s["direction"] for s in states], directions)
-
-    def write(self, u: Updates, states: list[State]) -> None:
-        """The window's mean grows; nobody sees it before the window ends."""
-        torch._foreach_add_([s["slow"] for s in states], u, alpha=(1 - self.decay) / self.period)
-
-    def directions(self, states: list[State]) -> Updates:
-        return [s["direction"] for s in states]
-
-
-class Packed(Exact):
-    """The same in one float32: M2 in its upper 24 bits, O2 in the last 8, in steps of peak / 127.
-
-    So M3 needs one copy more than Muon and not two. M2 keeps 16 significant bits, and a write
-    rounds it by at most the last of them; O2 is about 1 % off, where Newton–Schulz itself leaves
-    singular values between 0.7 and 1.2. Of float64 parameters the two are kept apart.
-    """
-
-    def init(self, slot: Slot) -> State:
-        if slot.value.dtype == torch.float64:
-            return super().init(slot)
-        peak = torch.zeros((), dtype=torch.float32, device=slot.value.device)
-        return {"slow": slot.zeros(), "slow_peak": peak}
-
-    def keep(self, directions: Updates, states: list[State], at: At) -> None:
-        for direction, state, slot in zip(directions, states, at.slots):
+        if not due:
+            return
+        chosen, here = [states[i] for i in due], at.only(due)
+        slow = [s["slow"] for s in chosen]
+        directions = sigma.update(slow, chosen, here)
+        torch._foreach_mul_(slow, self.decay)
+        for direction, state, slot in zip(directions, chosen, here.slots):
             if "direction" in state:
                 state["direction"].copy_(direction)
                 continue
@@ -139,8 +117,9 @@ class Packed(Exact):
             _set_last(state["slow"], code.bitwise_and_(_LAST))
 
     def write(self, u: Updates, states: list[State]) -> None:
+        """The window's mean grows; nobody sees it before the window ends."""
         codes = [None if "direction" in s else s["slow"].view(torch.int32) & _LAST for s in states]
-        super().write(u, states)
+        torch._foreach_add_([s["slow"] for s in states], u, alpha=(1 - self.decay) / self.period)
         for state, code in zip(states, codes):
             if code is not None:
                 _set_last(state["slow"], code)

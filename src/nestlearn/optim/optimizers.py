@@ -10,16 +10,16 @@ from .base import ChainOptimizer, Check, Group, given
 from .chain import Transform, chain
 from .deep import OBJECTIVES, DeepMemory, Tokens, deep_momentum, literal_deep_momentum, take_roots
 from .m3 import literal_m3, multiscale, say_form
-from .orthogonal import (
-    QUINTIC,
-    Adjust,
-    Coefficients,
-    Precision,
+from .orthogonal import QUINTIC, Adjust, Coefficients, Precision, orthogonalize, unit_rms
+from .transforms import (
+    adam,
     adaptive_direction,
-    orthogonalize,
-    unit_rms,
+    delta_momentum,
+    feature_map,
+    momentum,
+    output,
+    second_moment,
 )
-from .transforms import adam, delta_momentum, feature_map, momentum, output, second_moment
 
 Mode = Literal["practical", "literal"]
 _MODES = ("practical", "literal")
@@ -270,7 +270,7 @@ class M3(_Orthogonal):
     β3 = `slow`, α = `alpha`; α = 0 is Muon. second_moment=True divides by √V of the gradients
     (exponential average β2 = `betas[1]`, unbiased) before that scaling, one copy of the parameters
     more. Matrices that way, the rest by AdamW, as in `Muon` and with its other options. State: M1
-    and one more copy, which M2 and O2 share (`m3.Packed`); exact=True gives each its own.
+    and one more copy, which M2 and O2 share (`m3.Slow`); exact=True gives each its own.
 
     literal: algorithm 1 to the letter, M1 += β1 g, M2 += β3 Σ g, V += β2 g²,
     W ← W − lr (O1 + α O2) / (√V + ε), β1 = `momentum`, β2 = `betas[1]`, β3 = `slow`, no

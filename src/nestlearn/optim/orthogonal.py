@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .chain import At, Memory, State, Transform, Updates, stateless
+from .chain import At, Transform, Updates, stateless
 
 Coefficients = tuple[float, float, float]
 QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)  # Muon's: steepest at zero, ends in 0.7 to 1.2
@@ -175,21 +175,6 @@ def size(rows: int, columns: int, adjust: Adjust) -> float:
     if adjust == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns)) if adjust == "original" else 1.0
-
-
-def adaptive_direction(beta: float, *, eps: float = 1e-8, name: str = "second") -> Transform:
-    """AdaMuon's modulation: u / (√v + ε), v ← β v + (1 − β) u², u the orthogonalised update."""
-
-    def update(u: Updates, states: list[State], at: At) -> Updates:
-        v = [s[name] for s in states]
-        torch._foreach_mul_(v, beta)
-        torch._foreach_addcmul_(v, u, u, value=1 - beta)
-        root = torch._foreach_sqrt(v)
-        torch._foreach_add_(root, eps)
-        return list(torch._foreach_div(u, root))
-
-    memory = Memory("second moment of the direction", "½‖v − O²‖²", f"v ← {beta:g} v + … O²")
-    return Transform(lambda slot: {name: slot.zeros()}, update, (memory,))
 
 
 def unit_rms(rms: float) -> Transform:

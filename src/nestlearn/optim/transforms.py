@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .chain import At, Memory, Slot, State, Transform, Updates, stateless
+from .chain import At, Memory, State, Transform, Updates, stateless
 from .orthogonal import unit
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -25,11 +25,7 @@ FEATURES: dict[str, Elementwise] = {
 
 
 def momentum(
-    alpha: float,
-    *,
-    average: bool = False,
-    nesterov: bool = False,
-    name: str = "momentum",
+    alpha: float, *, average: bool = False, nesterov: bool = False, name: str = "momentum"
 ) -> Transform:
     """The linear memory of gradients (eqs. 33, 34): m ← α m + u, trained on −⟨m, u⟩.
 
@@ -155,17 +151,40 @@ def second_moment(
     def update(u: Updates, states: list[State], at: At) -> Updates:
         v = [s[name] for s in states]
         g = [_with_a_square(x) for x in at.gradients]
-        if not total:
-            torch._foreach_mul_(v, beta)
-        torch._foreach_addcmul_(v, g, g, value=beta if total else 1 - beta)
-        root = torch._foreach_sqrt(v)
-        if not total:
-            torch._foreach_div_(root, [(1 - beta ** (s.step + 1)) ** 0.5 for s in at.slots])
+        if total:
+            torch._foreach_addcmul_(v, g, g, value=beta)
+            root = list(torch._foreach_sqrt(v))
+        else:
+            root = _mean_root(v, g, beta, at)
         torch._foreach_add_(root, eps)
         return list(torch._foreach_div(u, root))
 
     rule = f"v ← v + {beta:g} g²" if total else f"v ← {beta:g} v + {1 - beta:g} g²"
     return Transform(lambda slot: {name: slot.zeros()}, update, (Memory(name, "½‖v − g²‖²", rule),))
+
+
+def adaptive_direction(beta: float, *, eps: float = 1e-8, name: str = "second") -> Transform:
+    """AdaMuon's modulation: u / (√v + ε), v ← β v + (1 − β) u², u the orthogonalised update."""
+
+    def update(u: Updates, states: list[State], at: At) -> Updates:
+        root = _mean_root([s[name] for s in states], u, beta)
+        torch._foreach_add_(root, eps)
+        return list(torch._foreach_div(u, root))
+
+    memory = Memory("second moment of the direction", "½‖v − O²‖²", f"v ← {beta:g} v + … O²")
+    return Transform(lambda slot: {name: slot.zeros()}, update, (memory,))
+
+
+def _mean_root(
+    v: list[Tensor], g: list[Tensor], beta: float, unbiased: At | None = None
+) -> list[Tensor]:
+    """√v after v ← β v + (1 − β) g²; unbiased: as a mean over the steps that there have been."""
+    torch._foreach_mul_(v, beta)
+    torch._foreach_addcmul_(v, g, g, value=1 - beta)
+    root = list(torch._foreach_sqrt(v))
+    if unbiased:
+        torch._foreach_div_(root, [(1 - beta ** (s.step + 1)) ** 0.5 for s in unbiased.slots])
+    return root
 
 
 def _with_a_square(g: Tensor) -> Tensor:
@@ -180,10 +199,7 @@ def adam(betas: tuple[float, float], eps: float = 1e-8) -> Transform:
     def update(u: Updates, states: list[State], at: At) -> Updates:
         m, v = [s["first"] for s in states], [s["second"] for s in states]
         torch._foreach_lerp_(m, u, 1 - b1)
-        torch._foreach_mul_(v, b2)
-        torch._foreach_addcmul_(v, u, u, value=1 - b2)
-        root = torch._foreach_sqrt(v)
-        torch._foreach_div_(root, [(1 - b2 ** (s.step + 1)) ** 0.5 for s in at.slots])
+        root = _mean_root(v, u, b2, at)
         torch._foreach_add_(root, eps)
         torch._foreach_mul_(root, [1 - b1 ** (s.step + 1) for s in at.slots])
         return list(torch._foreach_div(m, root))
@@ -193,7 +209,4 @@ def adam(betas: tuple[float, float], eps: float = 1e-8) -> Transform:
         Memory("second moment", "½‖v − g²‖²", f"v ← {b2:g} v + {1 - b2:g} g²"),
     )
 
-    def init(slot: Slot) -> State:
-        return {"first": slot.zeros(), "second": slot.zeros()}
-
-    return Transform(init, update, memories)
+    return Transform(lambda slot: {k: slot.zeros() for k in ("first", "second")}, update, memories)
