@@ -14,17 +14,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
-from nestlearn.cli import (
-    commands,
-    doctor,
-    memory_commands,
-    processes,
-    serving,
-    stacking,
-    training,
-)
-from nestlearn.cli.commands import say as _say
+from nestlearn.cli import commands, doctor, memory_commands, processes, serving, stacking, training
+from nestlearn.cli.commands import say
 from nestlearn.cli.options import Device
 
 app = typer.Typer(
@@ -53,7 +46,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None: ...
 
@@ -65,29 +58,25 @@ def _root(
 def quickstart(
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Your own text; without it, the standard library of this Python."),
+        Option(help="Your own text; without it, the standard library of this Python."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="For models, figure, table (default: runs/quickstart, runs/quick)."),
+        Option(help="For models, figure, table (default: runs/quickstart, runs/quick)."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Half a minute in all.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Half a minute in all.")] = False,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps (default: 200, or 30 with --quick).")
+        int | None, Option(help="Optimizer steps (default: 200, or 30 with --quick).")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 1,
+    seeds: Annotated[int, Option(min=1, help="Trainings of each model.")] = 1,
     every_model: Annotated[
-        bool, typer.Option("--all", help="Seven models instead of Hope and a Transformer.")
+        bool, Option("--all", help="Seven models instead of Hope and a Transformer.")
     ] = False,
-    size: Annotated[str, typer.Option(help="tiny, small, ...: width and depth.")] = "tiny",
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Windows of a step (default: 8).")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Bytes of a window (default: 256).")
-    ] = None,
+    size: Annotated[str, Option(help="tiny, small, ...: width and depth.")] = "tiny",
+    batch: Annotated[int | None, Option(min=1, help="Windows of a step (default: 8).")] = None,
+    length: Annotated[int | None, Option(min=2, help="Bytes of a window (default: 256).")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of all (default: tuned for tiny).")
+        float | None, Option(help="Peak learning rate of all (default: tuned for tiny).")
     ] = None,
 ) -> None:
     """Train Hope beside a Transformer, and compare them.
@@ -96,24 +85,16 @@ def quickstart(
 
     Example:  nestlearn quickstart --quick
     """
-    from nestlearn.cli.quickstart import report, run, settings
+    from nestlearn.cli.quickstart import report, run
+    from nestlearn.experiments.language import settings
 
     config = settings(steps, quick=quick)
     config = replace(config, batch=batch or config.batch, length=length or config.length)
     out = out or Path("runs", "quick" if quick else "quickstart")
     try:
-        records = run(
-            data or [],
-            out,
-            config,
-            seeds=seeds,
-            every_model=every_model,
-            size=size,
-            lr=lr,
-            say=_say,
-        )
+        records = run(data or [], out, config, seeds, every_model, size, lr)
     except KeyboardInterrupt:
-        _say("Stopped and saved: the same command goes on from here.", "yellow")
+        say("Stopped and saved: the same command goes on from here.", "yellow")
         raise typer.Exit(130) from None
     report(records, out, Console())
 
@@ -129,18 +110,16 @@ app.command()(training.export)
 
 @app.command()
 def generate(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A finished run's folder, or a model's.")
-    ],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 200,
+    folder: Annotated[Path, Argument(metavar="DIR", help="A finished run's folder, or a model's.")],
+    prompt: Annotated[str, Option(help="The text to go on from.")],
+    tokens: Annotated[int, Option(min=1, help="How many tokens to add.")] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")
+        float, Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")
     ] = 0.8,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")
+        int | None, Option(min=1, help="Draw among the k likeliest tokens only.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    seed: Annotated[int, Option(help="The same seed draws the same text.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Continue a prompt with a trained model.
@@ -163,11 +142,7 @@ def generate(
     generator = torch.Generator(place).manual_seed(seed)
     with torch.no_grad():
         longer = model.generate(
-            ids,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            top_k=top_k,
-            generator=generator,
+            ids, max_new_tokens=tokens, temperature=temperature, top_k=top_k, generator=generator
         )
     typer.echo(tokenizer.decode(longer[0].tolist()))
 
@@ -194,9 +169,9 @@ def _model_folder(name: Path) -> Path:
 @app.command()
 def levels(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A run's folder, finished or not, or a model's.")
+        Path, Argument(metavar="DIR", help="A run's folder, finished or not, or a model's.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Show what learns in a model, on what, and how often: its nested levels.
 
@@ -224,7 +199,7 @@ def levels(
     Console().print(render(found))
     for component in (c for level in found for c in level.components if c.kind == "memory"):
         if training and (component.period or 0) > training["length"]:
-            _say(
+            say(
                 f"{component.name} is never written in training: its period of {component.period} "
                 f"is longer than the windows of {training['length']} tokens.",
                 "yellow",
@@ -278,5 +253,5 @@ def main() -> None:
     try:
         app()
     except processes.FORESEEN as error:
-        _say(f"Error: {' '.join(str(error).split())}", "bold red")
+        say(f"Error: {' '.join(str(error).split())}", "bold red")
         sys.exit(2)

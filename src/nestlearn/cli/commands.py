@@ -14,27 +14,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Argument, Option
 
 from nestlearn.cli import streaming
 from nestlearn.cli.options import Device
 
 Seeds = Annotated[
-    int | None,
-    typer.Option(min=1, help="Trainings with the best learning rate (default: 3 to 5)."),
+    int | None, Option(min=1, help="Trainings with the best learning rate (default: 3 to 5).")
 ]
 Only = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TASK", help="This task alone; repeat the option for more."),
+    list[str] | None, Option(metavar="TASK", help="This task alone; repeat the option for more.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Optimizer steps of a training (default: its own).")
+    int | None, Option(min=1, help="Optimizer steps of a training (default: its own).")
 ]
 Workers = Annotated[
-    int | None,
-    typer.Option(min=0, help="Trainings side by side (default: one for each core; CUDA: 1)."),
+    int | None, Option(min=0, help="Trainings side by side (default: one for each core; CUDA: 1).")
 ]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="A minute in all: shows that it runs, not how good it is.")
+    bool, Option("--quick", help="A minute in all: shows that it runs, not how good it is.")
 ]
 
 
@@ -52,15 +50,13 @@ def _suite(name: str, about: str) -> None:
         f"\n\nExample:  nestlearn eval {name} --model hope")  # fmt: skip
     def evaluate(
         model: Annotated[
-            str, typer.Option(help="hope, hope-attention, titans, deltanet, transformer, lstm ...")
+            str, Option(help="hope, hope-attention, titans, deltanet, transformer, lstm ...")
         ] = "hope",
         out: Annotated[
-            Path | None, typer.Option(help="For results and cells (default: runs/eval-SUITE).")
+            Path | None, Option(help="For results and cells (default: runs/eval-SUITE).")
         ] = None,
         only: Only = None,
-        seeds: Annotated[
-            int, typer.Option(min=1, help="Trainings with the best learning rate.")
-        ] = 1,
+        seeds: Annotated[int, Option(min=1, help="Trainings with the best learning rate.")] = 1,
         steps: Steps = None,
         workers: Workers = None,
         device: Device = "auto",
@@ -82,25 +78,22 @@ evaluation.command("stream")(streaming.stream)
 
 
 def reproduce(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="An experiment of --list.")
-    ] = None,
-    show: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
+    name: Annotated[str | None, Argument(metavar="[NAME]", help="An experiment of --list.")] = None,
+    show: Annotated[bool, Option("--list", help="List the experiments.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="For results, table, figure, cells (default: results/NAME).")
+        Path | None, Option(help="For results, table, figure, cells (default: results/NAME).")
     ] = None,
     only: Only = None,
     models: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL", help="This model alone; repeat the option for more."),
+        Option(metavar="MODEL", help="This model alone; repeat the option for more."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of a data set, for an experiment that reads one.")
+        Path | None, Option(help="Folder of a data set, for an experiment that reads one.")
     ] = None,
     seeds: Seeds = None,
     add: Annotated[
-        bool,
-        typer.Option("--add", help="Run the seeds that results.json lacks, at its learning rates."),
+        bool, Option("--add", help="Run the seeds that results.json lacks, at its learning rates.")
     ] = False,
     steps: Steps = None,
     workers: Workers = None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from nestlearn.cli.options import Device
 
@@ -15,7 +16,7 @@ from nestlearn.cli.options import Device
 def doctor(
     model: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="DIR", help="A model's folder: the memory that it needs to read and to learn."
         ),
     ] = None,

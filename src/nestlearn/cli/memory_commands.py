@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from nestlearn.cli.commands import say
 from nestlearn.cli.stacked import open_session, place
 from nestlearn.cli.stacking import Dir
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A memory of it.")]
+Name = Annotated[str, Argument(metavar="NAME", help="A memory of it.")]
 
 memory = typer.Typer(
     no_args_is_help=True,
@@ -65,9 +66,7 @@ def show(folder: Dir, name: Name) -> None:
 
 
 @memory.command()
-def diff(
-    folder: Dir, name: Name, other: Annotated[str, typer.Argument(help="Another memory.")]
-) -> None:
+def diff(folder: Dir, name: Name, other: Annotated[str, Argument(help="Another memory.")]) -> None:
     """How far two memories are apart, level by level."""
     one = open_session(folder, name, read_only=True)
     table = Table()
@@ -80,7 +79,7 @@ def diff(
 
 
 @memory.command()
-def fork(folder: Dir, name: Name, new: Annotated[str, typer.Argument(help="The copy.")]) -> None:
+def fork(folder: Dir, name: Name, new: Annotated[str, Argument(help="The copy.")]) -> None:
     """Copy a memory; both go their own ways from there."""
     open_session(folder, name, read_only=True).fork(place(folder, new))
     say(f"{new} knows what {name} knows.", "green")
@@ -90,7 +89,7 @@ def fork(folder: Dir, name: Name, new: Annotated[str, typer.Argument(help="The c
 def reset(
     folder: Dir,
     name: Name,
-    level: Annotated[int | None, typer.Option(min=0, help="Only this level.")] = None,
+    level: Annotated[int | None, Option(min=0, help="Only this level.")] = None,
 ) -> None:
     """Forget what a level has learned, or all."""
     session = open_session(folder, name, must_exist=True)
@@ -103,8 +102,8 @@ def reset(
 def merge(
     folder: Dir,
     name: Name,
-    level: Annotated[int, typer.Option(min=0, help="The level to write into the weights.")],
-    out: Annotated[Path, typer.Option(help="The new folder, with the memory in it.")],
+    level: Annotated[int, Option(min=0, help="The level to write into the weights.")],
+    out: Annotated[Path, Option(help="The new folder, with the memory in it.")],
 ) -> None:
     """Write a level into the weights: a new stacked model, whose memory has that level free."""
     from nestlearn.hf.folder import save_stack
@@ -121,7 +120,7 @@ def merge(
 
 @memory.command()
 def export(
-    folder: Dir, name: Name, out: Annotated[Path, typer.Option(help="The new model's folder.")]
+    folder: Dir, name: Name, out: Annotated[Path, Option(help="The new model's folder.")]
 ) -> None:
     """Write all levels into the weights: a plain transformers model that knows what NAME knows."""
     from nestlearn.hf.stack import unstack

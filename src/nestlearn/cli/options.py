@@ -6,23 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 ...")]
 
 # ------------------------------------------------------------------------------------ train
 
-_place = partial(typer.Option, rich_help_panel="Data and place")
-_model = partial(typer.Option, rich_help_panel="Model")
-_training = partial(typer.Option, rich_help_panel="Training")
+_place = partial(Option, rich_help_panel="Data and place")
+_model = partial(Option, rich_help_panel="Model")
+_training = partial(Option, rich_help_panel="Training")
 
 TrainingText = Annotated[
     list[Path],
     _place(help="A text file or a folder of them (.gz too); repeat the option for more."),
 ]
 RunFolder = Annotated[
-    Path,
-    _place(help="The run's folder: log, loss.png, checkpoints/ and the finished model/."),
+    Path, _place(help="The run's folder: log, loss.png, checkpoints/ and the finished model/.")
 ]
 Resume = Annotated[
     bool,
@@ -31,8 +30,7 @@ Resume = Annotated[
     ),
 ]
 TokenizerFile = Annotated[
-    Path | None,
-    _place(help="A tokenizer.json; without it every byte is a token."),
+    Path | None, _place(help="A tokenizer.json; without it every byte is a token.")
 ]
 Size = Annotated[str, _model(help="tiny, small, ...: width and depth.")]
 MixerName = Annotated[
@@ -40,8 +38,7 @@ MixerName = Annotated[
     _model(help="What mixes tokens along time."),
 ]
 ChannelName = Annotated[
-    Literal["cms", "mlp"],
-    _model(help="What follows it: a continuum memory (cms) or a plain MLP."),
+    Literal["cms", "mlp"], _model(help="What follows it: a continuum memory (cms) or a plain MLP.")
 ]
 Steps = Annotated[int, _training(help="Optimizer steps.")]
 Batch = Annotated[int, _training(help="Windows per step.")]
@@ -86,42 +83,39 @@ Profile = Annotated[
 
 Pretrained = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL",
         help="A Hugging Face model, by its name or folder; a .gguf file (it needs the package "
         "gguf); or a llama2.c checkpoint (.bin).",
     ),
 ]
-StackFolder = Annotated[Path, typer.Option(help="The new folder for the stacked model.")]
+StackFolder = Annotated[Path, Option(help="The new folder for the stacked model.")]
 Chunks = Annotated[
     list[int] | None,
-    typer.Option(min=1, help="Tokens between two updates of a level; once for each level."),
+    Option(min=1, help="Tokens between two updates of a level; once for each level."),
 ]
 Rates = Annotated[
     list[float] | None,
-    typer.Option(
-        min=0.0,
-        help="Step size: one for all levels, or one for each (default: 0.05).",
-    ),
+    Option(min=0.0, help="Step size: one for all levels, or one for each (default: 0.05)."),
 ]
-RuleName = Annotated[Literal["gd", "momentum", "dgd"], typer.Option(help="How the levels step.")]
+RuleName = Annotated[Literal["gd", "momentum", "dgd"], Option(help="How the levels step.")]
 VariantName = Annotated[
     Literal["sequential", "nested", "independent"],
-    typer.Option(
+    Option(
         help="What a slower level's end brings: it takes over what the faster one learned; "
         "the faster one starts again; nothing."
     ),
 ]
 Spread = Annotated[
     Literal["block", "depth"],
-    typer.Option(help="All levels in every block, or the blocks shared out among them."),
+    Option(help="All levels in every block, or the blocks shared out among them."),
 ]
 Layers = Annotated[
-    list[int] | None, typer.Option(help="Only this block; repeat for more (default: all).")
+    list[int] | None, Option(help="Only this block; repeat for more (default: all).")
 ]
 Rank = Annotated[
     int | None,
-    typer.Option(
+    Option(
         min=0,
         help="Rank of what is learned; 0: full. Default: full below 50 million parameters, "
         "then 4. A full memory is up to three times as large as the MLPs; one of rank 4, "
@@ -130,29 +124,27 @@ Rank = Annotated[
 ]
 Window = Annotated[
     int | None,
-    typer.Option(
+    Option(
         min=2,
         help="Tokens read at once. Default: at most 1,024; from 50 million parameters on 448, "
         "and their keys and values are kept in bfloat16.",
     ),
 ]
-OldTokenizer = Annotated[Path | None, typer.Option(help="tokenizer.bin of a llama2.c checkpoint.")]
-Tokens = Annotated[int | None, typer.Option(min=2, help="Read so many tokens of the text only.")]
+OldTokenizer = Annotated[Path | None, Option(help="tokenizer.bin of a llama2.c checkpoint.")]
+Tokens = Annotated[int | None, Option(min=2, help="Read so many tokens of the text only.")]
 Keep = Annotated[
     list[Path] | None,
-    typer.Option(help="Texts to measure forgetting on (default: the model's own samples)."),
+    Option(help="Texts to measure forgetting on (default: the model's own samples)."),
 ]
 Tolerance = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Take back what makes --keep worse by more than this share."),
+    float | None, Option(min=0.0, help="Take back what makes --keep worse by more than this share.")
 ]
 Drift = Annotated[
-    float | None,
-    typer.Option(help="Largest size of a level, as a share of the pretrained weights."),
+    float | None, Option(help="Largest size of a level, as a share of the pretrained weights.")
 ]
 AnchorStrength = Annotated[
     float,
-    typer.Option(
+    Option(
         min=0.0,
         help="Hold the model to its own samples, so strongly (try 4): "
         "it forgets far less, and reads about three times slower.",
@@ -160,26 +152,25 @@ AnchorStrength = Annotated[
 ]
 Study = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--study",
         help="Then let it ask itself what the text says, answer, and learn the answers: for "
         "models that follow instructions; minutes for a page on two cores.",
     ),
 ]
 Questions = Annotated[
-    int | None,
-    typer.Option(min=1, help="With --study: how many it asks itself, at most (default: 24)."),
+    int | None, Option(min=1, help="With --study: how many it asks itself, at most (default: 24).")
 ]
 
 # ------------------------------------------------------------------------------------ serve
 
-_who = partial(typer.Option, rich_help_panel="Who and where")
-_limit = partial(typer.Option, rich_help_panel="Limits", min=1)
+_who = partial(Option, rich_help_panel="Who and where")
+_limit = partial(Option, rich_help_panel="Limits", min=1)
 
 ServingDevice = Annotated[str, _who(help="auto, cpu, cuda ...")]
 Served = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL",
         help="A stacked model's folder, a Hope's (or a run's), or a plain Hugging Face model, "
         "on which the levels of `nestlearn stack` are put. Default: the package's own Hope.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from nestlearn.cli.commands import say
 from nestlearn.evals import Record
 from nestlearn.experiments import language, runner
 from nestlearn.experiments.cells import Cell
-from nestlearn.experiments.language import corpus_of, eval_tokens, settings
+from nestlearn.experiments.language import corpus_of, eval_tokens
 from nestlearn.experiments.tables import table
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.train import Corpus, TrainConfig
@@ -32,15 +33,13 @@ from nestlearn.train.run import resolve_device
 
 
 def run(
-    data: Sequence[str | Path],
+    data: Sequence[Path],
     out: Path,
     config: TrainConfig,
-    *,
-    seeds: int = 1,
-    every_model: bool = False,
-    size: str = "tiny",
-    lr: float | None = None,
-    say: Callable[[str], None] = print,
+    seeds: int,
+    every_model: bool,
+    size: str,
+    lr: float | None,
 ) -> list[Record]:
     """Train and measure Hope and a Transformer (every_model: seven models) and return the records.
 
@@ -50,10 +49,8 @@ def run(
     """
     paths = tuple(map(str, data))
     corpus = corpus_of(paths)
-    models = (language.all_models if every_model else language.quick_models)(
-        corpus.vocab_size, size
-    )
-    entries = [replace(e, lr=e.lr if lr is None else lr) for e in models]
+    models = language.all_models if every_model else language.quick_models
+    entries = [replace(e, lr=e.lr if lr is None else lr) for e in models(corpus.vocab_size, size)]
     prompt = _prompt(corpus) if data else "def "
     cells = language.cells(entries, paths, config, out, prompt)
     about = replace(
@@ -91,9 +88,8 @@ def _seconds(todo: Sequence[Cell], corpus: Corpus, config: TrainConfig) -> float
     took = {name: _step_seconds(cell, corpus, config) for name, cell in models.items()}
     tokens = config.batch * config.length
     read = (config.steps // config.eval_every) * config.eval_windows * config.length
-    steps = (
-        config.steps + (read + 2 * eval_tokens(config)) / tokens / 3
-    )  # reading: a third of a step
+    read += 2 * eval_tokens(config)
+    steps = config.steps + read / tokens / 3  # reading: a third of a step
     return sum(steps * took[cell["model"]] + 3 for cell in todo)
 
 
@@ -166,10 +162,5 @@ def _next(folder: Path, word: str) -> Text:
     text = Text("Try next\n", style="bold")
     for command, purpose in lines:
         text.append(f"  {command:<{width}}", style="not bold cyan").append(f"   {purpose}\n", "dim")
-    doors = (
-        "The README has the other doors: the layers in your own model, state, results, equations."
-    )
-    return text.append(f"  {doors}", "not bold")
-
-
-__all__ = ["report", "run", "settings"]
+    doors = "the layers in your own model, state, results, equations"
+    return text.append(f"  The README has the other doors: {doors}.", "not bold")

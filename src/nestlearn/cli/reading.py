@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from nestlearn.cli.commands import say
 from nestlearn.hf.plan import StackMemory
 from nestlearn.learn import Session, Studied, StudyConfig
 
 BLOCK = 2048  # tokens of one `learn`, which is also what a rollback takes back
 SAMPLE = 2048  # tokens, at most, of a text on which a loss is measured
-
-
-class Reading(NamedTuple):
-    """What became of a text. stopped: by Ctrl-C. seconds: of reading and learning."""
-
-    stopped: bool
-    seconds: float
 
 
 def introduction(session: Session, name: str) -> str:
@@ -44,10 +36,9 @@ def introduction(session: Session, name: str) -> str:
 
 
 def read_and_learn(
-    session: Session, ids: list[int], keep: list[int] | None, tolerance: float | None,
-    source: str, say: Callable[..., None],
-) -> Reading:  # fmt: skip
-    """Learn from the tokens, with progress on stderr.
+    session: Session, ids: list[int], keep: list[int] | None, tolerance: float | None, source: str
+) -> tuple[bool, float]:  # fmt: skip
+    """Learn from the tokens, with progress on stderr; whether Ctrl-C stopped it, and its seconds.
 
     A text of several blocks is also measured as it is met, so before it was learned: what the
     model makes of *new* text of the kind. keep: tokens on which forgetting is measured (default:
@@ -76,17 +67,15 @@ def read_and_learn(
             rate = f"{done / (time.perf_counter() - begin):,.0f} tokens/s"
             board.update(task, advance=report.tokens, loss=f"{report.loss:.3f}", rate=rate)
     seconds = time.perf_counter() - begin
-    _report(session, ids[:done], before, losses, say)
+    _report(session, ids[:done], before, losses)
     name = "its own samples" if keep is None else "the text to keep"
     say(f"Forgotten: loss on {name} {before_own:.3f} before, {_loss(session, own):.3f} now.")
     if taken_back:
         say(f"{taken_back} of {len(losses)} blocks were taken back: they harmed {name}.", "yellow")
-    return Reading(stopped, seconds)
+    return stopped, seconds
 
 
-def study_text(
-    session: Session, text: str, config: StudyConfig, source: str, say: Callable[..., None]
-) -> Studied:
+def study_text(session: Session, text: str, config: StudyConfig, source: str) -> Studied:
     """Study a text that was read, with progress on stderr, and say what came of it."""
     own, begin = own_text(session), time.perf_counter()
     before = _loss(session, own)
@@ -114,13 +103,7 @@ def study_text(
     return studied
 
 
-def _report(
-    session: Session,
-    read: list[int],
-    before: StackMemory,
-    losses: list[float],
-    say: Callable[..., None],
-) -> None:
+def _report(session: Session, read: list[int], before: StackMemory, losses: list[float]) -> None:
     """Say what was learned: the loss on the text, and on its parts as they were met."""
     last = torch.tensor([read[-SAMPLE:]])
     if last.shape[1] < 2:
@@ -159,12 +142,11 @@ def own_text(session: Session, tokens: int = 256) -> Tensor:
 def progress(unit: str = "tokens", measured: bool = True) -> Progress:
     """On stderr: how much is done, how fast, how long it will take, and with `measured` a loss."""
     loss = (TextColumn("loss {task.fields[loss]}"),) if measured else ()
+    tokens = TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit)
-        if unit
-        else MofNCompleteColumn(),
+        tokens if unit else MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         *loss,

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from nestlearn.cli import options
 from nestlearn.cli.commands import say
 from nestlearn.cli.stacked import encode, open_session, place, pretrained, words_of
 
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="A stacked model's folder.")]
-MemoryName = Annotated[str, typer.Option(help="The memory's name; it is made if it is not there.")]
+Dir = Annotated[Path, Argument(metavar="DIR", help="A stacked model's folder.")]
+MemoryName = Annotated[str, Option(help="The memory's name; it is made if it is not there.")]
 Data = Annotated[
     list[Path],
-    typer.Option(help="A text file (.gz too) or a folder of them; repeat the option for more."),
+    Option(help="A text file (.gz too) or a folder of them; repeat the option for more."),
 ]
 
 
@@ -95,21 +96,21 @@ def stack_train(
     folder: Dir,
     data: Data,
     keep: Annotated[
-        list[Path] | None, typer.Option(help="Texts that are not to be forgotten meanwhile.")
+        list[Path] | None, Option(help="Texts that are not to be forgotten meanwhile.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Streams side by side.")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 512,
+    steps: Annotated[int, Option(min=1, help="Optimizer steps.")] = 50,
+    batch: Annotated[int, Option(min=1, help="Streams side by side.")] = 4,
+    length: Annotated[int, Option(min=2, help="Tokens of each stream.")] = 512,
     reach: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the outer gradient reaches back.")
+        int | None, Option(min=1, help="Tokens that the outer gradient reaches back.")
     ] = None,
     start_values: Annotated[
-        bool, typer.Option("--start-values", help="Train where the levels start, too.")
+        bool, Option("--start-values", help="Train where the levels start, too.")
     ] = False,
     first_order: Annotated[
-        bool, typer.Option("--first-order", help="Not through the inner gradients: cheaper.")
+        bool, Option("--first-order", help="Not through the inner gradients: cheaper.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the windows.")] = 0,
+    seed: Annotated[int, Option(help="Of the windows.")] = 0,
 ) -> None:
     """Train how the levels learn: their step sizes and, by choice, their start values.
 
@@ -184,16 +185,15 @@ def learn(
     kept = encode(session.tokenizer, keep) if keep else None
     source = ", ".join(path.name for path in data)
     begin = session.memory.position
-    read = read_and_learn(session, ids, kept, tolerance, source, say)
+    stopped, seconds = read_and_learn(session, ids, kept, tolerance, source)
     session.save()
-    stopped = read.stopped
     if study and not stopped:
         text = session.tokenizer.decode(ids, skip_special_tokens=True)
         config = StudyConfig(questions or StudyConfig.questions)
-        stopped = study_text(session, text, config, source, say).stopped
+        stopped = study_text(session, text, config, source).stopped
     held, now = sum(session.bytes.values()) / 1e6, session.memory.position - begin
     say(
-        f"Saved {session.path} ({held:,.1f} MB): {now:,} tokens learned in {read.seconds:,.1f} "
+        f"Saved {session.path} ({held:,.1f} MB): {now:,} tokens learned in {seconds:,.1f} "
         f"seconds, {session.memory.position:,} in all.",
         "green",
     )
@@ -206,15 +206,14 @@ def chat(
     memory: MemoryName,
     learn: Annotated[
         Literal["user", "assistant", "both", "nothing"] | None,
-        typer.Option(help="Whose words are learned from (default: user)."),
+        Option(help="Whose words are learned from (default: user)."),
     ] = None,
     read_only: Annotated[
-        bool,
-        typer.Option("--read-only", help="Learn and save nothing; the memory must be there."),
+        bool, Option("--read-only", help="Learn and save nothing; the memory must be there.")
     ] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same replies.")] = 0,
+    tokens: Annotated[int, Option(min=1, help="Longest reply.")] = 100,
+    temperature: Annotated[float, Option(min=0.0, help="0: the likeliest token.")] = 0.8,
+    seed: Annotated[int, Option(help="The same seed draws the same replies.")] = 0,
     device: options.Device = "auto",
 ) -> None:
     """Talk with a model that remembers; every exchange is saved. An empty line ends it.

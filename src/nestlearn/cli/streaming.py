@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from nestlearn.cli.options import Device
 
@@ -21,31 +21,31 @@ ASIS = ("windows", "carried")  # with nothing to choose, they read at temperatur
 
 def stream(
     model: Annotated[
-        Path, typer.Option(help="A run's folder, a saved Hope, a stack, or a pretrained model.")
+        Path, Option(help="A run's folder, a saved Hope, a stack, or a pretrained model.")
     ],
     text: Annotated[
-        list[Path], typer.Option(help="A text, read as one stream; repeat the option for more.")
+        list[Path], Option(help="A text, read as one stream; repeat the option for more.")
     ],
     rows: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="windows, carried, levels, calibration, cache, knn or dynamic; repeat the option "
             "for more (default: all that the model has)."
         ),
     ] = None,
     choose: Annotated[
         list[Path] | None,
-        typer.Option(help="Another text, by which each row's dial is chosen among three values."),
+        Option(help="Another text, by which each row's dial is chosen among three values."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Read so many tokens of each text only.")
+        int | None, Option(min=2, help="Read so many tokens of each text only.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window (default: as it was trained).")
+        int | None, Option(min=2, help="Tokens of a window (default: as it was trained).")
     ] = None,
     device: Device = "auto",
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file, too.")
+        Path | None, Option("--json", help="Write the figures to this file, too.")
     ] = None,
 ) -> None:
     """Read a text with a trained model, and print its bits per byte, by what learns on the way.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from nestlearn.cli import options, processes
 from nestlearn.cli.commands import say as _say
@@ -101,8 +102,8 @@ def _introduce(corpus: Corpus, model: Any, say: Callable[..., None]) -> None:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")],
-    out: Annotated[Path, typer.Option(help="The model's new folder.")],
+    folder: Annotated[Path, Argument(metavar="RUN", help="A run's folder, finished or not.")],
+    out: Annotated[Path, Option(help="The model's new folder.")],
     tokenizer: options.TokenizerFile = None,
 ) -> None:
     """Write the model of a run's newest whole checkpoint, one file of weights, for use.
