@@ -83,10 +83,7 @@ class Level:
 
 
 def levels(
-    model: nn.Module,
-    *,
-    tokens_per_step: int | None = None,
-    optimizer: str | Optimizer = "AdamW",
+    model: nn.Module, *, tokens_per_step: int | None = None, optimizer: str | Optimizer = "AdamW"
 ) -> list[Level]:
     """The levels of a model and its optimizer (defs. 2–4), fast to slow.
 

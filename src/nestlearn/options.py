@@ -233,14 +233,12 @@ def to_json(options: Any) -> dict[str, Any]:
 
 def from_json(kind: type, data: dict[str, Any]) -> Any:
     """Options of that kind from their fields in JSON; ValueError for a field that it has not."""
-    unknown = sorted(set(data) - names(kind))
-    if unknown:
+    if unknown := sorted(set(data) - names(kind)):
         raise ValueError(f"unknown fields {unknown}: {kind.__name__} has {sorted(names(kind))}")
     data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     if "levels" in data:
-        data["levels"] = tuple(
-            from_json(Level, v) if isinstance(v, dict) else v for v in data["levels"]
-        )
+        own = (from_json(Level, v) if isinstance(v, dict) else v for v in data["levels"])
+        data["levels"] = tuple(own)
     return kind(**data)
 
 

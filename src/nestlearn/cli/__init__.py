@@ -1,8 +1,9 @@
 """The command line: typed signatures over the library; nobody imports this room.
 
 A new command is one function under `@app.command()`. Imports of the library stand inside the
-commands, so that `nestlearn --help` answers at once. `main` shows every error that the library
-foresees (a wrong value, a missing file, a full disk) as one line and exits with 2.
+commands, in all files of this room, so that `nestlearn --help` answers at once. `main` shows every
+error that the library foresees (a wrong value, a missing file, a full disk) as one line and exits
+with 2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The commands `nestlearn eval` and `nestlearn reproduce`: typed signatures over the experiments.
-
-Like `nestlearn.cli`, this imports the library inside the commands, so that help comes at once.
-"""
+"""The commands `nestlearn eval` and `nestlearn reproduce`, over the experiments."""
 
 from __future__ import annotations
 

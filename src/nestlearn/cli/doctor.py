@@ -47,12 +47,11 @@ def doctor(
             took = time.perf_counter() - began
             typer.echo(f"  {'FAILS' if wrong else 'holds'}  {name} ({took:.1f} s) {wrong}".rstrip())
             failed += bool(wrong)
+    count = len(selftest.LAWS)
     if failed:
-        typer.echo(
-            f"{failed} of {len(selftest.LAWS)} laws fail on {place}: do not trust its results."
-        )
+        typer.echo(f"{failed} of {count} laws fail on {place}: do not trust its results.")
         raise typer.Exit(1)
-    typer.echo(f"All {len(selftest.LAWS)} laws hold on {place}.")
+    typer.echo(f"All {count} laws hold on {place}.")
 
 
 def _section(title: str, lines: Iterator[tuple[str, str]]) -> None:

@@ -1,7 +1,4 @@
-"""The commands `nestlearn memory ...`: look at memories, copy them, forget, make them weights.
-
-Like `nestlearn.cli`, this imports the library inside the commands, so that help comes at once.
-"""
+"""The commands `nestlearn memory ...`: look at memories, copy them, forget, make them weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command `nestlearn serve`: a model, opened whichever kind it is, behind a page and an API.
-
-Like `nestlearn.cli`, this imports the library inside the command, so that help comes at once.
-"""
+"""The command `nestlearn serve`: a model, opened whichever kind it is, behind a page and an API."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def encode(tokenizer: Any, paths: list[Path]) -> list[int]:
             say(f"{skipped} files in {path} were left out: {why}.", "yellow")
     if not texts:
         raise ValueError(f"no text in {', '.join(map(str, paths))}: give a text file")
-    return ids_of(tokenizer, "\n".join(text.decode("utf-8") for text in texts))
+    return ids_of(tokenizer, b"\n".join(texts).decode("utf-8"))
 
 
 def quiet() -> None:

@@ -1,7 +1,4 @@
-"""The commands `nestlearn stack`, `learn` and `chat`: typed signatures over the library.
-
-Like `nestlearn.cli`, this imports the library inside the commands, so that help comes at once.
-"""
+"""The commands `nestlearn stack`, `learn` and `chat`: typed signatures over the library."""
 
 from __future__ import annotations
 

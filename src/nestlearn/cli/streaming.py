@@ -65,10 +65,8 @@ def stream(
     quiet()
     opened = readers.opened(model, str(resolve_device(device)), window)
     asked = chosen(rows or (), opened.rows, "row")
-    read, held = (
-        opened.text(_joined(paths), tokens) if paths else None for paths in (text, choose)
-    )
-    assert read is not None
+    read = opened.text(_joined(text), tokens)
+    held = opened.text(_joined(choose), tokens) if choose else None
     found = _read(opened, asked, read, held)
     size = int(read.sizes.sum())
     if as_json is not None:
@@ -81,8 +79,7 @@ def stream(
 def _joined(paths: list[Path]) -> str:
     from nestlearn.train.texts import read_texts
 
-    texts, _, _ = read_texts(paths)
-    return "\n".join(text.decode("utf-8") for text in texts)
+    return b"\n".join(read_texts(paths)[0]).decode("utf-8")
 
 
 def _read(

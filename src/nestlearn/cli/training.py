@@ -1,7 +1,4 @@
-"""The commands `nestlearn train` and `nestlearn export`: typed signatures over training.
-
-Like `nestlearn.cli`, this imports the library inside the commands, so that help comes at once.
-"""
+"""The commands `nestlearn train` and `nestlearn export`: typed signatures over training."""
 
 from __future__ import annotations
 

@@ -34,9 +34,7 @@ def groups(
     """
     split = {"in_proj_weight": 3, **(split or {})}
     shy = {id(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
-    kernels = {
-        id(m.weight) for m in model.modules() if isinstance(m, _CONVOLUTIONS) and m.weight.ndim > 2
-    }
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
     found: dict[tuple, dict[str, Any]] = {}
     used = {"in_proj_weight"}
     for name, p in model.named_parameters():
@@ -44,21 +42,15 @@ def groups(
             continue
         plain = p.ndim < 2 or getattr(p, "no_decay", False)
         stacked = p.ndim > 2 and id(p) not in kernels
-        rows, columns = (
-            (p.shape[-2:] if stacked else (p.shape[0], p.shape[1:].numel()))
-            if p.ndim > 1
-            else (1, 1)
-        )
+        sides = p.shape[-2:] if stacked else (p.shape[:1].numel(), p.shape[1:].numel())
         is_head = bool(set(name.split(".")[-2:-1]) & set(heads))
-        aside = plain or is_head or id(p) in shy or min(rows, columns) < SHORT
+        aside = plain or is_head or id(p) in shy or min(sides) < SHORT
         parts = next((n for part, n in split.items() if part in name), 1)
         used |= {part for part in split if part in name}
         group: dict[str, Any] = {**options, "rule": "auxiliary" if aside else "matrix"}
         if not aside:
-            group |= {
-                "stacked": stacked,
-                "split": parts if isinstance(parts, int) else tuple(parts),
-            }
+            split_to = parts if isinstance(parts, int) else tuple(parts)
+            group |= {"stacked": stacked, "split": split_to}
         if plain:
             group["weight_decay"] = 0.0
         key = (aside, stacked and not aside, str(parts) if not aside else "", plain)

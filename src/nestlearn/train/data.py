@@ -244,20 +244,18 @@ def _starts(split: str, tokens: torch.Tensor, length: int, stream: int = 1) -> i
         raise ValueError(f"length={length}: a window has at least 1 token")
     if stream < 1:
         raise ValueError(f"stream={stream}: a stream has at least 1 window")
-    starts = tokens.numel() - stream * length
-    if starts < 1 and stream > 1:
-        raise ValueError(
-            f"the {split} text has {tokens.numel()} tokens, shorter than one stream of "
-            f"stream * length + 1 = {stream} * {length} + 1 = {stream * length + 1}; give more "
+    starts, needed = tokens.numel() - stream * length, stream * length + 1
+    if starts >= 1:
+        return starts
+    what = f"one window of length + 1 = {needed}; give more text or a smaller length"
+    if stream > 1:
+        what = (
+            f"one stream of stream * length + 1 = {stream} * {length} + 1 = {needed}; give more "
             "text, or a smaller stream or length"
         )
-    if starts < 1:
-        raise ValueError(
-            f"the {split} text has {tokens.numel()} tokens, shorter than one window of "
-            f"length + 1 = {length + 1}; give more text or a smaller length"
-            + (" or a larger val_fraction" if split == "val" else "")
-        )
-    return starts
+    elif split == "val":
+        what += " or a larger val_fraction"
+    raise ValueError(f"the {split} text has {tokens.numel()} tokens, shorter than {what}")
 
 
 def _windows(tokens: torch.Tensor, offsets: torch.Tensor, length: int) -> torch.Tensor:

@@ -25,7 +25,6 @@ PEAKS = {
     "H200": (989.0, 495.0, 67.0),
     "L40S": (362.0, 183.0, 91.6),
 }
-_TRACED = {"wait": 1, "warmup": 1, "active": 3}  # steps
 
 
 def device_peak(name: str, dtype: str) -> float | None:
@@ -130,6 +129,6 @@ class Meters:
         file = Path(out, "profile", f"rank-{self._ranks.rank}.json")
         file.parent.mkdir(parents=True, exist_ok=True)
         write = lambda trace: trace.export_chrome_trace(str(file))  # noqa: E731
-        plan = schedule(**_TRACED, repeat=1)
+        plan = schedule(wait=1, warmup=1, active=3, repeat=1)
         with profile(schedule=plan, on_trace_ready=write, record_shapes=True) as self._profiler:
             yield
