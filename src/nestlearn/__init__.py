@@ -15,21 +15,15 @@ if TYPE_CHECKING:
     from .models import HopeConfig, HopeLM
     from .train import TrainConfig, evaluate, load_text
 
-_HOME = {
-    "Attention": "layers",
-    "ContinuumMemory": "layers",
-    "Level": "layers",
-    "SelfModifyingTitans": "layers",
-    "DeltaLevel": "hf.plan",
-    "HopeConfig": "models",
-    "HopeLM": "models",
-    "Session": "learn",
-    "TrainConfig": "train",
-    "evaluate": "train",
-    "load_text": "train",
-    "stack_levels": "hf.stack",
-    "unstack": "hf.stack",
+_NAMES = {
+    "layers": ("Attention", "ContinuumMemory", "Level", "SelfModifyingTitans"),
+    "hf.plan": ("DeltaLevel",),
+    "hf.stack": ("stack_levels", "unstack"),
+    "models": ("HopeConfig", "HopeLM"),
+    "learn": ("Session",),
+    "train": ("TrainConfig", "evaluate", "load_text"),
 }
+_HOME = {name: room for room, names in _NAMES.items() for name in names}
 _ROOMS = (
     "memory", "scan", "state", "options", "layers", "levels", "models", "hf", "learn", "train",
 )  # fmt: skip

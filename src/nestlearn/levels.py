@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SYMBOLS = {"k": "M_k", "v": "M_v", "eta": "M_η", "alpha": "M_α", "q": "M_q", "mem": "M_mem"}
 _READ_BY_OTHERS = ("momentum", "optimizer")  # kinds that the weights of equal frequency need
+_EMPTY: dict[str, Any] = {"parameters": 0, "state_per_sample": 0, "state_per_token": 0}
 _LAYERS = (Attention, ContinuumMemory, SelfModifyingTitans, StaticProjections, SwiGLU)
 
 
@@ -126,15 +127,10 @@ def _merged(found: list[Component]) -> list[Component]:
     """One component for those that differ in their blocks and their sizes only."""
     merged: dict[Component, Component] = {}
     for c in found:
-        key = replace(c, parameters=0, state_per_sample=0, state_per_token=0, blocks=())
+        key = replace(c, **_EMPTY, blocks=())
         old = merged.get(key, key)
-        merged[key] = replace(
-            c,
-            parameters=old.parameters + c.parameters,
-            state_per_sample=old.state_per_sample + c.state_per_sample,
-            state_per_token=old.state_per_token + c.state_per_token,
-            blocks=tuple(sorted({*old.blocks, *c.blocks})),
-        )
+        sums: dict[str, Any] = {size: getattr(old, size) + getattr(c, size) for size in _EMPTY}
+        merged[key] = replace(c, **sums, blocks=tuple(sorted({*old.blocks, *c.blocks})))
     return list(merged.values())
 
 
@@ -304,10 +300,9 @@ def _part_of_layer(owner: nn.Module, rest: list[str]) -> str:
 
 def to_json(levels: list[Level]) -> list[dict[str, Any]]:
     """The levels as plain JSON data, with every component's frequency."""
-    data = []
-    for level in levels:
-        components = [{**asdict(c), "frequency": c.frequency} for c in level.components]
-        data.append({"number": level.number, "period": level.period, "components": components})
+    data = [asdict(level) for level in levels]
+    for level, told in zip(levels, data):
+        told["components"] = [{**asdict(c), "frequency": c.frequency} for c in level.components]
     return data
 
 
@@ -372,7 +367,7 @@ def _row(c: Component) -> tuple[str, ...]:
 def _same_but_name(components: tuple[Component, ...]) -> list[Component]:
     rows: dict[Component, Component] = {}
     for c in components:
-        key = replace(c, name="", parameters=0, state_per_sample=0, state_per_token=0)
+        key = replace(c, name="", **_EMPTY)
         if c.kind != "memory" or key not in rows:
             rows[key if c.kind == "memory" else c] = c
             continue

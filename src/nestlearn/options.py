@@ -110,9 +110,7 @@ class StaticTitans:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Gated DeltaNet: a matrix memory, the delta rule with retention. Fields as in `Titans`;
-    without weight_decay it is plain DeltaNet.
-    """
+    """Gated DeltaNet (plain, if no weight_decay): matrix memory, delta rule; fields of `Titans`."""
 
     chunk: int = 64
     eta_max: float = 1.0

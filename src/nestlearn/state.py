@@ -123,14 +123,13 @@ def _row_index(rows: Rows, size: int) -> torch.Tensor:
                 "[N] of row numbers (for a mask: mask.nonzero()[:, 0])"
             )
         index = rows
-    else:
-        if not isinstance(rows, list | tuple) or any(type(row) is not int for row in rows):
-            raise ValueError(
-                f"rows={rows!r}: pass a list of ints, a LongTensor or a slice, e.g. rows=[0]"
-            )
+    elif isinstance(rows, list | tuple) and all(type(row) is int for row in rows):
         index = torch.tensor(rows, dtype=torch.long)
-    bad = index[(index < 0) | (index >= size)].tolist()
-    if bad:
+    else:
+        raise ValueError(
+            f"rows={rows!r}: pass a list of ints, a LongTensor or a slice, e.g. rows=[0]"
+        )
+    if bad := index[(index < 0) | (index >= size)].tolist():
         raise ValueError(f"rows {bad} are out of bounds: the state has rows 0 to {size - 1}")
     return index
 

@@ -10,13 +10,7 @@ import torch
 Leaf = torch.Tensor | int | float | bool | str | None
 
 CONTAINERS = frozenset({"namedtuple", "tuple", "list", "dict"})
-_SCALARS: dict[type, str] = {
-    bool: "bool",
-    int: "int",
-    float: "float",
-    str: "str",
-    type(None): "none",
-}
+_SCALARS: dict[type, str] = {t: t.__name__ for t in (bool, int, float, str)} | {type(None): "none"}
 
 
 def kind_of(node: Any, path: str) -> str:

@@ -256,11 +256,11 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, whole):
 
 def test_a_checkpoint_is_written_while_the_run_goes_on(tmp_path, whole, monkeypatch):
     """The writing of step 4 is held until step 6, and holds step 4."""
-    held, there = threading.Event(), []
+    held, there, publish = threading.Event(), [], RunFolder._publish
 
     def slow(*given):
         assert held.wait(60)
-        atomic_write(*given)
+        publish(*given)
 
     def on_step(record):
         if record["step"] == 6:
@@ -268,7 +268,7 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(tmp_path, whole, monkeypa
             held.set()
             raise RuntimeError("crash")
 
-    monkeypatch.setattr("nestlearn.train.checkpoint.atomic_write", slow)
+    monkeypatch.setattr(RunFolder, "_publish", slow)
     with pytest.raises(RuntimeError, match="crash"):
         run(tmp_path, on_step=on_step)
     assert there == [False]
@@ -277,10 +277,10 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(tmp_path, whole, monkeypa
 
 
 def test_what_ends_the_writing_ends_the_run_at_a_next_step(tmp_path, monkeypatch):
-    def refused(path, _):
+    def refused(_, path, write):
         raise OSError(errno.EIO, f"cannot write {path}")
 
-    monkeypatch.setattr("nestlearn.train.checkpoint.atomic_write", refused)
+    monkeypatch.setattr(RunFolder, "_publish", refused)
     with pytest.raises(OSError, match=r"cannot write .*step-000004"):
         run(tmp_path, on_step=lambda record: time.sleep(0.05))
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] < 8
@@ -305,7 +305,8 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path):
     """Fork, die at the n-th disk operation of a save, and look at what is left."""
     model = Tiny()
     optimizer = adamw(model, CONFIG, torch.device("cpu"))
-    old = copied_checkpoint(tmp_path / "seed", 4, model, optimizer, {})()
+    old = tmp_path / "step-000004"
+    atomic_write(old, copied_checkpoint(4, model, optimizer, {}))
     deaths = 0
     for nth in range(1, 50):
         folder = tmp_path / str(nth)
@@ -313,7 +314,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path):
         child = os.fork()
         if child == 0:
             _die_at(nth)
-            copied_checkpoint(folder, 8, model, optimizer, {})()
+            atomic_write(folder / "step-000008", copied_checkpoint(8, model, optimizer, {}))
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         names = [name for name in os.listdir(folder) if name.startswith("step-")]

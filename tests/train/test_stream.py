@@ -20,7 +20,6 @@ from tiny_run import (
 from torch import nn
 
 from nestlearn import state as tree
-from nestlearn.disk import atomic_write
 from nestlearn.layers import Level
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Continuum, DeltaNet, StaticTitans, Titans
@@ -28,6 +27,7 @@ from nestlearn.train import Corpus, TrainConfig, evaluate
 from nestlearn.train.carried import Carried
 from nestlearn.train.checkpoint import _digest, verify_checkpoint
 from nestlearn.train.data import restarts
+from nestlearn.train.folder import RunFolder
 from nestlearn.train.run import _batch, _Gradients
 
 STREAM = dataclasses.replace(CONFIG, stream=3)
@@ -273,18 +273,18 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(tmp_path, whole, step):
 
 def test_a_memory_is_copied_before_the_run_goes_on(tmp_path, whole, monkeypatch):
     """The files of step 4 are made after step 6, and hold step 4."""
-    held = threading.Event()
+    held, publish = threading.Event(), RunFolder._publish
 
     def slow(*given):
         assert held.wait(60)
-        atomic_write(*given)
+        publish(*given)
 
     def on_step(record):
         if record["step"] == 6:
             held.set()
             raise RuntimeError("crash")
 
-    monkeypatch.setattr("nestlearn.train.checkpoint.atomic_write", slow)
+    monkeypatch.setattr(RunFolder, "_publish", slow)
     with pytest.raises(RuntimeError, match="crash"):
         run(tmp_path, STREAM, Remembering(), on_step=on_step)
     model, log = run(tmp_path, STREAM, Remembering(), resume=True)

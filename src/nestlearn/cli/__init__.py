@@ -52,9 +52,6 @@ def _root(
 ) -> None: ...
 
 
-# ------------------------------------------------------------------------------- quickstart
-
-
 @app.command()
 def quickstart(
     data: Annotated[
@@ -100,13 +97,8 @@ def quickstart(
     report(records, out, Console())
 
 
-# ------------------------------------------------------------------------------------ train
-
 app.command()(training.train)
 app.command()(training.export)
-
-
-# --------------------------------------------------------------------------------- generate
 
 
 @app.command()
@@ -162,9 +154,6 @@ def _model_folder(name: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model in {folder}; pass the --out of a finished training run")
     return folder
-
-
-# ----------------------------------------------------------------------------------- levels
 
 
 @app.command()
@@ -225,27 +214,14 @@ def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
         raise ValueError(f"{path} describes no run or model of nestlearn ({error})") from error
 
 
-# ---------------------------------------------------------------------------- eval, reproduce
-
 app.add_typer(commands.evaluation, name="eval")
 app.command()(commands.reproduce)
-
-
-# ----------------------------------------------------------------------------------- doctor
-
 app.command()(doctor.doctor)
-
-
-# ------------------------------------------------------ stack, learn, chat, memory, serve
-
 app.add_typer(stacking.stack, name="stack")
 app.command()(stacking.learn)
 app.command()(stacking.chat)
 app.add_typer(memory_commands.memory, name="memory")
 app.command()(serving.serve)
-
-
-# ------------------------------------------------------------------------------------- main
 
 
 def main() -> None:

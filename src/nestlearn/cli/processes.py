@@ -90,9 +90,7 @@ def _last_words(error: BaseException, board: _Board) -> str:
 
 
 class _Board:
-    """A place in torchrun's store, which outlives its processes, where they find each other and
-    leave word.
-    """
+    """A place in torchrun's store, which outlives processes, where they meet and leave word."""
 
     def __init__(self) -> None:
         import torch.distributed as dist

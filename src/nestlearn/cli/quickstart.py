@@ -114,9 +114,6 @@ def _words(seconds: float) -> str:
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-# ------------------------------------------------------------------------------------- report
-
-
 def report(records: Sequence[Record], out: Path, console: Console) -> None:
     """Print the table, where everything is, a sample of each model, and what to try next."""
     head, _, *rows = (

@@ -46,14 +46,13 @@ def pretrained(name: str, tokenizer: Path | None) -> tuple[Any, Any]:
         return load_llama2c(name), Llama2cTokenizer(tokenizer) if tokenizer else None
     if tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer}: only for llama2.c checkpoints (.bin)")
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
-    if file := _gguf(name):
-        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source)
+    file = _gguf(name)
+    source, form = (file.parent, {"gguf_file": file.name}) if file else (name, {})
+    model = AutoModelForCausalLM.from_pretrained(source, **form)
     if file:  # its weights are plain numbers now, and are saved as such
         model = _plain(model)
     try:
-        return model, AutoTokenizer.from_pretrained(**source)
+        return model, AutoTokenizer.from_pretrained(source, **form)
     except (OSError, ValueError, KeyError) as error:
         say(f"No tokenizer with {name} ({type(error).__name__}): texts cannot be read.", "yellow")
         return model, None
@@ -98,9 +97,7 @@ def words_of(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, paths: list[Path]) -> list[int]:
-    """The token ids of text files and folders of them, one after the other; an error names the
-    file that is no text.
-    """
+    """Token ids of text files and folders, in order; an error names the file that is no text."""
     from nestlearn.learn.conversation import encode as ids_of
     from nestlearn.train.texts import read_texts
 

@@ -117,16 +117,17 @@ def _measured(
     from nestlearn.experiments.readers import ROWS
 
     about, done = ROWS[row], 0
+
+    def read(some: Text, value: float) -> Any:
+        nonlocal done
+        before, done = done, done + len(some.ids)
+        return nats(opened.reader(row, value), some.ids, lambda now, _: tell(before + now))
+
     dial = 1.0 if row in ASIS else about.values[1]
     if held is not None:
-        tried = {}
-        for value in about.values:
-            some = nats(opened.reader(row, value), held.ids, lambda read, _: tell(done + read))  # noqa: B023
-            tried[value] = bits_per_byte(some, held.sizes)
-            done += len(held.ids)
-        dial = min(tried, key=tried.__getitem__)
+        dial = min(about.values, key=lambda v: bits_per_byte(read(held, v), held.sizes))
     start = time.perf_counter()
-    losses = nats(opened.reader(row, dial), text.ids, lambda read, _: tell(done + read))
+    losses = read(text, dial)
     return {
         "row": row, "title": about.title, about.dial: dial,
         "bits_per_byte": bits_per_byte(losses, text.sizes), "tenths": tenths(losses, text.sizes),

@@ -174,10 +174,8 @@ class ChainOptimizer(Optimizer):
         layout = self._layout(p, group)
         if not state:
             state |= self._start(p, group, chain)
-        step = int(state["step"])
-        return Slot(local(p), p.shape, step, p, layout), {
-            name: local(t) for name, t in state.items() if name != "step"
-        }
+        own = {name: local(t) for name, t in state.items() if name != "step"}
+        return Slot(local(p), p.shape, int(state["step"]), p, layout), own
 
     def _start(self, p: Tensor, group: Group, chain: Transform) -> State:
         """The state of a parameter before its first step."""
@@ -289,8 +287,7 @@ def _fits(saved: State, start: State, p: Tensor) -> None:
 
 
 def _gradients(slots: Iterable[Slot], maximize: bool) -> Updates:
-    """The gradients as the chain's first updates: of the state's type, downhill; never p.grad's own
-    values changed."""
+    """The gradients as first updates: of the state's type, downhill; p.grad stays as it is."""
     found = []
     for slot in slots:
         g = gradient_of(slot.source)

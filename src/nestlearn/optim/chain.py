@@ -103,13 +103,12 @@ class At:
             [s.layout.matrices(whole_of(u, s.source)) for s, u in zip(self.slots, us)]
             for us in lists
         ]
-        flat = [[m for ms in one for m in ms] for one in parts]
-        results = iter(f(*flat))
-        joined = [
-            slot.layout.join([next(results) for _ in ms], slot.shape)
-            for slot, ms in zip(self.slots, parts[0])
-        ]
-        return [own_part(u, s.source) for s, u in zip(self.slots, joined)]
+        results = iter(f(*([m for ms in one for m in ms] for one in parts)))
+        found = []
+        for slot, ms in zip(self.slots, parts[0]):
+            whole = slot.layout.join([next(results) for _ in ms], slot.shape)
+            found.append(own_part(whole, slot.source))
+        return found
 
     def norms(self, us: Sequence[Tensor]) -> list[Tensor]:
         """The Frobenius norm of each whole update, a tensor without axes."""

@@ -206,11 +206,8 @@ def taps(model: nn.Module) -> list[Tap]:
     A weight that is computed at each access (a parametrization) is none of the optimizer's.
     """
     kinds: dict[int, set[type]] = {}
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, LAYERS) and "weight" in m._parameters and m.weight.requires_grad
-    ]
+    layers = [m for m in model.modules() if isinstance(m, LAYERS) and "weight" in m._parameters]
+    layers = [m for m in layers if m.weight.requires_grad]
     for m in layers:
         kinds.setdefault(id(m.weight), set()).add(next(k for k in LAYERS if isinstance(m, k)))
     return [Tap(m) for m in layers if len(kinds[id(m.weight)]) == 1]

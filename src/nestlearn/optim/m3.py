@@ -67,9 +67,8 @@ def multiscale(
         return one
 
     rule = f"M ← {decay:g} M + {1 - decay:g} mean(g)"
-    memories = fast.memories + (
-        (Memory("slow momentum", "−⟨m, g⟩", rule, period),) if alpha else ()
-    )
+    kept = (Memory("slow momentum", "−⟨m, g⟩", rule, period),) if alpha else ()
+    memories = fast.memories + kept
     return Transform(init, update, memories + (modulation.memories if modulation else ()))
 
 

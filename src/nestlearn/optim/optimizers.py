@@ -6,20 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from torch.optim.optimizer import ParamsT
 
+from . import transforms
 from .base import ChainOptimizer, Check, Group, given
 from .chain import Transform, chain
 from .deep import OBJECTIVES, DeepMemory, Tokens, deep_momentum, literal_deep_momentum, take_roots
 from .m3 import literal_m3, multiscale, say_form
 from .orthogonal import QUINTIC, Adjust, Coefficients, Precision, orthogonalize, unit_rms
-from .transforms import (
-    adam,
-    adaptive_direction,
-    delta_momentum,
-    feature_map,
-    momentum,
-    output,
-    second_moment,
-)
 
 Mode = Literal["practical", "literal"]
 _MODES = ("practical", "literal")
@@ -94,11 +86,13 @@ class DeltaMomentum(ChainOptimizer):
 
     def chain(self, group: Group, rule: str) -> Transform:
         """φ, the memory, σ."""
-        memory = delta_momentum(group["momentum"], mode=group["mode"], delta=group["delta"])
+        memory = transforms.delta_momentum(
+            group["momentum"], mode=group["mode"], delta=group["delta"]
+        )
         around = group["features"], group["output"]
         if around == ("identity", "identity"):
             return memory
-        return chain(feature_map(around[0]), memory, output(around[1]))
+        return chain(transforms.feature_map(around[0]), memory, transforms.output(around[1]))
 
 
 class DeepMomentum(ChainOptimizer):
@@ -149,16 +143,13 @@ class DeepMomentum(ChainOptimizer):
         """The deep memory alone."""
         literal = group["mode"] == "literal"
         objective = "dot" if literal else group["objective"]
-        memory = DeepMemory(
-            group["tokens"], group["hidden"], group["depth"], objective, residual=not literal
-        )
+        size = group["tokens"], group["hidden"], group["depth"]
+        memory = DeepMemory(*size, objective, residual=not literal)
         if literal:
             return literal_deep_momentum(memory, alpha=group["momentum"])
+        retention, inner_lr = group["retention"], group["inner_lr"]
         return deep_momentum(
-            memory,
-            alpha=group["momentum"],
-            retention=group["retention"],
-            inner_lr=group["inner_lr"],
+            memory, alpha=group["momentum"], retention=retention, inner_lr=inner_lr
         )
 
 
@@ -170,7 +161,7 @@ class _Orthogonal(ChainOptimizer):
 
     def chain(self, group: Group, rule: str) -> Transform:
         if rule == "auxiliary":
-            return adam(group["betas"], group["eps"])
+            return transforms.adam(group["betas"], group["eps"])
         return self.matrices(group)
 
     def matrices(self, group: Group) -> Transform:
@@ -217,7 +208,7 @@ class Muon(_Orthogonal):
 
     def matrices(self, group: Group) -> Transform:
         """Momentum, Newton–Schulz."""
-        memory = momentum(group["momentum"], average=True, nesterov=group["nesterov"])
+        memory = transforms.momentum(group["momentum"], average=True, nesterov=group["nesterov"])
         return chain(memory, _sigma(group, widen=False))
 
 
@@ -253,11 +244,11 @@ class AdaMuon(_Orthogonal):
 
     def matrices(self, group: Group) -> Transform:
         """Momentum, its sign, Newton–Schulz, the second moment of that, one size."""
-        memory = momentum(group["momentum"])
+        memory = transforms.momentum(group["momentum"])
         if group["sign"]:
-            memory = chain(memory, output("sign"))
+            memory = chain(memory, transforms.output("sign"))
         sigma = _sigma({**group, "adjust": "none"})
-        modulation = adaptive_direction(group["momentum"], eps=group["eps"])
+        modulation = transforms.adaptive_direction(group["momentum"], eps=group["eps"])
         return chain(memory, sigma, modulation, unit_rms(0.2))
 
 
@@ -315,8 +306,10 @@ class M3(_Orthogonal):
             betas = (group["momentum"], group["betas"][1], group["slow"])
             sigma = _sigma({**group, "adjust": "none"})
             return literal_m3(betas, group["alpha"], group["period"], group["eps"], sigma)
-        fast = momentum(group["momentum"], average=True, nesterov=group["nesterov"], name="fast")
-        modulation = second_moment(group["betas"][1], eps=group["eps"])
+        fast = transforms.momentum(
+            group["momentum"], average=True, nesterov=group["nesterov"], name="fast"
+        )
+        modulation = transforms.second_moment(group["betas"][1], eps=group["eps"])
         return multiscale(
             fast,
             _sigma(group),

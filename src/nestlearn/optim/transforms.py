@@ -72,13 +72,12 @@ def precondition(P: Callable[[Tensor], Tensor]) -> Transform:
 
     With sharded parameters P sees this process' part: let it be element-wise there.
     """
-    return stateless(lambda u, at: [P(x) for x in u])
+    return _each(P)
 
 
 def feature_map(phi: str | Elementwise) -> Transform:
     """Higher-order features of the gradient (eq. 51): u ← φ(u), element-wise."""
-    f = _named(phi, "features")
-    return stateless(lambda u, at: [f(x) for x in u])
+    return _each(_named(phi, "features"))
 
 
 def output(sigma: str | Elementwise) -> Transform:
@@ -86,7 +85,10 @@ def output(sigma: str | Elementwise) -> Transform:
 
     Newton–Schulz, the σ that makes Muon, reads whole matrices: `orthogonal.orthogonalize`.
     """
-    f = _named(sigma, "output")
+    return _each(_named(sigma, "output"))
+
+
+def _each(f: Elementwise) -> Transform:
     return stateless(lambda u, at: [f(x) for x in u])
 
 

@@ -38,9 +38,7 @@ class Asked:
 
 
 class Said(NamedTuple):
-    """What has been said since the last time; why it ended ("stop", "length"), once it has; or
-    what went wrong.
-    """
+    """What was said since the last time; once it has ended why ("stop", "length"), or its error."""
 
     text: str
     ended: str | None = None
@@ -100,9 +98,7 @@ class Answer:
 
 
 def draw(scores: Tensor, asked: Asked, generator: torch.Generator) -> int:
-    """One token of scores [V]: the likeliest at temperature 0, else drawn among those whose
-    probabilities add up to `top_p`.
-    """
+    """A token of scores [V]: the likeliest at temperature 0, else of those that make up `top_p`."""
     if asked.temperature == 0:
         return int(scores.argmax())
     scores = scores.cpu() - scores.max().cpu()  # a tiny temperature must not overflow
@@ -115,9 +111,7 @@ def draw(scores: Tensor, asked: Asked, generator: torch.Generator) -> int:
 
 
 class Spoken:
-    """Tokens as text, given out as soon as it is certain: no half letters, and nothing that may be
-    the beginning of a stop.
-    """
+    """Tokens as text, as soon as it is certain: no half letters, nothing that may begin a stop."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...]):
         self.decode, self.stops = decode, stops
@@ -209,9 +203,7 @@ class Answering:
             answer.fail(refusal(error))
 
     def _admit(self) -> bool:
-        """Let those in for whom there is room, of the users with the fewest first; False at the
-        end.
-        """
+        """Let in those for whom there is room, users with the fewest first; False at the end."""
         with self._wake:
             while not (self._waiting or self._active or self._closed):
                 self._wake.wait()

@@ -33,9 +33,7 @@ FILES = {
 def make_app(
     engine: Engine, root: Path, limits: Limits | None = None, tokens: dict[str, str] | None = None
 ) -> Starlette:
-    """The ASGI application. root: the folder of memories; tokens: see `read_tokens`; None: one
-    local user.
-    """
+    """The ASGI application. root: of memories; tokens: see `read_tokens`; None: one local user."""
     limits = limits or Limits()
     desk = Desk(engine, root, limits, tokens)
 

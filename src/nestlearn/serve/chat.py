@@ -52,14 +52,12 @@ async def models(request: Request, desk: Desk, user: User) -> Response:
 async def chat(request: Request, desk: Desk, user: User) -> Response:
     """An answer to a conversation."""
     fields = await read(request)
-    question = await desk.do(_understood, desk, user, fields, _turns(fields))
-    return await _answered(request, desk, question, Shape("chat.completion", "chatcmpl"))
+    return await _answered(request, desk, user, fields, _turns(fields))
 
 
 async def complete(request: Request, desk: Desk, user: User) -> Response:
     """A text that goes on."""
-    question = await desk.do(_understood, desk, user, await read(request), [])
-    return await _answered(request, desk, question, Shape("text_completion", "cmpl"))
+    return await _answered(request, desk, user, await read(request), [])
 
 
 # ------------------------------------------------------------------------- what is asked for
@@ -143,9 +141,7 @@ def _prompt(desk: Desk, fields: Fields, turns: list[dict[str, str]]) -> list[int
 
 
 def _asked(desk: Desk, fields: Fields, length: int) -> Asked:
-    limit = desk.limits.tokens if desk.engine.room is None else min(
-        desk.limits.tokens, desk.engine.room
-    )  # fmt: skip
+    limit = min(desk.limits.tokens, desk.engine.room or desk.limits.tokens)
     name = "max_completion_tokens" if "max_completion_tokens" in fields.data else "max_tokens"
     tokens = fields.take(name, int, min(DEFAULT, max(1, limit - length)), low=1)
     if length + tokens > limit:
@@ -170,50 +166,23 @@ def _asked(desk: Desk, fields: Fields, length: int) -> Asked:
 # --------------------------------------------------------------------------- what is answered
 
 
-class Shape(NamedTuple):
-    """How an answer is written: object's name, and what its id begins with."""
-
-    kind: str
-    prefix: str
-
-    @property
-    def talks(self) -> bool:
-        return self.kind == "chat.completion"
-
-    def whole(self, text: str, ended: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        return _choice({"message": message} if self.talks else {"text": text}, ended)
-
-    def part(self, text: str, ended: str | None = None, **delta: str) -> dict[str, Any]:
-        """delta: what a part of a conversation has beside its text."""
-        said = {"content": text} if text or delta else {}
-        return _choice({"delta": delta | said} if self.talks else {"text": text}, ended)
-
-
-def _choice(said: dict[str, Any], ended: str | None) -> dict[str, Any]:
-    return {"index": 0, **said, "logprobs": None, "finish_reason": ended}
-
-
-async def _answered(request: Request, desk: Desk, question: Question, shape: Shape) -> Response:
+async def _answered(
+    request: Request, desk: Desk, user: User, fields: Fields, turns: list[dict[str, str]]
+) -> Response:
+    question = await desk.do(_understood, desk, user, fields, turns)
     answer, heard = await _begin(desk, question)
-    head = {
-        "id": f"{shape.prefix}-{secrets.token_hex(12)}", "object": shape.kind,
-        "created": round(time.time()), "model": question.model,
-    }  # fmt: skip
+    written = _Written(desk, question, answer)
     if not question.stream:
         text, ended = await sleepless(request, _all(heard), answer)
-        extra = await _learned(desk, question, answer)
-        body = {"choices": [shape.whole(text, ended)], "usage": _usage(question, answer)}
-        return reply(head | body | extra)
+        return reply(await written.whole(text, ended))
     try:
         first = await anext(heard)
     except BaseException:
         answer.given_up = True
         raise
-    head["object"] = "chat.completion.chunk" if shape.talks else shape.kind
     return StreamingResponse(
-        _stream(desk, question, shape, head, answer, first, heard),
-        media_type="text/event-stream", headers={"X-Accel-Buffering": "no"},
+        written.events(first, heard), media_type="text/event-stream",
+        headers={"X-Accel-Buffering": "no"},
     )  # fmt: skip
 
 
@@ -254,57 +223,76 @@ async def _all(heard: AsyncIterator[Said]) -> tuple[str, str]:
     return text, ended
 
 
-async def _stream(
-    desk: Desk, question: Question, shape: Shape, head: dict[str, Any], answer: Answer,
-    first: Said, heard: AsyncIterator[Said],
-) -> AsyncIterator[bytes]:  # fmt: skip
-    """The events of an answer. Who does not read them stops reading its own answer only."""
-    none = {"usage": None} if question.usage else {}
+class _Written:
+    """An answer as it goes over the wire: a chat's is a message, a completion's a text."""
 
-    def part(text: str, ended: str | None = None, **delta: str) -> dict[str, Any]:
-        return head | {"choices": [shape.part(text, ended, **delta)]} | none
+    def __init__(self, desk: Desk, question: Question, answer: Answer):
+        self.desk, self.question, self.answer = desk, question, answer
+        self.talks = bool(question.turns)
+        kind = "chat.completion" if self.talks else "text_completion"
+        self.head = {
+            "id": f"{'chatcmpl' if self.talks else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": f"{kind}.chunk" if self.talks and question.stream else kind,
+            "created": round(time.time()), "model": question.model,
+        }  # fmt: skip
 
-    try:
-        if shape.talks:
-            yield event(part("", role="assistant"))
-        said: Said | None = first
-        ended = ""
-        while said is not None:
-            if said.text:
-                yield event(part(said.text))
-            ended = said.ended or ""
-            said = await anext(heard, None)
-        extra = await _learned(desk, question, answer)
-        yield event(part("", ended) | extra)
-        if question.usage:
-            yield event(head | {"choices": [], "usage": _usage(question, answer)})
-        yield b"data: [DONE]\n\n"
-    except Refused as error:
-        yield event(error.body())
-    finally:
-        answer.given_up = True
+    async def whole(self, text: str, ended: str) -> dict[str, Any]:
+        """All of it, once it is learned from."""
+        extra = await self._learned()
+        message = {"role": "assistant", "content": text}
+        body = self._choice({"message": message} if self.talks else {"text": text}, ended)
+        return body | {"usage": self._usage()} | extra
 
+    async def events(self, first: Said, heard: AsyncIterator[Said]) -> AsyncIterator[bytes]:
+        """As it is made. Who does not read these events stops reading its own answer only."""
+        try:
+            if self.talks:
+                yield event(self._part({"role": "assistant", "content": ""}))
+            said: Said | None = first
+            ended = ""
+            while said is not None:
+                if said.text:
+                    yield event(self._part({"content": said.text}))
+                ended = said.ended or ""
+                said = await anext(heard, None)
+            extra = await self._learned()
+            yield event(self._part({}, ended) | extra)
+            if self.question.usage:
+                yield event(self.head | {"choices": [], "usage": self._usage()})
+            yield b"data: [DONE]\n\n"
+        except Refused as error:
+            yield event(error.body())
+        finally:
+            self.answer.given_up = True
 
-def _usage(question: Question, answer: Answer) -> dict[str, int]:
-    read, made = len(question.ids), len(answer.made)
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    def _choice(self, said: dict[str, Any], ended: str | None) -> dict[str, Any]:
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": ended}
+        return self.head | {"choices": [choice]}
 
+    def _part(self, delta: dict[str, str], ended: str | None = None) -> dict[str, Any]:
+        said = {"delta": delta} if self.talks else {"text": delta.get("content", "")}
+        return self._choice(said, ended) | ({"usage": None} if self.question.usage else {})
 
-async def _learned(desk: Desk, question: Question, answer: Answer) -> dict[str, Any]:
-    """Learn from the chosen side of the exchange, and save; what to say of it."""
-    if question.learn == "nothing":
-        return {}
-    turns: Any = question.turns
-    try:
-        new, _ = await desk.do(conversation.heard, desk.engine.words, turns, None)
-        ids = [*new, *answer.made]
-        mask = [float(question.learn in ("user", "both"))] * len(new)
-        mask += [float(question.learn in ("assistant", "both"))] * len(answer.made)
-        job = await desk.do(desk.lessons.learn, question.user, question.memory, ids, "chat", mask)
-        async for _ in desk.follow(job):
-            pass
-    except Refused as error:  # the answer stands
-        return {"learned": error.body()}
-    about = job.about()
-    failed = next((e for e in about["events"] if e["event"] == "error"), None)
-    return {"learned": {"error": failed} if failed else {"tokens": len(ids), "job": job.id}}
+    def _usage(self) -> dict[str, int]:
+        read, made = len(self.question.ids), len(self.answer.made)
+        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+
+    async def _learned(self) -> dict[str, Any]:
+        """Learn from the chosen side of the exchange, and save; what to say of it."""
+        desk, question, made = self.desk, self.question, self.answer.made
+        if question.learn == "nothing":
+            return {}
+        turns: Any = question.turns
+        try:
+            new, _ = await desk.do(conversation.heard, desk.engine.words, turns, None)
+            ids = [*new, *made]
+            mask = [float(question.learn in ("user", "both"))] * len(new)
+            mask += [float(question.learn in ("assistant", "both"))] * len(made)
+            learn = desk.lessons.learn
+            job = await desk.do(learn, question.user, question.memory, ids, "chat", mask)
+            async for _ in desk.follow(job):
+                pass
+        except Refused as error:  # the answer stands
+            return {"learned": error.body()}
+        failed = next((e for e in job.events if e["event"] == "error"), None)
+        return {"learned": {"error": failed} if failed else {"tokens": len(ids), "job": job.id}}

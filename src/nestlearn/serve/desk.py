@@ -53,9 +53,7 @@ class Desk:
         return await loop.run_in_executor(self._threads, lambda: work(*args, **options))
 
     async def follow(self, job: Job, after: int = 0) -> AsyncIterator[Entry | None]:
-        """The job's events as they come, from number `after` on; None where nothing came for a
-        while.
-        """
+        """The job's events as they come, from number `after` on; None where none came for long."""
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:

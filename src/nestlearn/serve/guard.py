@@ -60,9 +60,7 @@ class Guard:
 
     def _passed(self, scope: Any) -> int:
         """The bytes that the body may have; Refused."""
-        headers = {
-            key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
-        }
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         host = urlsplit(f"//{headers.get('host', '')}")
         if self.local and not loopback(host.hostname or ""):
             raise Refused(421, "this server answers to localhost only", "wrong_host")

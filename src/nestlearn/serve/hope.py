@@ -105,8 +105,6 @@ class HopeEngine(Engine):
         return self._load(folder / FILE)
 
     def _load(self, file: Path) -> Kept:
-        if not file.is_file():
-            raise FileNotFoundError(f"no memory in {file.parent}")
         body = _body(file)
         if body["base"] != self.base:
             raise ValueError(f"{file} is a memory of another model")
@@ -124,8 +122,6 @@ class HopeEngine(Engine):
         return kept
 
     def describe(self, folder: Path) -> Entry:
-        if not (folder / FILE).is_file():
-            raise FileNotFoundError(f"no memory in {folder}")
         return _body(folder / FILE)
 
     def pack(self, folder: Path) -> bytes:
@@ -177,11 +173,13 @@ def _check(file: Path, memory: HopeMemory, position: int) -> None:
 
 
 def _body(file: Path) -> Entry:
+    """What a file says of its memory; FileNotFoundError, ValueError."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no memory in {file.parent}")
     try:
         body = json.loads(trees.read_metadata(file)["memory"])
-        whole = all(type(body[name]) is kind for name, kind in _BODY.items())
+        if any(type(body[name]) is not kind for name, kind in _BODY.items()):
+            raise TypeError(f"give {_BODY}")
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} holds no memory of a Hope") from error
-    if not whole:
-        raise ValueError(f"{file} holds no memory of a Hope")
     return body

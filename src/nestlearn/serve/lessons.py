@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -94,9 +95,7 @@ class Lessons:
         mask: list[float] | None = None,
     ) -> Job:  # fmt: skip
         """Begin to learn a text's tokens. source: its name. mask: the weight of each (None: 1)."""
-        return self._begin(
-            user, memory, "learn", lambda job: self._learn(user, job, ids, source, mask)
-        )
+        return self._begin(user, memory, "learn", partial(self._learn, user, ids, source, mask))
 
     def study(
         self, user: User, memory: str, text: str, source: str | None, questions: int | None
@@ -108,9 +107,8 @@ class Lessons:
                 "instructions (its tokenizer has a chat template); let it learn the text",
                 "unsupported",
             )  # fmt: skip
-        return self._begin(
-            user, memory, "study", lambda job: self._study(user, job, text, source, questions)
-        )
+        work = partial(self._study, user, text, source, questions)
+        return self._begin(user, memory, "study", work)
 
     def close(self) -> None:
         """Stop all; what was learned is saved."""
@@ -150,7 +148,7 @@ class Lessons:
         job.tell(state, end=True)
 
     def _learn(
-        self, user: User, job: Job, ids: list[int], source: str | None, mask: list[float] | None
+        self, user: User, ids: list[int], source: str | None, mask: list[float] | None, job: Job
     ) -> None:
         shelf, engine = user.shelf, self.engine
         kept = shelf.open(job.memory)
@@ -185,7 +183,7 @@ class Lessons:
             save()
 
     def _study(
-        self, user: User, job: Job, text: str, source: str | None, questions: int | None
+        self, user: User, text: str, source: str | None, questions: int | None, job: Job
     ) -> None:
         def tell(what: str, done: int, count: int) -> None:
             if job.stop.is_set():

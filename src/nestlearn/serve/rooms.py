@@ -135,9 +135,7 @@ async def jobs(request: Request, desk: Desk, user: User) -> Response:
 
 
 async def job(request: Request, desk: Desk, user: User, job: str) -> Response:
-    """GET: a job, with its events (?after=N: from number N on). DELETE: stop it; what it has
-    learned until then is kept.
-    """
+    """GET: a job, its events from ?after=N on. DELETE: stop it; what it has learned is kept."""
     found = desk.lessons.find(user, job)
     if request.method == "DELETE":
         found.stop.set()

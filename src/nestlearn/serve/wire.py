@@ -34,11 +34,8 @@ class Refused(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         kind = KINDS.get(self.status, "server_error")
-        return {
-            "error": {
-                "message": self.message, "type": kind, "param": self.param, "code": self.code
-            }
-        }  # fmt: skip
+        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": told}
 
     def response(self) -> Response:
         return reply(self.body(), self.status, self.headers)

@@ -26,7 +26,6 @@ from torch import nn
 
 from nestlearn import __version__
 from nestlearn import state as tree
-from nestlearn.disk import atomic_write
 from nestlearn.train.parallel import laid_out, whole
 from nestlearn.train.ranks import ALONE, Ranks
 
@@ -37,20 +36,16 @@ Record = dict[str, Any]
 Identity = dict[str, Any]  # {"train": TrainConfig, "corpus": description, "model": config or None}
 
 
-# -------------------------------------------------------------------------- one checkpoint
-
-
 def copied_checkpoint(
-    folder: Path,
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     identity: Identity,
     carried: Any = None,
     ranks: Ranks = ALONE,
-) -> Callable[[], Path]:
-    """Copy what `folder/step-<step>` is to hold; what is returned writes it, whole or not at all,
-    and gives its path; OSErrors name it. Rank 0 calls it, in any thread, while the model goes on.
+) -> Callable[[Path], None]:
+    """Copy what a checkpoint is to hold; what is returned writes it to a new folder: rank 0 calls
+    that by `atomic_write`, in any thread, while the model goes on.
 
     carried: a state tree that is part of it (None: there is none), with the rows of each rank.
     """
@@ -61,7 +56,6 @@ def copied_checkpoint(
     carried = ranks.concat(carried)
     if carried is not None and ranks.first:  # it is written in place
         carried = tree.tree_map(lambda t: t.detach().to("cpu", copy=True), carried)
-    path = folder / f"step-{step:06d}"
 
     def write(temp: Path) -> None:
         temp.mkdir()
@@ -78,12 +72,7 @@ def copied_checkpoint(
             json.dumps({**meta, "sha256": _digest(meta)}, indent=2), encoding="utf-8"
         )
 
-    def publish() -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, write)
-        return path
-
-    return publish
+    return write
 
 
 def verify_checkpoint(path: Path) -> Record:

@@ -135,20 +135,19 @@ class RunFolder:
             if self.ranks.first:
                 with disk_errors(self.log):  # the log reaches the disk first
                     sync(self.log)
-            publish = copied_checkpoint(
-                self.checkpoints, step, model, optimizer, self.identity, carried, self.ranks
-            )
+            write = copied_checkpoint(step, model, optimizer, self.identity, carried, self.ranks)
             if self.ranks.first:
                 thread = ThreadPoolExecutor(1)
-                self._writing = thread.submit(self._publish, publish)
+                self._writing = thread.submit(self._publish, self.path(step), write)
                 thread.shutdown(wait=False)  # it ends with this; an exit of the program waits
             self.saved_step = step
         if not later:
             self.settle()
         return self.path(step)
 
-    def _publish(self, publish: Callable[[], Path]) -> None:
-        publish()
+    def _publish(self, path: Path, write: Callable[[Path], None]) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, write)
         for old in self._present()[KEEP:]:
             shutil.rmtree(old)
 

@@ -67,9 +67,7 @@ def laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class Detached(nn.Module):
-    """(the model's logits, its state as data): what DDP wraps, which takes all that an output
-    depends on for trained.
-    """
+    """(logits, state as data): DDP wraps it, which takes what an output depends on for trained."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

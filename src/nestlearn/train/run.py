@@ -266,9 +266,7 @@ def _anew(config: TrainConfig, step: int) -> torch.Tensor:
 
 
 class _Gradients:
-    """The loss of a rank's rows, with gradients in `.grad`, the mean over ranks; and what is
-    carried, carried on.
-    """
+    """A rank's loss, and its gradients in `.grad`, means over ranks; what is carried goes on."""
 
     def __init__(
         self, model: nn.Module, config: TrainConfig, carried: Carried | None, ranks: Ranks = ALONE

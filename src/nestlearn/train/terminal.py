@@ -7,15 +7,8 @@ import threading
 from contextlib import nullcontext
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig
@@ -61,21 +54,19 @@ class Interrupt:
 class Display:
     """A progress bar on stderr, and a line for every validation."""
 
-    def __init__(
-        self, config: TrainConfig, step: int, shown: bool, meters: Meters | None = None
-    ) -> None:
-        self._bar: Progress | None = None
+    def __init__(self, config: TrainConfig, step: int, shown: bool, meters: Meters) -> None:
+        self._bar: progress.Progress | None = None
         self._meters = meters
         if shown:
-            self._bar = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("{task.fields[rate]} tokens/s"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+            self._bar = progress.Progress(
+                progress.TextColumn("[bold]train"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("loss {task.fields[loss]}"),
+                progress.TextColumn("{task.fields[rate]} tokens/s"),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task(
@@ -100,6 +91,5 @@ class Display:
             bits = record["val_bits_per_byte"]
             more = f" ({bits:.3f} bits per byte)" if bits is not None else ""
             text = f"step {record['step']}: validation loss {record['val_loss']:.3f} nats{more}"
-            if self._meters:
-                text += f"; {self._meters.report()}"
+            text += f"; {self._meters.report()}"
             self._bar.console.print(text, highlight=False, soft_wrap=True)
