@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import ChainOptimizer, Check, Group, given
-from .chain import At, Slot, Transform, Updates, chain, stateless
+from .chain import At, Transform, Updates, chain, stateless
 from .sharded import own_part, whole_of
 from .transforms import momentum as momentum_memory
 
@@ -169,17 +169,15 @@ class DGD(ChainOptimizer):
         seen: dict[int, list[Tap]] = {}
         for tap in self.taps:
             seen.setdefault(id(tap.module.weight), []).append(tap)
-        return [
-            self._one(g, slot, mean_square(seen.get(id(slot.source), [])), at.lr, group)
-            for g, slot in zip(u, at.slots)
-        ]
-
-    def _one(self, g: Tensor, slot: Slot, C: Tensor | None, lr: float, group: Group) -> Tensor:
-        if C is None or not group["forget"]:
-            return g
-        w, g = (whole_of(t, slot.source).to(g.dtype) for t in (slot.value, g))
-        C = C.to(g.dtype) * group["forget"]
-        return own_part(delta_step(w, g, C, lr, group["solve"]), slot.source)
+        found = []
+        for g, slot in zip(u, at.slots):
+            C = mean_square(seen.get(id(slot.source), []))
+            if C is not None and group["forget"]:
+                w, whole = (whole_of(t, slot.source).to(g.dtype) for t in (slot.value, g))
+                C = C.to(g.dtype) * group["forget"]
+                g = own_part(delta_step(w, whole, C, at.lr, group["solve"]), slot.source)
+            found.append(g)
+        return found
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; what was read counts for it and for no later one."""

@@ -110,10 +110,8 @@ def _who(desk: Desk, fields: Fields) -> tuple[str, str | None]:
     model = fields.take("model", str, desk.engine.name)
     name, _, after = model.partition(":")
     if name != desk.engine.name:
-        raise Refused(
-            404, f"no model {name[:80]!r}: this is {desk.engine.name!r}", "model_not_found",
-            param="model",
-        )  # fmt: skip
+        text = f"no model {name[:80]!r}: this is {desk.engine.name!r}"
+        raise Refused(404, text, "model_not_found", param="model")
     memory = fields.take("memory", str, after or None)
     if after and memory != after:
         raise fields.wrong("memory", "model and memory name two memories: leave one out")

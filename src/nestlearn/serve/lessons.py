@@ -124,10 +124,8 @@ class Lessons:
         with self._lock:
             mine = self.of(user)
             if sum(not job.over for job in mine) >= self.limits.jobs:
-                raise Refused(
-                    429, f"{self.limits.jobs} of your jobs run or wait: let one end", "busy",
-                    after=10,
-                )  # fmt: skip
+                text = f"{self.limits.jobs} of your jobs run or wait: let one end"
+                raise Refused(429, text, "busy", after=10)
             held.enter_context(user.shelf.changing(memory))
             for old in [job for job in mine if job.over][: -FINISHED or None]:
                 del self.jobs[old.id]

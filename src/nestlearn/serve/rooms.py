@@ -184,10 +184,8 @@ def _ids(desk: Desk, fields: Fields, limit: int) -> list[int]:
     if len(ids) < 2:
         raise fields.wrong("text", "the text is shorter than two tokens: there is nothing to learn")
     if len(ids) > limit:
-        raise fields.wrong(
-            "text", f"the text has {len(ids)} tokens, more than {limit}: send it in parts",
-            "context_length_exceeded",
-        )  # fmt: skip
+        text = f"the text has {len(ids)} tokens, more than {limit}: send it in parts"
+        raise fields.wrong("text", text, "context_length_exceeded")
     return ids
 
 

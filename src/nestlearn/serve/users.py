@@ -38,10 +38,8 @@ class User:
                 self._times.popleft()
             if len(self._times) >= self.limits.requests:
                 wait = int(self._times[0] + 61 - now)
-                raise Refused(
-                    429, f"more than {self.limits.requests} requests a minute: wait {wait} s",
-                    "rate_limit_exceeded", after=wait,
-                )  # fmt: skip
+                text = f"more than {self.limits.requests} requests a minute: wait {wait} s"
+                raise Refused(429, text, "rate_limit_exceeded", after=wait)
             self._times.append(now)
 
 
@@ -72,10 +70,8 @@ class Users:
             if hmac.compare_digest(digest, given):
                 found = name
         if found is None or kind.lower() != "bearer":
-            raise Refused(
-                401, "no or unknown token: send the header Authorization: Bearer TOKEN",
-                "invalid_api_key",
-            )  # fmt: skip
+            text = "no or unknown token: send the header Authorization: Bearer TOKEN"
+            raise Refused(401, text, "invalid_api_key")
         return self.all[found]
 
 

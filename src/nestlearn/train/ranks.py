@@ -58,7 +58,8 @@ class Ranks:
         """Every rank's value."""
         if self.size == 1:
             return [value]
-        own = torch.tensor(value, dtype=torch.float64, device=_device())
+        device = "cpu" if "gloo" in str(dist.get_backend_config()) else "cuda"
+        own = torch.tensor(value, dtype=torch.float64, device=device)
         values = own.new_empty(self.size)
         dist.all_gather(list(values.unbind()), own)
         return values.tolist()
@@ -81,10 +82,6 @@ class Ranks:
             means = (flat / self.size).split([g.numel() for g in some])
             for gradient, mean in zip(some, means):
                 gradient.copy_(mean.view_as(gradient))
-
-
-def _device() -> str:
-    return "cpu" if "gloo" in str(dist.get_backend_config()) else "cuda"
 
 
 ALONE = Ranks()

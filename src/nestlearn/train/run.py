@@ -83,8 +83,8 @@ def train(
     with alone, Interrupt(ranks) as interrupt, run.meters.traced(out), display, writing:
         try:
             while step < config.steps:
-                began, ids = time.perf_counter(), run.begin(step)
-                loss = gradients(ids.to(run.device), _anew(config, step))
+                began = time.perf_counter()
+                loss = gradients(*run.begin(step))
                 record = run.update(step, loss, began)
                 step += 1
                 record |= run.validate(step)
@@ -154,14 +154,17 @@ class _Run:
         folder.start()
         return folder, 0, []
 
-    def begin(self, step: int) -> torch.Tensor:
-        """A rank's rows of the batch after `step` others; the step's rate and draws are set."""
+    def begin(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A rank's rows of the batch after `step` others, and which rows of the whole batch start
+        anew; the step's rate and draws are set.
+        """
         config, ranks = self.config, self.ranks
         draws = () if ranks.first else (ranks.rank,)
         torch.manual_seed(keyed_seed(config.seed, step, 1, *draws))  # dropout and such: not stored
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        return _batch(self.corpus, config, step)[ranks.rows(config.batch)]
+        ids = _batch(self.corpus, config, step)[ranks.rows(config.batch)].to(self.device)
+        return ids, restarts(step, config.batch, config.stream, config.stream_from)
 
     def update(self, step: int, loss: torch.Tensor, began: float) -> Record:
         """The optimizer's step, by the gradients that are there; what to say of the whole step."""
@@ -259,10 +262,6 @@ def _other_than_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 def _batch(corpus: Corpus, config: TrainConfig, step: int) -> torch.Tensor:
     return corpus.batch(step, config.batch, config.length, config.seed, config.stream)
-
-
-def _anew(config: TrainConfig, step: int) -> torch.Tensor:
-    return restarts(step, config.batch, config.stream, config.stream_from)
 
 
 class _Gradients:
