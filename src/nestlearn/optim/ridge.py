@@ -31,14 +31,12 @@ def weights(steps: int, beta: float, like: Tensor) -> Tensor:
 
 def elementwise(gradients: Tensor, w: Tensor, value: Tensor, penalty: float = 0.0) -> Tensor:
     """argmin_m Σ w_i ‖m ⊙ g_i − P‖² + λ‖m‖² (eqs. 101–106): gradients [t, ...], w [t], P [...]."""
-    w = w.reshape(-1, *(1,) * (gradients.ndim - 1))
-    return value * (w * gradients).sum(0) / ((w * gradients.square()).sum(0) + penalty)
+    return value * _sum(w, gradients) / (_sum(w, gradients.square()) + penalty)
 
 
 def root_variance(gradients: Tensor, w: Tensor, penalty: float = 0.0) -> Tensor:
     """P = √(Σ w_i g_i² + λ), the value that makes the memory Adam or AdaGrad: [...]."""
-    w = w.reshape(-1, *(1,) * (gradients.ndim - 1))
-    return ((w * gradients.square()).sum(0) + penalty).sqrt()
+    return (_sum(w, gradients.square()) + penalty).sqrt()
 
 
 def two_memories(gradients: Tensor, above: Tensor, below: Tensor, eps: float = 0.0) -> Tensor:
@@ -46,9 +44,12 @@ def two_memories(gradients: Tensor, above: Tensor, below: Tensor, eps: float = 0
 
     above: weights [t] by β1; below: by β2; AdaGrad is above = [0, …, 0, 1], below = [1, …, 1].
     """
-    shape = (-1, *(1,) * (gradients.ndim - 1))
-    root = root_variance(gradients, below)
-    return (above.reshape(shape) * gradients).sum(0) / (root + eps)
+    return _sum(above, gradients) / (root_variance(gradients, below) + eps)
+
+
+def _sum(w: Tensor, x: Tensor) -> Tensor:
+    """Σ w_i x_i of weights [t] and values [t, ...]."""
+    return (w.reshape(-1, *(1,) * (x.ndim - 1)) * x).sum(0)
 
 
 def outer_product(gradients: Tensor, w: Tensor, penalty: float = 0.0) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
+from torch.optim import Optimizer
 
 from nestlearn import __version__
 from nestlearn import state as tree
@@ -39,7 +40,7 @@ Identity = dict[str, Any]  # {"train": TrainConfig, "corpus": description, "mode
 def copied_checkpoint(
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     identity: Identity,
     carried: Any = None,
     ranks: Ranks = ALONE,
@@ -98,11 +99,7 @@ def verify_checkpoint(path: Path) -> Record:
 
 
 def load_checkpoint(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    carried: Any = None,
-    ranks: Ranks = ALONE,
+    path: Path, model: nn.Module, optimizer: Optimizer, carried: Any = None, ranks: Ranks = ALONE
 ) -> None:
     """Load a verified checkpoint into the model and the optimizer; ValueError if they differ.
 
@@ -184,15 +181,13 @@ def _digest(meta: Record) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """The parameters' names in the order of the optimizer's numbering."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     names = _parameter_names(model, optimizer)
     return {
         f"{names[number]}/{part}": torch.as_tensor(value)

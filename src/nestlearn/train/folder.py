@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import Optimizer
 
 from nestlearn.disk import atomic_write, disk_errors, sync
 from nestlearn.train.checkpoint import (
@@ -75,7 +76,7 @@ class RunFolder:
         self._write_config()
 
     def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Any = None
+        self, model: nn.Module, optimizer: Optimizer, carried: Any = None
     ) -> tuple[int, list[Record]]:
         """Load the newest whole checkpoint; return its step and the log up to it.
 
@@ -121,7 +122,7 @@ class RunFolder:
         self,
         step: int,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         carried: Any = None,
         *,
         later: bool = False,

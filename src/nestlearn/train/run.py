@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from nestlearn import state as tree
 from nestlearn.captured import Captured
@@ -50,7 +51,7 @@ _STOPPED = (
 def train(
     model: nn.Module, corpus: Corpus, config: TrainConfig, out: Path | str | None, *,
     resume: bool = False, progress: bool = True, on_step: Callable[[Record], None] | None = None,
-    optimizer: Callable[[nn.Module, TrainConfig], torch.optim.Optimizer] | None = None,
+    optimizer: Callable[[nn.Module, TrainConfig], Optimizer] | None = None,
 ) -> list[Record]:  # fmt: skip
     """Train the model in place and return the log, one record per step.
 
@@ -118,7 +119,7 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, corpus: Corpus, config: TrainConfig,
-        make: Callable[[nn.Module, TrainConfig], torch.optim.Optimizer] | None,
+        make: Callable[[nn.Module, TrainConfig], Optimizer] | None,
     ) -> None:  # fmt: skip
         self.model, self.corpus, self.config = model, corpus, config
         self.ranks, self.device = Ranks.here(), resolve_device(config.device)
@@ -253,7 +254,7 @@ class _Run:
         return "\n".join([*lines, "", *settings])
 
 
-def _other_than_adamw(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+def _other_than_adamw(optimizer: Optimizer) -> dict[str, str]:
     """What a resumed run must use again, where it is not what the configuration says."""
     if isinstance(optimizer, torch.optim.AdamW):
         return {}
