@@ -14,6 +14,9 @@ from .chain import At, Layout, Memory, Slot, State, Transform, Updates
 from .sharded import gradient_of, like, local
 
 Check = tuple[Callable[[Any], bool], str]
+Checks = dict[str, Check]
+Choices = dict[str, tuple[Any, ...]]
+Steps = dict[str, str]
 Group = dict[str, Any]
 
 
@@ -21,7 +24,7 @@ def _share(x: Any) -> bool:
     return 0 <= x < 1
 
 
-CHECKS: dict[str, Check] = {
+CHECKS: Checks = {
     "lr": (lambda x: 0 <= float(x) < math.inf, "a learning rate of 0 or more"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "0 or more, e.g. 0.1"),
     "momentum": (_share, "a share of the past from 0 to below 1, e.g. 0.9"),
@@ -64,10 +67,10 @@ class ChainOptimizer(Optimizer):
     rule that reads whole matrices gathers them, and each process computes it for itself.
     """
 
-    checks: ClassVar[dict[str, Check]] = {}
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    checks: ClassVar[Checks] = {}
+    choices: ClassVar[Choices] = {}
     row_rules = False  # whether vectors run the matrix rule, as one row
-    steps: ClassVar[dict[str, str]] = {
+    steps: ClassVar[Steps] = {
         "matrix": "W ← W − lr u",
         "auxiliary": "W ← W − lr m̂ / (√v̂ + ε)",
     }  # for `levels`

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import ChainOptimizer, Check, Group, given
+from .base import ChainOptimizer, Checks, Choices, Group, Steps, given
 from .chain import At, Transform, Updates, chain, stateless
 from .sharded import own_part, whole_of
 from .transforms import momentum as momentum_memory
@@ -128,14 +128,11 @@ class DGD(ChainOptimizer):
     in float32 for inputs of a size of 1000 and more, beside which the I of I + η C has few digits.
     """
 
-    checks: ClassVar[dict[str, Check]] = {
+    checks: ClassVar[Checks] = {
         "forget": (lambda x: 0 <= x < float("inf"), "a share of 0 or more; 1 is eq. 57")
     }
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"solve": ("exact", "trace")}
-    steps: ClassVar[dict[str, str]] = {
-        "watched": "W ← W (I − η′ x xᵀ) − η′ δ xᵀ",
-        "plain": "W ← W − lr g",
-    }
+    choices: ClassVar[Choices] = {"solve": get_args(Solve)}
+    steps: ClassVar[Steps] = {"watched": "W ← W (I − η′ x xᵀ) − η′ δ xᵀ", "plain": "W ← W − lr g"}
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from .base import ChainOptimizer, Check, Group, given
+from .base import ChainOptimizer, Check, Checks, Group, Steps, given
 from .chain import At, Memory, State, Transform, Updates, stateless
 from .delta import DGD, Tap, delta_step, inputs, mean_square, taps
 
@@ -40,8 +40,8 @@ class GM(ChainOptimizer):
     """
 
     row_rules = True
-    steps: ClassVar[dict[str, str]] = {"matrix": "W ← W + m"}
-    checks: ClassVar[dict[str, Check]] = {
+    steps: ClassVar[Steps] = {"matrix": "W ← W + m"}
+    checks: ClassVar[Checks] = {
         "solve": (lambda x: x in ("exact", "explicit") or _INNER[0](x), _INNER[1])
     }
 
@@ -142,8 +142,8 @@ class GGD(DGD):
     Layers and other parameters as in `DGD`, `lr` is η.
     """
 
-    checks: ClassVar[dict[str, Check]] = {**DGD.checks, "inner_steps": _INNER}
-    steps: ClassVar[dict[str, str]] = {
+    checks: ClassVar[Checks] = {**DGD.checks, "inner_steps": _INNER}
+    steps: ClassVar[Steps] = {
         "watched": "W ← argmin L(W x, u) + ‖W − W_t‖² / 2η",
         "plain": "W ← W − lr g",
     }

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch.optim.optimizer import ParamsT
 
 from . import transforms
-from .base import ChainOptimizer, Check, Group, given
+from .base import ChainOptimizer, Check, Checks, Choices, Group, Steps, given
 from .chain import Transform, chain
 from .deep import OBJECTIVES, DeepMemory, Tokens, deep_momentum, literal_deep_momentum, take_roots
 from .m3 import literal_m3, multiscale, say_form
 from .orthogonal import QUINTIC, Adjust, Coefficients, Precision, orthogonalize, unit_rms
 
 Mode = Literal["practical", "literal"]
-_MODES = ("practical", "literal")
-_ADJUST = ("match_rms_adamw", "original", "none")
-_PRECISION = ("auto", "bfloat16", "float32")
 _SMALL: Check = (lambda x: isinstance(x, int) and x >= 1, "an integer of 1 or more")
 
 
@@ -57,8 +54,8 @@ class DeltaMomentum(ChainOptimizer):
     """
 
     row_rules = True
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"mode": _MODES}
-    steps: ClassVar[dict[str, str]] = {"matrix": "W ← W − lr m"}
+    choices: ClassVar[Choices] = {"mode": get_args(Mode)}
+    steps: ClassVar[Steps] = {"matrix": "W ← W − lr m"}
 
     def __init__(
         self,
@@ -106,13 +103,13 @@ class DeepMomentum(ChainOptimizer):
     """
 
     row_rules = True
-    steps: ClassVar[dict[str, str]] = {"matrix": "W ← W − lr m(μ)"}
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "mode": _MODES,
+    steps: ClassVar[Steps] = {"matrix": "W ← W − lr m(μ)"}
+    choices: ClassVar[Choices] = {
+        "mode": get_args(Mode),
         "tokens": ("row", "element"),
         "objective": tuple(OBJECTIVES),
     }
-    checks: ClassVar[dict[str, Check]] = {
+    checks: ClassVar[Checks] = {
         "hidden": _SMALL,
         "depth": (lambda x: isinstance(x, int) and x >= 2, "2 or more matrices"),
         "inner_lr": (lambda x: 0 <= x < 1, "an inner step from 0 to below 1, e.g. 0.1"),
@@ -156,8 +153,8 @@ class DeepMomentum(ChainOptimizer):
 class _Orthogonal(ChainOptimizer):
     """Matrices by Newton–Schulz, everything else by AdamW."""
 
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"adjust": _ADJUST, "precision": _PRECISION}
-    steps: ClassVar[dict[str, str]] = {**ChainOptimizer.steps, "matrix": "W ← W − lr NS(m)"}
+    choices: ClassVar[Choices] = {"adjust": get_args(Adjust), "precision": get_args(Precision)}
+    steps: ClassVar[Steps] = {**ChainOptimizer.steps, "matrix": "W ← W − lr NS(m)"}
 
     def chain(self, group: Group, rule: str) -> Transform:
         if rule == "auxiliary":
@@ -219,11 +216,8 @@ class AdaMuon(_Orthogonal):
     leaves the sign out. Other options as in `Muon`; one copy of the momentum more than it.
     """
 
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"precision": _PRECISION}
-    steps: ClassVar[dict[str, str]] = {
-        **ChainOptimizer.steps,
-        "matrix": "W ← W − lr NS(sign m) / (√v + ε)",
-    }
+    choices: ClassVar[Choices] = {"precision": get_args(Precision)}
+    steps: ClassVar[Steps] = {**ChainOptimizer.steps, "matrix": "W ← W − lr NS(sign m) / (√v + ε)"}
 
     def __init__(
         self,
@@ -268,11 +262,8 @@ class M3(_Orthogonal):
     `nesterov`, no `adjust`. Its V only grows, and the update with it shrinks like 1/√t.
     """
 
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {**_Orthogonal.choices, "mode": _MODES}
-    steps: ClassVar[dict[str, str]] = {
-        **ChainOptimizer.steps,
-        "matrix": "W ← W − lr (NS(M₁) + α NS(M₂))",
-    }
+    choices: ClassVar[Choices] = {**_Orthogonal.choices, "mode": get_args(Mode)}
+    steps: ClassVar[Steps] = {**ChainOptimizer.steps, "matrix": "W ← W − lr (NS(M₁) + α NS(M₂))"}
 
     def __init__(
         self,
