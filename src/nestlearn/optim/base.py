@@ -70,20 +70,12 @@ class ChainOptimizer(Optimizer):
     checks: ClassVar[Checks] = {}
     choices: ClassVar[Choices] = {}
     row_rules = False  # whether vectors run the matrix rule, as one row
-    steps: ClassVar[Steps] = {
-        "matrix": "W ← W − lr u",
-        "auxiliary": "W ← W − lr m̂ / (√v̂ + ε)",
-    }  # for `levels`
+    # for `levels`
+    steps: ClassVar[Steps] = {"matrix": "W ← W − lr u", "auxiliary": "W ← W − lr m̂ / (√v̂ + ε)"}
 
     def __init__(self, params: ParamsT, **options: Any) -> None:
-        common = {
-            "weight_decay": 0.0,
-            "maximize": False,
-            "rule": None,
-            "stacked": False,
-            "split": 1,
-        }
-        super().__init__(params, {**common, **options})
+        plain = {"weight_decay": 0.0, "maximize": False, "rule": None, "stacked": False, "split": 1}
+        super().__init__(params, {**plain, **options})
 
     def chain(self, group: Group, rule: str) -> Transform:
         """The transform that a group runs, for its parameters of that rule."""

@@ -71,11 +71,8 @@ def _built(model: nn.Module, kind: type[ChainOptimizer]) -> ChainOptimizer | Non
 
 
 def _of_chains(optimizer: ChainOptimizer) -> Declared:
-    steps = {
-        id(p): optimizer.step_of(p, group)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    steps = {id(p): optimizer.step_of(p, group) for p, group in pairs}
     return Declared(type(optimizer).__name__, optimizer.memories(), steps)
 
 
