@@ -39,8 +39,9 @@ ROWS = {
     "read once": "learn 1",
     "read four times": "learn 4",
     "LoRA, next tokens": "lora",
-    "read and studied": "study",
-    "read and studied, one level": "study one",
+    "studied": "study 0",
+    "read and studied": "study 1",
+    "read and studied, one level": "study 1 one",
 }
 PAGES, QUICK_PAGES = 10, 1
 SAID = 24  # tokens of an answer
@@ -123,7 +124,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     from nestlearn.learn.questions import FROM_TEXT
 
     folder, how = Path(cell["folder"]), ROWS[cell["model"]]
-    stacked, words_of = loaded(folder, cell["device"], 1 if how == "study one" else 2)
+    stacked, words_of = loaded(folder, cell["device"], 1 if how.endswith("one") else 2)
     page = pages(cell)[cell["page"]]
     reader, size = stacked.base, 0.0
     weights: Any = {}
@@ -185,7 +186,7 @@ def _read(
 
     with tempfile.TemporaryDirectory() as place:
         session = Session(stacked, Path(place) / "memory", words_of)
-        for _ in range(int(how.split()[1]) if how.startswith("learn") else 1):
+        for _ in range(int(how.split()[1])):
             session.learn(text)
         if how.startswith("study"):
             short: dict[str, Any] = (

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from .pupil import Pupil
 from .questions import Question, Tell
 
 WARMUP = 4  # steps
-STRAYED = 4  # texts by which a round is judged
+HELD = 16  # own samples of the base model that a study is held to, and as many that judge it
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class StudyConfig:
     falls to nothing. firm: the share of what is to be thought of an answer that is the answer
     itself; the rest is what the model thinks of it with the text. text: the weight of the text's
     own next tokens. anchor: that of the divergence from the base model on its own samples (0:
-    none); most: that divergence, in nats a token, above which the study is undone (a guess): a
-    memory can study so much that the model says nothing right any more. rehearse: questions of
+    none); most: that divergence, in nats a token and on samples that nothing was held to, above
+    which the study is undone (a guess): a memory can study so much that the model says nothing
+    right any more. rehearse: questions of
     earlier studies in each step beside the batch. level: the one that learns (None: the slowest).
     cuda_graph: on CUDA, capture a step as a graph, unless the text's own tokens are learned, too.
     """
@@ -122,9 +123,12 @@ def consolidate(
         )
     asked = firm(thoughts(model, tokenizer, questions, tell), config.firm)
     mine, apart = _parted(asked, config.held_out)
-    held = anchor
-    if held is None and config.anchor:
-        held = Anchor.sampled(model, 16, 48, strength=config.anchor, rows=1, seed=config.seed)
+    held, judge = anchor, None
+    if held is not None or config.anchor:
+        own = Anchor.sampled(model, 2 * HELD, 48, strength=config.anchor or 1, rows=1,
+                             seed=config.seed)  # fmt: skip
+        held = held or replace(own, samples=own.samples[:HELD])
+        judge = replace(own, samples=own.samples[HELD:])
     per_round = -(-len(mine) // config.batch)
     steps, step = per_round * config.epochs, per_round * done
     again = min(len(earlier), steps * config.rehearse)  # each once, where there are so many
@@ -153,17 +157,20 @@ def consolidate(
             if value < best:
                 best, kept = value, pupil.memory()
             ended = number == config.epochs or since == 2
-            # in the middle, at large rates, it is further away than at the end
-            strayed = _strayed(model, kept, held) if ended and held is not None else None
+            strayed = None
+            if ended and judge is not None:  # in the middle, at large rates, it is further away
+                strayed = _strayed(model, kept, judge)
             if not each(Epoch(number, kept, (first, best), ended, strayed)) or ended:
                 break
 
 
 @torch.no_grad()
-def _strayed(model: StackedModel, memory: StackMemory, held: Anchor) -> float:
-    """KL(base ‖ now) on the anchor's first texts, in nats a token."""
-    texts = held.samples[:STRAYED].to(model.lr[0].device)
-    return float(held.apart(model, model.weights(memory), texts, 1).mean()) / held.strength
+def _strayed(model: StackedModel, memory: StackMemory, judge: Anchor) -> float:
+    """KL(base ‖ now) in nats a token, on texts that nothing was held to: Adam's steps are as large
+    where only an anchor's text has a gradient, however small that is, so it is moved by them.
+    """
+    texts = judge.samples.to(model.lr[0].device)
+    return float(judge.apart(model, model.weights(memory), texts, 1).mean()) / judge.strength
 
 
 def _parted(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
