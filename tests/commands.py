@@ -169,7 +169,7 @@ FORMS: dict[str, Form] = {
     "--workers 15": Form(why="needs a pretrained model that follows instructions"),
     "nestlearn eval stream --model nestlearn/tiny --text test.txt --tokens 100000 --window 1024 "
     "--rows windows --rows carried": Form(why="needs the books, and ten minutes"),
-    "nestlearn reproduce fig6 --data FOLDER --seeds 3 --device cuda --workers 7": Form(
+    "nestlearn reproduce fig6 --data FOLDER --seeds 5 --device cuda --workers 7": Form(
         why="needs a pretrained model"
     ),
     "nestlearn reproduce fig7 --data FOLDER --only MK-NIAH --seeds 1 --device cuda "
