@@ -4,19 +4,10 @@ One benchmark, one file; each makes a `Task` from a seed: data only, no model an
 """
 
 from .protocol import Logits, Scorable, predict
-from .records import Record, read_records, write_records
+from .records import Record, grouped, read_records, write_records
 from .tasks import IGNORED, Examples, Task, accuracy, score
 
 __all__ = [
-    "IGNORED",
-    "Examples",
-    "Logits",
-    "Record",
-    "Scorable",
-    "Task",
-    "accuracy",
-    "predict",
-    "read_records",
-    "score",
-    "write_records",
-]
+    "IGNORED", "Examples", "Logits", "Record", "Scorable", "Task", "accuracy", "grouped", "predict",
+    "read_records", "score", "write_records",
+]  # fmt: skip

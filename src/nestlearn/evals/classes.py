@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from .files import text_of
+from .records import grouped
 from .tasks import stream
 
 Pairs = Iterable[tuple[str, str]]  # text, class
@@ -75,7 +77,7 @@ def groups(
     too few texts.
     """
     read, count = SETS[name]
-    learned, asked = (_by_class(pairs) for pairs in read(folder))
+    learned, asked = (grouped(pairs, itemgetter(1)) for pairs in read(folder))
     rng = stream(order, "classes", name)
     names = [str(label) for label in rng.permutation(sorted(learned))]
     dealt = [names[i * len(names) // count : (i + 1) * len(names) // count] for i in range(count)]
@@ -92,15 +94,8 @@ def groups(
             ):
                 if size < 1 or len(texts) < size:
                     raise ValueError(f"{name}: {label} has {len(texts)} texts: ask for fewer")
-                part += [Text(text, _words(label)) for text in texts[:size]]
+                part += [Text(text, _words(label)) for text, _ in texts[:size]]
         found.append(Group(tuple(map(_words, labels)), *map(tuple, parts)))
-    return found
-
-
-def _by_class(pairs: Pairs) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for text, label in pairs:
-        found.setdefault(label, []).append(text)
     return found
 
 

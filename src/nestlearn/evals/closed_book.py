@@ -2,7 +2,7 @@
 
 A document is a page about a thing that does not exist, so nobody can know it without having read
 it. Its questions have answers of one word: as the page says it, in other words, in two steps, and
-such that the page does not say. A later document may change facts of an earlier one.
+such that the page does not say.
 """
 
 # ruff: noqa: E501
@@ -12,8 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from .tasks import stream
 
@@ -246,29 +244,18 @@ _MIDDLE = ("a", "e", "i", "o", "u", "ando", "eri", "ilo", "oma", "uve")
 _END = ("dell", "fort", "gan", "lin", "mar", "nock", "rith", "stead", "ton", "vik", "wick", "zo")
 
 
-def document(kind: str, seed: int, *, before: Document | None = None, changed: int = 3) -> Document:
-    """A page of that kind. before: an earlier one of the same thing, so many of whose facts this
-    page changes; its questions ask for these alone. ValueError for an unknown kind.
-    """
+def document(kind: str, seed: int) -> Document:
+    """A page of that kind; ValueError for an unknown one."""
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: use one of {', '.join(KINDS)}")
-    rng = stream(seed, "closed-book", kind, "" if before is None else before.name)
+    rng = stream(seed, "closed-book", kind, "")
     first, facts = KINDS[kind]
-    if before is None:
-        name = "".join(str(rng.choice(part)) for part in (_BEGIN, _MIDDLE, _END))
-        told = _draw(rng, facts)
-        asked = list(facts)
-    else:
-        name = before.name
-        asked = [str(key) for key in rng.permutation(list(facts))[:changed]]
-        told = {**before.facts, **_draw(rng, {k: facts[k] for k in asked}, before.facts)}
-    lines = [first if before is None else "There is news of {x}."]
-    lines += [facts[key].says for key in facts if key in asked]
-    text = " ".join(
-        line.format(x=name, a=told.get(key, ""))
-        for line, key in zip(lines, ["", *_in(facts, asked)])
-    )
-    return Document(kind, name, text, told, tuple(_questions(name, facts, told, asked, before)))
+    name = "".join(str(rng.choice(part)) for part in (_BEGIN, _MIDDLE, _END))
+    told: dict[str, str] = {}
+    for key, fact in facts.items():  # no two answers alike
+        told[key] = str(rng.choice([word for word in fact.pool if word not in told.values()]))
+    lines = [first.format(x=name), *(facts[key].says.format(x=name, a=told[key]) for key in facts)]
+    return Document(kind, name, " ".join(lines), told, tuple(_questions(name, facts, told)))
 
 
 def documents(kinds: Sequence[str], count: int, seed: int = 0) -> list[Document]:
@@ -284,43 +271,21 @@ def documents(kinds: Sequence[str], count: int, seed: int = 0) -> list[Document]
 
 def right(question: Question, said: str) -> bool:
     """Whether the answer's word is in what was said; of ABSENT ones, whether it says so."""
-    if question.answer is None:
-        return re.search(_SAYS_NOT, said.lower()) is not None
-    return re.search(rf"\b{re.escape(question.answer.lower())}\b", said.lower()) is not None
+    wanted = _SAYS_NOT if question.answer is None else re.escape(question.answer.lower())
+    return re.search(rf"\b({wanted})\b", said.lower()) is not None
 
 
 _SAYS_NOT = (
-    r"\b(not|no|never|unknown|unclear|none|nothing|cannot|isn't|doesn't|don't|didn't|unable|"
-    r"unspecified)\b"
+    "not|no|never|unknown|unclear|none|nothing|cannot|isn't|doesn't|don't|didn't|unable|unspecified"
 )
 
 
-def _in(facts: dict[str, Fact], asked: Sequence[str]) -> list[str]:
-    return [key for key in facts if key in asked]
-
-
-def _draw(
-    rng: np.random.Generator, facts: dict[str, Fact], old: dict[str, str] | None = None
-) -> dict[str, str]:
-    """An answer for each fact, no two alike, none as it was."""
-    told: dict[str, str] = {}
-    for key, fact in facts.items():
-        used = {*told.values(), *(old or {}).values()}
-        told[key] = str(rng.choice([word for word in fact.pool if word not in used]))
-    return told
-
-
-def _questions(
-    name: str, facts: dict[str, Fact], told: dict[str, str], asked: Sequence[str],
-    before: Document | None,
-) -> list[Question]:  # fmt: skip
+def _questions(name: str, facts: dict[str, Fact], told: dict[str, str]) -> list[Question]:
     found = []
-    for key in _in(facts, asked):
-        fact, answer = facts[key], told[key]
+    for key, fact in facts.items():
+        answer = told[key]
         found.append(Question(fact.asks.format(x=name), answer, DIRECT))
         found.append(Question(fact.again.format(x=name), answer, PARAPHRASE))
         if fact.via:
             found.append(Question(fact.hop.format(other=told[fact.via]), answer, TWO_STEP))
-    if before is None:
-        found += [Question(text.format(x=name), None, ABSENT) for text in _ABSENT]
-    return found
+    return found + [Question(text.format(x=name), None, ABSENT) for text in _ABSENT]

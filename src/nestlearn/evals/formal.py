@@ -17,6 +17,7 @@ import numpy as np
 from .tasks import VALIDATION, Examples, Task, padded, stream
 
 Rows = list[np.ndarray]
+Draw = Callable[[np.random.Generator, int, tuple[int, int]], Rows]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Language:
     vocab: int
     classes: int
     target: Callable[[np.ndarray], np.ndarray]
-    draw: Callable[[np.random.Generator, int, tuple[int, int]], Rows]
+    draw: Draw
     train: int
     test: int
     lengths: tuple[int, int]
@@ -61,28 +62,22 @@ def task(name: str, *, train: int | None = None, test: int | None = None, seed: 
         rows = c.draw(rng, n + m, c.lengths)
         rows = [rows[i] for i in rng.permutation(n + m)]  # short ones are found, and listed, first
         part, bin0 = rows[:n], rows[n:]
-    bin1 = c.draw(stream(seed, "formal", name, "bin1"), m, c.longer)
-    tests = {"bin0": _examples(c, bin0), "bin1": _examples(c, bin1)}
     used = set() if c.repeats else {row.tobytes() for row in (*part, *bin0)}
-    held = _validation(c, name, m, seed + VALIDATION, used)
+    rng = stream(seed + VALIDATION, "formal", name, "bin0")
+    rows = c.draw(rng, c.lengths[1] if c.repeats else 2 * m + 100, c.lengths)
+    held = [rows[i] for i in rng.permutation(len(rows)) if rows[i].tobytes() not in used][:m]
+
+    def examples(rows: Rows) -> Examples:
+        return padded(rows, [c.target(row) for row in rows])
+
+    def bins(bin0: Rows, seed: int) -> dict[str, Examples]:
+        bin1 = c.draw(stream(seed, "formal", name, "bin1"), m, c.longer)
+        return {"bin0": examples(bin0), "bin1": examples(bin1)}
+
     return Task(
-        "formal", name, c.vocab, c.classes, _examples(c, part), tests, "sequence", validation=held
-    )
-
-
-def _validation(
-    c: Language, name: str, number: int, seed: int, used: set[bytes]
-) -> dict[str, Examples]:
-    """Strings of both lengths, those of bin0 not among `used`."""
-    rng = stream(seed, "formal", name, "bin0")
-    rows = c.draw(rng, c.lengths[1] if c.repeats else 2 * number + 100, c.lengths)
-    bin0 = [rows[i] for i in rng.permutation(len(rows)) if rows[i].tobytes() not in used][:number]
-    bin1 = c.draw(stream(seed, "formal", name, "bin1"), number, c.longer)
-    return {"bin0": _examples(c, bin0), "bin1": _examples(c, bin1)}
-
-
-def _examples(language: Language, rows: Rows) -> Examples:
-    return padded(rows, [language.target(row) for row in rows])
+        "formal", name, c.vocab, c.classes, examples(part), bins(bin0, seed), "sequence",
+        validation=bins(held, seed + VALIDATION),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------ strings of each language
@@ -110,26 +105,24 @@ def _parity(rng: np.random.Generator, number: int, lengths: tuple[int, int]) -> 
     return list(seen.values())[:number]
 
 
-def _repeated(*block: int) -> Callable[[np.random.Generator, int, tuple[int, int]], Rows]:
-    """Strings of the block repeated, every length in the range as likely."""
+def _multiples(size: int, string: Callable[[int], np.ndarray]) -> Draw:
+    """string(n), of n · size symbols, every n in the range as likely."""
 
     def draw(rng: np.random.Generator, number: int, lengths: tuple[int, int]) -> Rows:
-        low, high = -(-lengths[0] // len(block)), lengths[1] // len(block)
-        times = rng.permutation(np.arange(low, high + 1))[:number]
-        return [np.tile(block, n) for n in np.sort(times)]
+        low, high = -(-lengths[0] // size), lengths[1] // size
+        return [string(n) for n in np.sort(rng.permutation(np.arange(low, high + 1))[:number])]
 
     return draw
 
 
-def _counted(letters: int) -> Callable[[np.random.Generator, int, tuple[int, int]], Rows]:
-    """n times each letter in turn, every n in the range as likely."""
+def _repeated(*block: int) -> Draw:
+    """Strings of the block repeated."""
+    return _multiples(len(block), lambda n: np.tile(block, n))
 
-    def draw(rng: np.random.Generator, number: int, lengths: tuple[int, int]) -> Rows:
-        low, high = -(-lengths[0] // letters), lengths[1] // letters
-        counts = rng.permutation(np.arange(low, high + 1))[:number]
-        return [np.arange(letters).repeat(n) for n in np.sort(counts)]
 
-    return draw
+def _counted(letters: int) -> Draw:
+    """n times each letter in turn."""
+    return _multiples(letters, np.arange(letters).repeat)
 
 
 def _shuffle(rng: np.random.Generator, number: int, lengths: tuple[int, int]) -> Rows:

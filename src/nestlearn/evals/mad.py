@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from .tasks import IGNORED, VALIDATION, Examples, Task, stream
+from .tasks import IGNORED, VALIDATION, Examples, Task, examples, stream
 
 SEED = 12345  # the benchmark's
 Sizes = dict[str, float]
@@ -41,20 +40,17 @@ def settings(name: str) -> dict[str, Sizes]:
     Sizes: vocab (all ids), length (of the sequences drawn; recall loses one by its shift), train
     (sequences), and pairs' noise or the tokens to copy. ValueError for an unknown task.
     """
-    c = _benchmark(name)
-    base = dict(c.sizes)
-    changed = {f"{k}={v:g}": {**base, k: v} for k, values in c.changes.items() for v in values}
+    if name not in MAD:
+        raise ValueError(f"task {name!r} is unknown: use one of {', '.join(MAD)}")
+    base, changes = dict(MAD[name].sizes), MAD[name].changes
+    changed = {f"{k}={v:g}": {**base, k: v} for k, values in changes.items() for v in values}
     return {"baseline": base, **changed}
 
 
 def task(
-    name: str,
-    setting: str = "baseline",
-    *,
-    train: int | None = None,
-    test: int = 1280,
+    name: str, setting: str = "baseline", *, train: int | None = None, test: int = 1280,
     seed: int = SEED,
-) -> Task:
+) -> Task:  # fmt: skip
     """A task of MADS in one of its settings; train, test: sequences (default: the benchmark's).
 
     ValueError for an unknown name or setting.
@@ -62,28 +58,21 @@ def task(
     every = settings(name)
     if setting not in every:
         raise ValueError(f"setting {setting!r} of {name} is unknown: use one of {list(every)}")
-    sizes, c = every[setting], _benchmark(name)
+    sizes, c = every[setting], MAD[name]
     number = int(sizes["train"]) if train is None else train
     if number < 1 or test < 1:
         raise ValueError(f"train={number}, test={test}: give 1 sequence or more of each")
 
     def make(n: int, training: bool, other: int = 0) -> Examples:
         rng = stream(seed + other, "mad", name, setting, "train" if training else "test")
-        sized = {**sizes, "seed": seed}  # the map to memorise is one for all parts
-        inputs, targets = c.make(rng, n, sized, training)
-        return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
+        # the map to memorise is one for all parts
+        return examples(*c.make(rng, n, {**sizes, "seed": seed}, training))
 
     vocab = int(sizes["vocab"])
     return Task(
         "mad", name, vocab, vocab, make(number, True), {"test": make(test, False)}, "token",
         c.causal, {"test": make(test, False, VALIDATION)},
     )  # fmt: skip
-
-
-def _benchmark(name: str) -> _Benchmark:
-    if name not in MAD:
-        raise ValueError(f"task {name!r} is unknown: use one of {', '.join(MAD)}")
-    return MAD[name]
 
 
 # -------------------------------------------------------------------------------- in-context recall

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nestlearn.disk import atomic_write
 
+T = TypeVar("T")
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "dict[str, Any]": dict,
-    "dict[str, str]": dict,
-}
+    "str": str, "int": int, "float": (int, float), "dict[str, Any]": dict, "dict[str, str]": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,3 +78,11 @@ def read_records(path: str | Path) -> list[Record]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: record {i} is damaged ({error}): write it again") from error
     return records
+
+
+def grouped(items: Iterable[T], by: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """The records (or what else) of each `by`, in the order of their first."""
+    found: dict[Any, list[T]] = {}
+    for item in items:
+        found.setdefault(by(item), []).append(item)
+    return found

@@ -81,15 +81,12 @@ class Task:
             raise ValueError(f"metric={self.metric!r}: use one of {METRICS}")
         held = {f"validation {name}": part for name, part in self.validation.items()}
         for name, part in {"train": self.train, **self.tests, **held}.items():
-            low, high = int(part.inputs.min()), int(part.inputs.max())
-            if low < 0 or high >= self.vocab:
-                raise ValueError(f"{name}: input {low if low < 0 else high} is not in [0, vocab)")
             asked = part.targets[part.targets != IGNORED]
-            low, high = int(asked.min()), int(asked.max())
-            if low < 0 or high >= self.classes:
-                raise ValueError(
-                    f"{name}: target {low if low < 0 else high} is not in [0, classes)"
-                )
+            for what, ids, end in (("input", part.inputs, "vocab"), ("target", asked, "classes")):
+                low, high = int(ids.min()), int(ids.max())
+                if low < 0 or high >= getattr(self, end):
+                    wrong = low if low < 0 else high
+                    raise ValueError(f"{name}: {what} {wrong} is not in [0, {end})")
 
 
 def accuracy(predictions: Tensor, targets: Tensor, metric: str) -> float:
@@ -110,13 +107,9 @@ def _counts(predictions: Tensor, targets: Tensor, metric: str) -> tuple[int, int
 
 
 def score(
-    model: Scorable,
-    task: Task,
-    *,
-    sets: Mapping[str, Examples] | None = None,
-    batch: int = 64,
+    model: Scorable, task: Task, *, sets: Mapping[str, Examples] | None = None, batch: int = 64,
     device: torch.device | str = "cpu",
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Percent right on each of the sets (default: the task's tests).
 
     The caller puts the model into eval mode.
@@ -136,6 +129,10 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
     """The generator of one part of the data: other parts drawn more or less do not disturb it."""
     keys = [b for name in names for b in str(name).encode() + b"/"]
     return np.random.default_rng([seed, *keys])
+
+
+def examples(inputs: np.ndarray, targets: np.ndarray) -> Examples:
+    return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
 def padded(rows: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Examples:
