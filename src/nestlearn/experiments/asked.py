@@ -43,19 +43,14 @@ def read(lm: HopeLM, texts: Sequence[bytes]) -> Any:
     return state
 
 
-@torch.no_grad()
 def answers(lm: HopeLM, state: Any, questions: Sequence[bytes], most: int) -> list[str]:
     """The likeliest `most` bytes after each question; shorter ones begin with more newlines."""
     device = next(lm.parameters()).device
     longest = max(map(len, questions))
     rows = [list(question.rjust(longest, b"\n")) for question in questions]
-    new, told = torch.tensor(rows, device=device), []
-    for _ in range(most):
-        with autocast(device):
-            logits, state = lm(new, state)
-        new = logits[:, -1:].argmax(-1)
-        told.append(new)
-    return [bytes(row).decode(errors="replace") for row in torch.cat(told, 1).tolist()]
+    with autocast(device):
+        said = lm.generate(torch.tensor(rows, device=device), most, temperature=0, state=state)
+    return [bytes(row).decode(errors="replace") for row in said[:, longest:].tolist()]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import lzma
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,25 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn import state as tree
-from nestlearn.evals import Record
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.figures import Along
+from nestlearn.experiments import tables
+from nestlearn.experiments.experiment import Cell, Column, Options, Record, Tell
+from nestlearn.experiments.figures import Along, Panel, lines
+from nestlearn.experiments.fit import plan
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.tables import (
-    PARAMETERS,
-    RATE,
-    SEEDS,
-    Column,
-    detail,
-    mean,
-    metric,
-    words,
-)
-from nestlearn.experiments.tables import model as name
+from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, detail, mean, metric, words
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.options import Attention
-from nestlearn.train import Corpus, TrainConfig, evaluate, train
+from nestlearn.train import Corpus, evaluate, train
 
 BOOKS = ("train-0.txt.xz", "valid.txt.xz", "test.txt.xz")
 BYTES = 256
@@ -104,6 +95,22 @@ def text_of(data: str | None) -> dict[str, str]:
     return {"folder": data, "books": fingerprint(Path(data) / name for name in BOOKS)}
 
 
+def cells(
+    asked: Options, tasks: Mapping[str, Cell], models: Iterable[str], usual: tuple[int, int, int],
+    quick: tuple[int, int, int] = (3, 2, 64),
+) -> list[Cell]:  # fmt: skip
+    """A cell for each task, with what is its own, and each model. usual, quick: steps, batch and
+    length; `asked.steps` goes before.
+    """
+    steps, batch, length = asked.pick(quick, usual)
+    base = {"steps": asked.steps or steps, "batch": batch, "length": length, **text_of(asked.data)}
+    return [
+        {"task": task, "model": name, **base, **own}
+        for task, own in tasks.items()
+        for name in models
+    ]
+
+
 def sized(
     change: Mapping[str, Any], size: tuple[int, int, int], vocabulary: int = BYTES
 ) -> HopeConfig:
@@ -158,13 +165,9 @@ def trained(
     """
     text = read(Path(cell["folder"]), config.vocab_size)
     steps, T, batch = cell["steps"], cell["length"], cell["batch"]
-    on_card = cell["device"].startswith("cuda")
-    settings = TrainConfig(
-        steps=steps, batch=batch, length=T, lr=cell["lr"], warmup=max(1, steps // 6),
-        eval_every=steps, seed=cell["seed"], device=cell["device"],
-        dtype="bfloat16" if on_card else "float32", stream=stream,
-        stream_from=int(alone * steps),
-    )  # fmt: skip
+    settings = plan(
+        cell, length=T, warmup=max(1, steps // 6), stream=stream, stream_from=int(alone * steps)
+    )
     torch.manual_seed(cell["seed"])
     model = HopeLM(config)
     windows = 16 if batch >= 8 else batch
@@ -195,7 +198,9 @@ def trained(
         "tokens": steps * batch * T, "seconds": round(seconds, 2), "tokens_per_second": speed,
         "grad_norm": {"median": late[len(late) // 2] if late else None,
                       "largest": late[-1] if late else None},
-        "device_name": torch.cuda.get_device_name() if on_card else "CPU",
+        "device_name": (
+            torch.cuda.get_device_name() if cell["device"].startswith("cuda") else "CPU"
+        ),
     }  # fmt: skip
 
 
@@ -209,21 +214,21 @@ def in_bits(text: Text, result: dict[str, Any]) -> dict[str, Any]:
 def columns(records: Sequence[Record], near: str = NEAR, far: str = FAR) -> list[Column]:
     """Tokens, seconds, and two metrics: those of the trained length and of STRETCH times it."""
     return [
-        name(), PARAMETERS, RATE, SEEDS, words("tokens", lambda r: f"{r.tokens:,}"),
+        tables.model(), PARAMETERS, RATE, SEEDS, words("tokens", lambda r: f"{r.tokens:,}"),
         mean("seconds", lambda r: r.seconds if r.metric == near else None, digits=0),
         mean("tokens/s", detail("tokens_per_second"), digits=0),
         mean(near, metric(near)), mean(far, metric(far)),
     ]  # fmt: skip
 
 
-def curve_of(axis: int, column: int) -> Callable[[Record], Along]:
-    """A column of what `trained` measured on the way, along tokens (0) or seconds (1)."""
+def panel(records: Sequence[Record], title: str, axes: tuple[str, str], x: int, y: int) -> Panel:
+    """What `trained` measured on the way: a column of it along tokens (0) or seconds (1)."""
 
     def along(r: Record) -> Along:
         rows = r.detail["curve"]
-        return [row[axis] for row in rows], [row[column] for row in rows]
+        return [row[x] for row in rows], [row[y] for row in rows]
 
-    return along
+    return Panel(title, *axes, lines(records, along))
 
 
 @torch.no_grad()

@@ -20,14 +20,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from nestlearn.disk import atomic_write
 from nestlearn.experiments.provenance import commit
@@ -113,17 +113,8 @@ def _attempt(cell: Cell, work: Work, path: Path, tell: Tell) -> str | None:
     """Run one cell into its file; the last line of its traceback if it failed."""
     began = time.time()
     try:
-        result = work(cell, tell)
-        text = json.dumps(
-            {
-                "cell": cell,
-                "result": result,
-                "seconds": round(time.time() - began, 2),
-                "versions": versions(),
-                "commit": commit(),
-            },
-            indent=1,
-        )
+        done = {"cell": cell, "result": work(cell, tell), "seconds": round(time.time() - began, 2)}
+        text = json.dumps(done | {"versions": versions(), "commit": commit()}, indent=1)
     except Exception as error:
         _note_failure(path, traceback.format_exc())
         return f"{type(error).__name__}: {error}"
@@ -177,7 +168,8 @@ class _Crew:
         if len(self.cards) > 1:
             variables["CUDA_VISIBLE_DEVICES"] = self.cards[self.hired % len(self.cards)]
         self.hired += 1
-        with _environment(variables):
+        # libraries read threads and cards when they are loaded
+        with mock.patch.dict(os.environ, variables):
             process = self.context.Process(target=_worker, args=(self.work, inside), daemon=True)
             process.start()
         inside.close()  # else the door would never tell that the worker died
@@ -240,25 +232,8 @@ def _cards() -> list[str]:
     """The cards that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        named = ",".join(map(str, range(torch.cuda.device_count())))
-    return named.split(",")
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """What is started inside has these variables: libraries read threads and cards when loaded."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
 
 
 # ------------------------------------------------------------------------------------ the board
@@ -270,21 +245,13 @@ class _Board:
     def __init__(self, name: str, every: int, todo: int, shown: bool):
         self.parts: dict[Path, float] = {}
         self.ended = self.failed = 0
-        self.todo, self.best = todo, (-math.inf, "")
+        self.kept, self.every, self.best = every - todo, every, (-math.inf, "")
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=Console(file=sys.stderr),
-            disable=not shown or not todo,
+            "[bold]{task.description}", BarColumn(), "{task.fields[count]}", "{task.fields[rate]}",
+            TimeElapsedColumn(), "left", TimeRemainingColumn(), "{task.fields[text]}",
+            console=Console(file=sys.stderr), disable=not shown or not todo,
             speed_estimate_period=3600,
-        )
-        self.kept = every - todo
+        )  # fmt: skip
         self.began = time.monotonic()
         self.row = self.bar.add_task(name, total=float(todo), count="", rate="", text="")
 
@@ -310,16 +277,15 @@ class _Board:
             result = settled(json.loads(path.read_text(encoding="utf-8"))["result"])
             if "value" in result:
                 self.best = max(self.best, (result["value"], name))
-            line = f"{name}: {result.get('headline', 'done')}"
-            self.bar.console.print(line, highlight=False, markup=False)
+            line, style = f"{name}: {result.get('headline', 'done')}", ""
         else:
             self.failed += 1
-            first = f"failed: {name}: {error} (in {_failed(path)})"
-            self.bar.console.print(first, style="red", highlight=False, markup=False)
+            line, style = f"failed: {name}: {error} (in {_failed(path)})", "red"
+        self.bar.console.print(line, style=style, highlight=False, markup=False)
         self._draw("")
 
     def _draw(self, text: str) -> None:
-        count = f"{self.kept + self.ended}/{self.kept + self.todo}"
+        count = f"{self.kept + self.ended}/{self.every}"
         count += f", {self.failed} failed" if self.failed else ""
         hours = (time.monotonic() - self.began) / 3600
         rate = f"{self.ended / hours:.0f} cells/h" if self.ended else ""

@@ -53,7 +53,7 @@ LORA_RATE, LORA_STEPS = 1e-3, 170  # about a study's operations
 
 def grid(asked: Options) -> list[Cell]:
     base = pretrained.part(asked)
-    kinds = chosen(asked.only, tuple(KINDS), "kind")
+    kinds = chosen(asked.only, KINDS, "kind")
     pages = asked.pick(QUICK_PAGES, PAGES)
     return [
         {
@@ -63,7 +63,7 @@ def grid(asked: Options) -> list[Cell]:
             "short": asked.quick,
         }
         for n in range(pages)
-        for name in chosen(asked.models, tuple(ROWS), "way of reading")
+        for name in chosen(asked.models, ROWS, "way of reading")
     ]  # fmt: skip
 
 

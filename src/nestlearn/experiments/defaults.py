@@ -62,7 +62,7 @@ def grid(asked: Options) -> list[Cell]:
     for kind, task in ([("language", "books")] if asked.data else []) + asked.pick(
         tasks[:2], tasks
     ):
-        for name in chosen(asked.models, tuple(CANDIDATES), "candidate"):
+        for name in chosen(asked.models, CANDIDATES, "candidate"):
             cells.append({
                 "benchmark": kind, "task": task, "model": name, "changes": CANDIDATES[name],
                 "seeded": SEED, "steps": asked.pick(QUICK_STEPS, STEPS),

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nestlearn.evals import grouped
 from nestlearn.experiments import books
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.figures import Panel, curves, lines
+from nestlearn.experiments.figures import curves
 from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import detail, mean, words
 from nestlearn.models.hope import HopeConfig
@@ -32,7 +33,7 @@ NEAR, FAR = "nats at the trained length", "at four times it"
 
 def grid(asked: Options) -> list[Cell]:
     text = books.text_of(asked.data)
-    names = chosen(asked.models or MODELS, tuple(FAMILIES), "model")
+    names = chosen(asked.models or MODELS, FAMILIES, "model")
     return [
         {
             "task": size, "model": name,
@@ -40,7 +41,7 @@ def grid(asked: Options) -> list[Cell]:
             "batch": asked.pick(2, BATCH),
             "length": asked.pick(512 if "streams" in name else 128, LENGTH), **text,
         }
-        for size in chosen(asked.only or asked.pick(("6M",), ()), tuple(SIZES), "size")
+        for size in chosen(asked.only or asked.pick(("6M",), ()), SIZES, "size")
         for name in names
     ]  # fmt: skip
 
@@ -69,16 +70,14 @@ def figure(records: Sequence[Record], path: Path) -> None:
     """Validation loss against tokens and seconds, at both lengths; a file for each size."""
     there = [r for r in records if r.detail.get("curve")]
     there.sort(key=lambda r: list(FAMILIES).index(r.model))
-    for size in dict.fromkeys(r.task for r in records):
-        own = [r for r in there if r.task == size]
+    for size, own in grouped(there, lambda r: r.task).items():
         panels = [
-            Panel(
-                f"{size}, {where}", x, "Validation loss (nats per byte)",
-                lines(own, books.curve_of(axis, column)),
+            books.panel(
+                own, f"{size}, {where}", (x, "Validation loss (nats per byte)"), axis, column
             )
             for axis, x in enumerate(("Tokens", "Seconds on one card"))
             for column, where in ((2, "trained length"), (3, "four times it"))
-        ]  # fmt: skip
+        ]
         curves(panels, path.with_stem(f"{path.stem}-{size}"), marker=True)
 
 

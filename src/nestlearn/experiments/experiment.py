@@ -92,17 +92,17 @@ class Experiment:
 
     def trials(self, cell: Cell, quick: bool) -> tuple[float, ...]:
         """The learning rates to try for a cell."""
-        rates = self.rates(cell) if callable(self.rates) else self.rates
-        return tuple(rates)[slice(*self.quick_rates)] if quick else tuple(rates)
+        rates = tuple(self.rates(cell) if callable(self.rates) else self.rates)
+        return rates[slice(*self.quick_rates)] if quick else rates
 
 
-def chosen(asked: Iterable[str], known: Sequence[str], what: str) -> tuple[str, ...]:
+def chosen(asked: Iterable[str], known: Iterable[str], what: str) -> tuple[str, ...]:
     """The asked ones, all if none is; ValueError lists the known."""
-    asked = tuple(dict.fromkeys(asked))
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise ValueError(f"{what} {unknown[0]!r} is unknown: use {', '.join(known)}")
-    return asked or tuple(known)
+    asked, known = tuple(dict.fromkeys(asked)), tuple(known)
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"{what} {name!r} is unknown: use {', '.join(known)}")
+    return asked or known
 
 
 __all__ = [  # the noun, and what it is made of

@@ -39,16 +39,11 @@ ANEW = ", in windows"  # ends the name of a reading without a carried state
 
 
 def grid(asked: Options) -> list[Cell]:
-    text = books.text_of(asked.data)
-    return [
-        {
-            "task": "books", "model": name, "steps": asked.steps or asked.pick(3, STEPS),
-            "batch": asked.pick(1, BATCH), "length": asked.pick(512, LENGTH),
-            "size": asked.pick((32, 1, 2), SIZE),
-            "streams": asked.pick({"1,100": (1100, 2)}, LENGTHS), **text,
-        }
-        for name in chosen(asked.models, tuple(ROWS), "model")
-    ]  # fmt: skip
+    own = {
+        "size": asked.pick((32, 1, 2), SIZE), "streams": asked.pick({"1,100": (1100, 2)}, LENGTHS)
+    }  # fmt: skip
+    models = chosen(asked.models, ROWS, "model")
+    return books.cells(asked, {"books": own}, models, (STEPS, BATCH, LENGTH), (3, 1, 512))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -57,15 +52,9 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     lm, result = books.trained(cell, config, tell, books.windows(cell["model"]))
     reader = HopeLM(books.bounded(config, books.sized({}, cell["size"]))).to(cell["device"])
     reader.load_state_dict(lm.state_dict())
-    ways = {
-        "": partial(books.surprise, reader.eval()),
-        ANEW: partial(books.anew, lm.eval()),
-    }
-    return result | {
-        "models": {
-            cell["model"] + way: measured(read, text, cell) for way, read in ways.items()
-        },
-    }  # fmt: skip
+    ways = {"": partial(books.surprise, reader.eval()), ANEW: partial(books.anew, lm.eval())}
+    found = {cell["model"] + way: measured(read, text, cell) for way, read in ways.items()}
+    return result | {"models": found}
 
 
 def measured(read: Callable[[Tensor, int], Tensor], text: books.Text, cell: Cell) -> dict[str, Any]:
@@ -81,10 +70,9 @@ def measured(read: Callable[[Tensor, int], Tensor], text: books.Text, cell: Cell
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    return [
-        model(), RATE, SEEDS, *(mean(f"bits a byte at the end of {name}", metric(name)) for name in
-            dict.fromkeys(r.metric for r in records)),
-    ]  # fmt: skip
+    lengths = dict.fromkeys(r.metric for r in records)
+    ends = (mean(f"bits a byte at the end of {name}", metric(name)) for name in lengths)
+    return [model(), RATE, SEEDS, *ends]
 
 
 def figure(records: Sequence[Record], path: Path) -> None:

@@ -26,11 +26,8 @@ from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, mode
 from nestlearn.train import TrainConfig
 from nestlearn.train.optimize import adamw, schedule
 
-GRIDS = {  # one step of about √10 apart, the same number for each
-    "AdamW": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "Muon": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "M3": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-}
+# one step of about √10 apart, the same number for each
+GRIDS = dict.fromkeys(("AdamW", "Muon", "M3"), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
 DECAY = 0.05
 
 
@@ -98,13 +95,12 @@ def load(data: str | None, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ValueError(
-                'the digits come with scikit-learn: pip install "nestlearn[vision]"'
-            ) from error
+            told = 'the digits come with scikit-learn: pip install "nestlearn[vision]"'
+            raise ValueError(told) from error
         digits = load_digits()
         images, classes = torch.tensor(digits.images).float()[:, None], torch.tensor(digits.target)
         test = torch.arange(len(images)) % 5 == 2
-        parts = (images[~test], classes[~test], images[test], classes[test])
+        parts: tuple[Tensor, ...] = (images[~test], classes[~test], images[test], classes[test])
     else:
         parts = _torchvision(Path(data), name)
     train, train_y, test_x, test_y = parts
@@ -112,14 +108,13 @@ def load(data: str | None, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (train - mean) / deviation, train_y.long(), (test_x - mean) / deviation, test_y.long()
 
 
-def _torchvision(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _torchvision(folder: Path, name: str) -> tuple[Tensor, ...]:
     try:
         from torchvision import datasets
         from torchvision.transforms.functional import pil_to_tensor
     except ImportError as error:
-        raise ValueError(
-            "a torchvision data set needs torchvision: pip install torchvision"
-        ) from error
+        told = "a torchvision data set needs torchvision: pip install torchvision"
+        raise ValueError(told) from error
     if not hasattr(datasets, name):
         raise ValueError(f"--set {name}: torchvision.datasets has no such data set")
     found: list[Tensor] = []
@@ -130,15 +125,14 @@ def _torchvision(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor, Tenso
             raise ValueError(f"{folder} holds no {name}: download it there first") from error
         images = torch.stack([pil_to_tensor(image).float() for image, _ in pairs])
         found += [images, torch.tensor([y for _, y in pairs])]
-    return found[0], found[1], found[2], found[3]
+    return tuple(found)
 
 
 def grid(asked: Options) -> list[Cell]:
     """Every optimizer. only: the name of the torchvision data set in `data`."""
     if len(asked.only) > 1 or (asked.only and asked.data is None):
-        raise ValueError(
-            f"only={list(asked.only)}: name one torchvision data set, and its folder (data)"
-        )
+        what = "name one torchvision data set, and its folder (data)"
+        raise ValueError(f"only={list(asked.only)}: {what}")
     name = asked.only[0] if asked.only else "CIFAR10"
     load(asked.data, name)  # says here, and once, what is missing
     usual, dim, depth, batch = asked.pick((40, 32, 2, 64), (600, 64, 4, 128))
@@ -180,18 +174,14 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         logits = torch.cat([model(part) for part in test_x.split(500)])
     curve = torch.stack(losses)
     accuracy = 100 * float((logits.argmax(-1) == test_y).float().mean())
+    test_loss = float(F.cross_entropy(logits, test_y))
     train_loss = float(curve[-max(1, steps // 10) :].mean())
     return {
-        "value": -train_loss,
-        "scores": {
-            "test loss": float(F.cross_entropy(logits, test_y)),
-            "test accuracy (%)": accuracy,
-        },
-        "log": [float(part.mean()) for part in curve.split(every)],
-        "train_loss": train_loss,
+        "value": -train_loss, "scores": {"test loss": test_loss, "test accuracy (%)": accuracy},
+        "log": [float(part.mean()) for part in curve.split(every)], "train_loss": train_loss,
         "headline": f"training loss {float(curve[-1]):.4f}, test accuracy {accuracy:.1f} %",
         "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    }  # fmt: skip
 
 
 def figure(records: Sequence[Record], path: Path) -> None:

@@ -77,7 +77,7 @@ def grid(asked: Options) -> list[Cell]:
     rounds = asked.pick(3, 10) if asked.steps is None else max(2, asked.steps)
     return [
         {"task": size, "model": "all", "rounds": rounds}
-        for size in chosen(asked.only or asked.pick(("5",), ()), tuple(SIZES), "size")
+        for size in chosen(asked.only or asked.pick(("5",), ()), SIZES, "size")
     ]
 
 

@@ -28,7 +28,6 @@ START, REACHED = (-3.5, 2.0), 1e-3
 LRS = tuple(round(10 ** (e / 4), 8) for e in range(-14, 3))  # 3e-4 to 3, four for each power of ten
 USUAL = 0.9
 MOMENTA = (0.0, 0.5, 0.7, 0.8, USUAL, 0.95)
-
 STAYED = 30  # steps below the threshold that count as having arrived
 
 Build = Callable[[list[nn.Parameter], float, float], torch.optim.Optimizer]

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import classes
+from nestlearn.evals import classes, grouped
 from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments import pretrained
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
@@ -60,31 +62,24 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         tell(n / len(every), f"group {n + 1}")
         if how != "joint":
             learner.learn(group)
-        asked = [text for seen in every[: n + 1] for text in seen.test]
-        right = _right(learner, asked)
-        per = [len(seen.test) for seen in every[: n + 1]]
-        starts = [sum(per[:i]) for i in range(len(per))]
-        matrix.append([sum(right[a : a + size]) / size for a, size in zip(starts, per)])
+        seen = [test.test for test in every[: n + 1]]
+        right = iter(_right(learner, [text for texts in seen for text in texts]))
+        matrix.append([sum(islice(right, len(texts))) / len(texts) for texts in seen])
     held = [text for group in every for text in group.validation]
     validation = 100 * sum(_right(learner, held)) / len(held)
-    last, size = matrix[-1], len(matrix)
-    earlier = range(size - 1)
+    last, accuracy = matrix[-1], 100 * statistics.fmean(matrix[-1])
+    earlier = range(len(matrix) - 1)
+    moved = [last[k] - matrix[k][k] for k in earlier] or [0.0]
+    lost = [max(row[k] for row in matrix[k:]) - last[k] for k in earlier] or [0.0]
     return {
-        "value": validation,
-        "scores": {"accuracy": 100 * statistics.fmean(last)},
-        "matrix": matrix,
-        "transfer": 100 * statistics.fmean([last[k] - matrix[k][k] for k in earlier] or [0.0]),
-        "forgetting": 100 * statistics.fmean(
-            [max(matrix[t][k] for t in range(k, size)) - last[k] for k in earlier] or [0.0]
-        ),
-        "megabytes": learner.bytes / 1e6,
-        "headline": f"{100 * statistics.fmean(last):.1f} % at {cell['lr']:g}",
+        "value": validation, "scores": {"accuracy": accuracy}, "matrix": matrix,
+        "transfer": 100 * statistics.fmean(moved), "forgetting": 100 * statistics.fmean(lost),
+        "megabytes": learner.bytes / 1e6, "headline": f"{accuracy:.1f} % at {cell['lr']:g}",
     }  # fmt: skip
 
 
 def _together(every: Sequence[Group]) -> Group:
-    parts = [sum((getattr(g, name) for g in every), ()) for name in Group.__dataclass_fields__]
-    return Group(*parts)
+    return Group(*(sum((getattr(g, f.name) for g in every), ()) for f in fields(Group)))
 
 
 def _right(learner: Any, asked: Sequence[Text]) -> list[bool]:
@@ -105,9 +100,7 @@ class Context(Reader):
         self.bytes = float(sum(len(f"{t.text}{t.label}".encode()) for t in self.seen))
 
     def said(self, texts: Sequence[str]) -> list[str]:
-        by: dict[str, list[Text]] = {}
-        for text in self.seen:
-            by.setdefault(text.label, []).append(text)
+        by = grouped(self.seen, lambda text: text.label)
         shown: list[Text] = []
         while len(shown) < self.dial:
             rows = list(by.values())
@@ -129,9 +122,8 @@ class Cosine(Reader):
     def learn(self, group: Group) -> None:
         for label in group.labels:
             self.labels.append(label)
-            self.means.append(
-                self.hidden([t.text for t in group.train if t.label == label]).mean(0)
-            )
+            texts = [t.text for t in group.train if t.label == label]
+            self.means.append(self.hidden(texts).mean(0))
         self.bytes = 4.0 * sum(m.numel() for m in self.means)
 
     def said(self, texts: Sequence[str]) -> list[str]:
@@ -199,10 +191,10 @@ def figure(records: Sequence[Record], path: Path) -> None:
         seen = [100 * statistics.fmean(row) for row in r.detail["matrix"]]
         return range(1, len(seen) + 1), seen
 
-    panels = []
-    for name in dict.fromkeys(r.task for r in records):
-        drawn = lines((r for r in records if r.task == name), along)
-        panels.append(Panel(name, "groups seen", "accuracy (%)", drawn))
+    panels = [
+        Panel(name, "groups seen", "accuracy (%)", lines(own, along))
+        for name, own in grouped(records, lambda r: r.task).items()
+    ]
     curves(panels, path, ylim=(0, 100))
 
 
@@ -217,23 +209,14 @@ COLUMNS = [
 ]
 
 EXPERIMENT = Experiment(
-    name="fig6",
-    shows="classes that arrive in groups: CLINC150, Banking77, DBpedia",
+    name="fig6", shows="classes that arrive in groups: CLINC150, Banking77, DBpedia",
     price=("~3 days", "~2 hours"),
     takes=("seeds", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: ROWS[cell["model"]][2],
-    seeds=5,
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
-    figure=figure,
+    grid=grid, work=work,
+    rates=lambda cell: ROWS[cell["model"]][2], seeds=5,
+    columns=COLUMNS, by=lambda r: (r.task, r.model), figure=figure,
     sources=(
-        *pretrained.SOURCES,
-        "learn",
-        "evals/classes.py",
-        "experiments/learners.py",
-        "experiments/small_hope.py",
-        "experiments/asked.py",
+        *pretrained.SOURCES, "learn", "evals/classes.py", "experiments/learners.py",
+        "experiments/small_hope.py", "experiments/asked.py",
     ),
-)
+)  # fmt: skip

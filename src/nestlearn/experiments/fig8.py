@@ -148,14 +148,11 @@ COLUMNS = [
 ]
 
 EXPERIMENT = Experiment(
-    name="fig8",
-    shows="two new languages, alone and one after the other, translated",
+    name="fig8", shows="two new languages, alone and one after the other, translated",
     price=("~1 day", "~1 hour"),
     takes=("seeds", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
+    grid=grid, work=work,
     rates=lambda cell: ROWS[cell["model"]][1],
-    columns=COLUMNS,
-    by=lambda r: (r.task, r.model),
+    columns=COLUMNS, by=lambda r: (r.task, r.model),
     sources=(*pretrained.SOURCES, "learn", "evals/classes.py", "experiments/learners.py"),
-)
+)  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestlearn.evals import Record
+from nestlearn.evals import Record, grouped
 from nestlearn.train.plots import COLOURS, MARKERS, new_figure, write_figure
 
 DASHES = ("-", "--", ":")
@@ -78,13 +78,11 @@ def lines(
     name: Callable[[Record], str] = lambda r: r.model,
 ) -> Lines:
     """A line for each name, of what its records say; a place is the mean of theirs."""
-    found: dict[str, list[Along]] = {}
-    for r in records:
-        found.setdefault(name(r), []).append(along(r))
-    return {
-        name: (list(map(statistics.mean, zip(*(x for x, _ in some)))), [y for _, y in some])
-        for name, some in found.items()
-    }
+    drawn: dict[str, tuple[list[float], list[Sequence[float]]]] = {}
+    for title, own in grouped(records, name).items():
+        x, y = zip(*map(along, own))
+        drawn[title] = (list(map(statistics.mean, zip(*x))), list(y))
+    return drawn
 
 
 def points(

@@ -22,11 +22,13 @@ from nestlearn.evals import IGNORED, Examples, Logits, Task, score
 from nestlearn.experiments.cells import Cell, Tell
 from nestlearn.experiments.models import build
 from nestlearn.train import Corpus, TrainConfig, train
+from nestlearn.train.config import require
 from nestlearn.train.data import keyed_seed
 from nestlearn.train.optimize import adamw, schedule
 from nestlearn.train.run import resolve_device
 
 _SCHEDULES = ("constant", "cosine")
+TESTED = 128  # sequences of a test batch
 _POOL = 16  # batches whose sequences are sorted by length together
 _FLOOD = "x has NaN or infinity"  # how layers begin their complaint about such an input
 
@@ -36,10 +38,9 @@ class FitConfig:
     """How to train: AdamW, a linear warm-up, then lr constant or to zero along a cosine.
 
     steps: optimizer steps. batch: sequences of a step. warmup: steps of the linear rise. clip: the
-    largest gradient norm. smoothing: of the labels, by which a loss does not vanish where all is
-    right. weight_decay: on matrices only. eval_every: steps between two tests on
-    all sets. stop: percent at which, on every validation set, training ends early. eval_batch:
-    sequences of a test batch. device: as for `nestlearn train`.
+    largest gradient norm. weight_decay: on matrices only. eval_every: steps between two tests on
+    all sets. stop: percent at which, on every validation set, training ends early. device: as for
+    `nestlearn train`.
     """
 
     steps: int = 2000
@@ -50,34 +51,22 @@ class FitConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
-    smoothing: float = 0.0
     eval_every: int = 200
-    eval_batch: int = 128
     stop: float = 100.0
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "eval_every", "eval_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr={self.lr}: give a positive learning rate, e.g. 1e-3")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup}: give 0 steps or more")
-        if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r}: use one of {_SCHEDULES}")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing={self.smoothing}: give a share in [0, 1)")
-        if self.clip <= 0:
-            raise ValueError(f"clip={self.clip}: give a positive norm (math.inf: no clipping)")
+        for name in ("steps", "batch", "eval_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(0 < self.lr < math.inf, "lr", self.lr, "a positive learning rate, e.g. 1e-3")
+        require(self.warmup >= 0, "warmup", self.warmup, "0 steps or more")
+        require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {_SCHEDULES}")
+        require(self.clip > 0, "clip", self.clip, "a positive norm (math.inf: no clipping)")
 
 
 def fit(
-    module: nn.Module,
-    task: Task,
-    config: FitConfig,
-    tell: Callable[[float, str], None] | None = None,
+    module: nn.Module, task: Task, config: FitConfig, tell: Tell = lambda *_: None
 ) -> dict[str, Any]:
     """Train the module in place on the task, testing it as it goes.
 
@@ -110,14 +99,12 @@ def fit(
             losses.append(loss)
             if step % config.eval_every == 0 or step == config.steps:
                 held, scores = (
-                    _test(model, task, sets, config, device)
-                    for sets in (task.validation, task.tests)
+                    _test(model, task, s, device) for s in (task.validation, task.tests)
                 )
                 loss = sum(losses) / len(losses)
                 checks.append({"step": step, "loss": loss, "validation": held, "scores": scores})
                 losses = []
-                if tell:
-                    tell(step / config.steps, _line(held))
+                tell(step / config.steps, _line(held))
                 if min(held.values()) >= config.stop:
                     break
     none = dict.fromkeys(task.tests, 0.0)
@@ -176,9 +163,7 @@ class _Update:
         for parameter in self.model.parameters():
             parameter.grad = None
         logits = self.model.logits(inputs).flatten(0, 1).float()
-        loss = F.cross_entropy(
-            logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=self.config.smoothing
-        )
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
         loss.backward()
         return loss.detach()
 
@@ -190,15 +175,11 @@ def _shape(length: int) -> int:
 
 
 def _test(
-    model: Logits,
-    task: Task,
-    sets: Mapping[str, Examples],
-    config: FitConfig,
-    device: torch.device,
+    model: Logits, task: Task, sets: Mapping[str, Examples], device: torch.device
 ) -> dict[str, float]:
     model.eval()
     try:
-        return score(model, task, sets=sets, batch=config.eval_batch, device=device)
+        return score(model, task, sets=sets, batch=TESTED, device=device)
     except ValueError as error:
         if _FLOOD not in str(error):
             raise
@@ -246,32 +227,31 @@ def train_cell(
         model = build(cell["model"], size, cell["skeleton"], match=cell.get("match", True))
         module = wrap(model, task) if wrap else model
     own = {key: cell[key] for key in ("lr", "seed", "device")}
-    out = fit(module, task, FitConfig(**{**cell["fit"], **own}), tell)
+    out = fit(module, task, FitConfig(**cell["fit"], **own), tell)
     line = _line(out["checks"][-1]["validation"])
     if out["diverged"]:
         line += f", diverged at step {out['diverged']}"
-    return {
-        **out,
-        "headline": f"{line} after {out['steps']} steps, {out['seconds']:.0f} s",
-        "metric": f"{task.metric} accuracy (%)",
-    }
+    line += f" after {out['steps']} steps, {out['seconds']:.0f} s"
+    return out | {"headline": line, "metric": f"{task.metric} accuracy (%)"}
+
+
+def plan(cell: Cell, **own: Any) -> TrainConfig:
+    """How a cell's language model trains. cell: steps, batch, lr, seed, device. own: what else."""
+    return TrainConfig(
+        **{key: cell[key] for key in ("steps", "batch", "lr", "seed", "device")},
+        eval_every=cell["steps"], **own,
+        dtype="bfloat16" if cell["device"].startswith("cuda") else "float32",
+    )  # fmt: skip
 
 
 def train_lm(
     model: nn.Module, corpus: Corpus, cell: Cell, tell: Tell, **own: Any
 ) -> tuple[list[dict[str, Any]], TrainConfig]:
-    """Train a language model in place: its log, and how it trained.
-
-    cell: steps, batch, lr, seed, device. own: further fields of TrainConfig.
-    """
-    steps, on_card = cell["steps"], cell["device"].startswith("cuda")
-    config = TrainConfig(
-        **{key: cell[key] for key in ("steps", "batch", "lr", "seed", "device")}, eval_every=steps,
-        dtype="bfloat16" if on_card else "float32", **own,
-    )  # fmt: skip
+    """Train a language model in place: its log, and how it trained. cell, own: as of `plan`."""
+    config = plan(cell, **own)
 
     def on_step(r: dict[str, Any]) -> None:
-        tell(r["step"] / steps, f"loss {r['loss']:.3f}, gradient norm {r['grad_norm']:.2f}")
+        tell(r["step"] / config.steps, f"loss {r['loss']:.3f}, gradient norm {r['grad_norm']:.2f}")
 
     return train(model, corpus, config, None, progress=False, on_step=on_step), config
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nestlearn.disk import atomic_write
+from nestlearn.evals import grouped
 from nestlearn.evals.files import rows_of, text_of
 from nestlearn.experiments.cells import run_cells
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
@@ -206,16 +207,17 @@ def grid(asked: Options) -> list[Cell]:
     if asked.data is None or not (Path(asked.data) / "models" / "stories260K.bin").is_file():
         raise ValueError(f"data={asked.data}: give the folder that holds models/stories260K.bin")
     texts = chosen(asked.only, TEXTS, "text")[: 1 if asked.quick or not asked.only else None]
+    base = {"read": READ, "quick": asked.quick, **_places(asked)}
     return [
-        {"task": kind, "model": name, "dial": dial, "read": READ, "quick": asked.quick,
-         **_places(asked)}
-        for kind in texts for name in _names(asked)
+        {"task": kind, "model": name, "dial": dial, **base}
+        for kind in texts
+        for name in _names(asked)
         for dial in asked.pick((), METHODS[name].dial) or (0.0,)
-    ]  # fmt: skip
+    ]
 
 
 def _names(asked: Options) -> tuple[str, ...]:
-    return chosen(asked.models or asked.pick(("sgd", "three"), ()), tuple(METHODS), "method")
+    return chosen(asked.models or asked.pick(("sgd", "three"), ()), METHODS, "method")
 
 
 def _places(asked: Options) -> dict[str, str]:
@@ -253,20 +255,24 @@ def columns(records: Sequence[Record]) -> list[Column]:
     ]
 
 
+def _task(record: Record) -> str:
+    return record.task
+
+
 def best_first(records: Sequence[Record]) -> list[Record]:
     """The methods by their loss at the second cost."""
-    place = {}
-    for task, name in dict.fromkeys((r.task, r.model) for r in records):
-        found = later_at(COSTS[1], name, [r for r in records if r.task == task])
-        place[task, name] = (task, statistics.mean(found), METHODS[name].title)
+    place = {
+        (task, name): (task, statistics.mean(later_at(COSTS[1], name, every)), METHODS[name].title)
+        for task, every in grouped(records, _task).items()
+        for name in {r.model for r in every}
+    }
     return sorted(records, key=lambda r: place[r.task, r.model])
 
 
 def notes(records: Sequence[Record]) -> str:
     """Where all lines begin."""
     lines = []
-    for task in dict.fromkeys(r.task for r in records):
-        every = [r for r in records if r.task == task]
+    for task, every in grouped(records, _task).items():
         starts = [untouched(every, seed) for seed in sorted({r.seed for r in every})]
         before, own = spread([s[0] for s in starts]), statistics.mean(s[1] for s in starts)
         lines.append(f"Base model, {task}: {before} at {own:.3f} on its own kind of text.")
@@ -278,21 +284,18 @@ def figure(records: Sequence[Record], path: Path) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["tab20"]
-    for task in dict.fromkeys(r.task for r in records):
+    for task, every in grouped(records, _task).items():
         picture, (axes,) = new_figure(
             "Loss on its own kind of text (nats)", "Loss on later text (nats)"
         )
         picture.set_size_inches(9.6, 5.6)
-        every = [r for r in records if r.task == task]
-        there = [name for name in METHODS if any(r.model == name for r in every)]
-        for i, name in enumerate(there):
-            mine: dict[tuple[float, float], list[Point]] = {}
-            for r in (r for r in every if r.model == name):
-                setting = (r.config["lr"], r.config["dial"])
-                mine.setdefault(setting, []).append((r.detail["own"], r.value))
+        there = grouped(every, lambda r: r.model)
+        for i, name in enumerate(name for name in METHODS if name in there):
+            settings = grouped(there[name], lambda r: (r.config["lr"], r.config["dial"]))
             means = [
                 (statistics.mean(own), statistics.mean(later))
-                for own, later in (zip(*some) for some in mine.values())
+                for some in settings.values()
+                for own, later in [zip(*((r.detail["own"], r.value) for r in some))]
             ]
             first = i == 0  # what all others are measured by
             axes.plot(

@@ -12,7 +12,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nestlearn.disk import atomic_write
+from nestlearn.experiments.cells import PLACES
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.tables import PARAMETERS, detail, mean, model
@@ -58,14 +59,13 @@ def all_models(vocab_size: int, size: str = "tiny") -> list[Entry]:
     c = hope.config
     plain = replace(transformer.config, mixer=Attention(conv=0))
     return [
-        hope,
-        transformer,
+        hope, transformer,
         Entry("Transformer, no convolution", plain, lr=4e-3),  # best of 2, 4, 6, 8e-3
         Entry("Hope, static MLP", replace(c, channel=SwiGLU())),
         Entry("Hope-Attention", replace(c, mixer=Attention())),
         Entry("DeltaNet + CMS", replace(c, mixer=DeltaNet())),
         Entry("DeltaNet", replace(c, mixer=DeltaNet(), channel=SwiGLU())),
-    ]
+    ]  # fmt: skip
 
 
 def matched(entries: Sequence[Entry]) -> list[Entry]:
@@ -81,14 +81,10 @@ def settings(steps: int | None = None, *, quick: bool = False) -> TrainConfig:
     batch, length, windows = (4, 128, 4) if quick else (8, 256, 16)
     steps = (QUICK_STEPS if quick else STEPS) if steps is None else steps
     return TrainConfig(
-        steps=steps,
-        batch=batch,
-        length=length,
-        warmup=min(50, max(steps, 0) // 5),
-        eval_every=max(1, steps // (5 if quick else 8)),
-        eval_windows=windows,
+        steps=steps, batch=batch, length=length, warmup=min(50, max(steps, 0) // 5),
+        eval_every=max(1, steps // (5 if quick else 8)), eval_windows=windows,
         checkpoint_every=max(1, steps // 4),
-    )
+    )  # fmt: skip
 
 
 @lru_cache(1)
@@ -107,27 +103,23 @@ def cells(
     """
     corpus = corpus_of(paths)
     corpus.val_windows(1, STRETCH * config.length)  # a short text fails before any training
-    check_text(out, corpus)
-    own = {k: v for k, v in asdict(config).items() if k not in ("lr", "seed", "device")}
-    return [
-        {
-            "task": corpus.name, "model": e.name, "config": e.config.to_dict(), "train": own,
-            "sha256": corpus.describe()["sha256"], "prompt": prompt, "peak": e.lr, "folder": paths,
-            "out": str(out.resolve()),
-        }
-        for e in matched(entries)
-    ]  # fmt: skip
-
-
-def check_text(out: Path, corpus: Corpus) -> None:
-    """ValueError where `out` holds runs of other text."""
+    sha256 = corpus.describe()["sha256"]
     for path in out.glob("*/config.json"):
         text = json.loads(path.read_text(encoding="utf-8")).get("corpus", {})
-        if text.get("sha256") != corpus.describe()["sha256"]:
+        if text.get("sha256") != sha256:
             raise ValueError(
                 f"{path.parent} was trained on other text ({text.get('name')}): give another "
                 "--out, or delete it"
             )
+    own = {k: v for k, v in asdict(config).items() if k not in ("lr", "seed", "device")}
+    return [
+        {
+            "task": corpus.name, "model": e.name, "config": e.config.to_dict(), "train": own,
+            "sha256": sha256, "prompt": prompt, "peak": e.lr, "folder": paths,
+            "out": str(out.resolve()),
+        }
+        for e in matched(entries)
+    ]  # fmt: skip
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -149,16 +141,16 @@ def folder_name(cell: Cell) -> str:
 def check_folder(cell: Cell) -> None:
     """ValueError where the training's folder is of another cell."""
     path = Path(cell["out"], folder_name(cell), "cell.json")
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != _identity(cell):
+    if path.is_file() and json.loads(path.read_text("utf-8")) != json.loads(_identity(cell)):
         raise ValueError(
             f"{path.parent} holds other settings, or is of another version of nestlearn: give "
             "another --out, or delete it"
         )
 
 
-def _identity(cell: Cell) -> dict[str, Any]:
-    said = {k: v for k, v in cell.items() if k not in ("device", "out", "folder", "rates")}
-    return json.loads(json.dumps(said))  # the same types as when read back
+def _identity(cell: Cell) -> str:
+    said = {k: v for k, v in cell.items() if k not in (*PLACES, "rates")}
+    return json.dumps(said, indent=1) + "\n"
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -170,8 +162,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = HopeLM(HopeConfig.from_dict(cell["config"]))
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_identity(cell), indent=1)
-    atomic_write(folder / "cell.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    said = partial(Path.write_text, data=_identity(cell), encoding="utf-8")
+    atomic_write(folder / "cell.json", said)
     train(
         model, corpus, config, folder, resume=(folder / "config.json").is_file(),
         progress=parent_process() is None,
@@ -180,21 +172,17 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     log = read_log(folder / "log.jsonl")
     losses, curve = measure(model, corpus, config)
     tokens = config.batch * config.length
+    loss = losses[config.length]
     return {
-        "value": -losses[config.length],
-        "scores": {"validation loss (nats per token)": losses[config.length]},
-        "value_at": losses,
+        "value": -loss, "scores": {"validation loss (nats per token)": loss}, "value_at": losses,
         "bits_per_byte": {n: corpus.bits_per_byte(x) for n, x in losses.items()},
-        "loss_by_position": curve.tolist(),
-        "parameters": model.parameter_count(),
-        "steps": config.steps,
-        "tokens": config.steps * tokens,
+        "loss_by_position": curve.tolist(), "parameters": model.parameter_count(),
+        "steps": config.steps, "tokens": config.steps * tokens,
         "seconds": sum(tokens / r["tokens_per_second"] for r in log),
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in log),
         "log": [[r["step"], r["loss"], r.get("val_loss")] for r in log],
-        "sample": _sample(model, corpus, cell["prompt"]),
-        "headline": f"validation loss {losses[config.length]:.4f}",
-    }
+        "sample": _sample(model, corpus, cell["prompt"]), "headline": f"validation loss {loss:.4f}",
+    }  # fmt: skip
 
 
 def eval_tokens(config: TrainConfig) -> int:
@@ -218,14 +206,12 @@ def measure(
     return {T: short_loss, STRETCH * T: long_loss}, by_position
 
 
-def _sample(model: HopeLM, corpus: Corpus, prompt: str, tokens: int = 200) -> str:
+def _sample(model: HopeLM, corpus: Corpus, prompt: str) -> str:
     assert corpus.tokenizer is not None
     device = next(model.parameters()).device
     ids = torch.tensor([corpus.tokenizer.encode(prompt)], device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    longer = model.eval().generate(
-        ids, max_new_tokens=tokens, temperature=0.8, top_k=40, generator=generator
-    )
+    draw = torch.Generator(device).manual_seed(0)
+    longer = model.eval().generate(ids, 200, temperature=0.8, top_k=40, generator=draw)
     return corpus.tokenizer.decode(longer[0].tolist())
 
 

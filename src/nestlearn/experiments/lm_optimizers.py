@@ -38,11 +38,12 @@ LOSS = "validation loss (nats)"
 
 def build(name: str, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """A contestant; decay as in `nestlearn train`."""
-    decay = config.weight_decay
     if name == "Delta momentum":
         return optim.DeltaMomentum(optim.groups(model), config.lr, weight_decay=0.0)
     kind = {"Muon": optim.Muon, "M3": optim.M3}[name]
-    return kind(optim.groups(model), config.lr, weight_decay=decay, betas=config.betas)
+    return kind(
+        optim.groups(model), config.lr, weight_decay=config.weight_decay, betas=config.betas
+    )
 
 
 def grid(asked: Options) -> list[Cell]:
@@ -71,16 +72,14 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         on_step=lambda r: tell(r["step"] / config.steps, f"loss {r['loss']:.3f}"),
     )  # fmt: skip
     last = log[-max(1, len(log) // 10) :]
+    loss = log[-1]["val_loss"]
     return {
-        "value": -log[-1]["val_loss"],
-        "scores": {LOSS: log[-1]["val_loss"]},
-        "bits_per_byte": log[-1]["val_bits_per_byte"],
+        "value": -loss, "scores": {LOSS: loss}, "bits_per_byte": log[-1]["val_bits_per_byte"],
         "train_loss": sum(r["loss"] for r in last) / len(last),
         "tokens_per_second": statistics.median_high(r["tokens_per_second"] for r in log),
-        "log": [r["loss"] for r in log],
-        "headline": f"validation loss {log[-1]['val_loss']:.4f}",
+        "log": [r["loss"] for r in log], "headline": f"validation loss {loss:.4f}",
         "parameters": model.parameter_count(),
-    }
+    }  # fmt: skip
 
 
 def figure(records: Sequence[Record], path: Path) -> None:

@@ -113,14 +113,8 @@ def families(*names: str) -> dict[str, dict[str, Any]]:
 
 
 RIVALS = (  # whom every table of sequence models has beside Hope
-    "hope-attention",
-    "titans",
-    "deltanet",
-    "deltanet-negative",
-    "linear",
-    "transformer",
-    "lstm",
-)
+    "hope-attention", "titans", "deltanet", "deltanet-negative", "linear", "transformer", "lstm",
+)  # fmt: skip
 
 
 def contender(name: str) -> Contender:
@@ -136,12 +130,13 @@ def build(name: str, vocab_size: int, skeleton: Mapping[str, Any], *, match: boo
     skeleton: as plain JSON fields of `HopeConfig`, and options that go to every mixer and channel
     which has them: chunk, conv, rotary, levels ... What it does not say is the default of today;
     the contender's own options come on top. match: give it, by the width of its channel mixer, the
-    parameters of "hope" in that skeleton. ValueError for an unknown name or option.
+    parameters of "hope" in that skeleton; an LSTM has them always. ValueError for an unknown name
+    or option.
     """
     own = contender(name)
     base = _config(CONTENDERS["hope"], vocab_size, skeleton)
     if own.mixer is None:
-        return _lstm(base, parameter_count(base) if match else None)
+        return _lstm(base, parameter_count(base))
     config = _config(own, vocab_size, skeleton)
     if match and config != base:
         config = with_parameters(config, parameter_count(base))
@@ -234,10 +229,8 @@ class LSTMModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def _lstm(base: HopeConfig, target: int | None) -> LSTMModel:
+def _lstm(base: HopeConfig, target: int) -> LSTMModel:
     size = (base.vocab_size, base.dim, base.layers)
-    if target is None:
-        return LSTMModel(*size, 8 * base.dim // 3)
 
     def count(width: int) -> int:
         with torch.device("meta"):

@@ -71,7 +71,7 @@ def grid(asked: Options) -> list[Cell]:
     cells = []
     for name in chosen(asked.only, known, "task"):
         for kib in asked.pick(STATES[:1], STATES):
-            for model in chosen(asked.models or MODELS, tuple(CONTENDERS), "model"):
+            for model in chosen(asked.models or MODELS, CONTENDERS, "model"):
                 skeleton = sized(model, kib)
                 cells.append({
                     "benchmark": "mqar", "task": name, "setting": f"{kib:g} KiB", "model": model,

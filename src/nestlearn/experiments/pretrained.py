@@ -33,8 +33,8 @@ def cells(
     base = part(asked)
     return [
         {"task": task, "model": row, **base, **own}
-        for task in chosen(asked.only, tuple(tasks), what)
-        for row in chosen(asked.models, tuple(rows), "row")
+        for task in chosen(asked.only, tasks, what)
+        for row in chosen(asked.models, rows, "row")
     ]
 
 

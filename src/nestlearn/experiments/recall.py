@@ -46,14 +46,13 @@ _OWN: dict[str, dict[str, Any]] = {  # levels beside gates that can shut fade
     "Hope-Attention": {"channel": _LASTING},
     "DeltaNet with levels": {"mixer": _PLAIN, "channel": _LASTING},
     "DeltaNet with levels, shut below 0.2": {
-        "mixer": replace(_PLAIN, eta_min=0.2),
-        "channel": _BRIEF,
+        "mixer": replace(_PLAIN, eta_min=0.2), "channel": _BRIEF,
     },
     "DeltaNet": {"mixer": _PLAIN},
     "DeltaNet, shut below 0.2": {"mixer": replace(_PLAIN, eta_min=0.2)},
     "DeltaNet, shut below 0.5": {"mixer": replace(_PLAIN, eta_min=0.5)},
     "Transformer": {},
-}
+}  # fmt: skip
 TAPS = 16  # of every mixer's convolution: bytes of about four tokens, which it is made for
 
 
@@ -86,7 +85,7 @@ def cells(
     assert asked.data is not None
     text = books.text_of(str(Path(asked.data) / "gutenberg")) | {"folder": asked.data}
     known = {f"{length:,}": length for length in lengths}
-    names = chosen(asked.only or tuple(known)[:usual], tuple(known), "length")
+    names = chosen(asked.only or tuple(known)[:usual], known, "length")
     return [
         {
             "task": task, "model": name, "size": asked.pick(QUICK_SIZE, SIZE),
@@ -96,7 +95,7 @@ def cells(
             "steps": asked.steps or asked.pick(4, STEPS), "language": LANGUAGE,
             "costly": name in COSTLY, **text, **own,
         }
-        for name in chosen(asked.models, tuple(ROWS), "model")
+        for name in chosen(asked.models, ROWS, "model")
     ]  # fmt: skip
 
 
@@ -177,10 +176,8 @@ def measured(
 def haystacks(folder: Path) -> dict[str, Any]:
     """The training, validation and test books, as bytes."""
     text = books.read(folder / "gutenberg")
-    return {
-        "train": text.corpus.train.numpy(), "valid": text.corpus.val.numpy(),
-        "test": text.test.numpy(),
-    }  # fmt: skip
+    parts = {"train": text.corpus.train, "valid": text.corpus.val, "test": text.test}
+    return {split: ids.numpy() for split, ids in parts.items()}
 
 
 # -------------------------------------------------------------------------- the experiment
@@ -199,20 +196,14 @@ def experiment(
     """Table 1, figure 9, or what is like them. panels: of the figure, a group of tasks each."""
     names = tuple(dict.fromkeys(name for group in panels.values() for name in group))
     return Experiment(
-        name=name,
-        shows=shows,
-        price=price,
+        name=name, shows=shows, price=price,
         takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
-        grid=grid,
-        work=work,
-        rates=(3e-3, 6e-3),
-        quick_rates=(0, 1),
-        seeds=1,
-        columns=lambda records: columns(records, names),
-        notes=lambda _: NOTE,
+        grid=grid, work=work,
+        rates=(3e-3, 6e-3), quick_rates=(0, 1), seeds=1,
+        columns=lambda records: columns(records, names), notes=lambda _: NOTE,
         figure=lambda records, path: figure(records, panels, path),
         sources=tuple(f"experiments/{name}.py" for name in ("recall", "lessons", "asked", "books")),
-    )
+    )  # fmt: skip
 
 
 def _length(r: Record) -> int:

@@ -11,12 +11,13 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from nestlearn.disk import atomic_write
-from nestlearn.evals import Record, read_records, write_records
+from nestlearn.evals import Record, grouped, read_records, write_records
 from nestlearn.experiments import SUITES, named
 from nestlearn.experiments.cells import Cell, cell_path, digest, failure, run_cells, settled
 from nestlearn.experiments.experiment import Experiment, Options
@@ -47,9 +48,8 @@ def run(
     about = named(what) if isinstance(what, str) else what
     asked, records = measure(about, out, progress=progress, **options)
     text = report(about, records)
-    atomic_write(
-        asked.out / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8")
-    )
+    write = partial(Path.write_text, data=text + "\n", encoding="utf-8")
+    atomic_write(asked.out / "table.md", write)
     if about.figure:
         about.figure(records, asked.out / f"{about.name}.png")
     return text
@@ -87,12 +87,9 @@ def ask(about: Experiment, out: Path | None = None, **options: Any) -> Options:
     if foreign:
         raise ValueError(f"{about.name} takes no --{foreign[0]}: leave it out")
     given["device"] = str(resolve_device(given.get("device", about.device)))
-    for name in ("only", "models"):
-        given[name] = tuple(given.get(name, ()))
+    given |= {name: tuple(given.get(name, ())) for name in ("only", "models")}
     if given.get("seeds", 1) < 1:
         raise ValueError(f"{about.name}: seeds={given['seeds']}: give 1 or more")
-    known = {f.name for f in fields(Options)}
-    assert given.keys() <= known, given.keys() - known
     return Options(out or folder(about.name, quick), quick, add, **given)
 
 
@@ -137,13 +134,11 @@ class Search:
     def records(self) -> list[Record]:
         """Those of every seed at the chosen rate."""
         about, runs = self.about, self._runs()
+        found: list[Record] = []
         done = self._run([cell for cell, _ in runs], "seeds" if any(self.rates) else "")
-        found = [
-            record
-            for (cell, rates), d in zip(runs, done)
-            if d is not None
-            for record in _records(about, d, {**cell, "rates": rates}, self.seeds)
-        ]
+        for (cell, rates), d in zip(runs, done):
+            if d is not None:
+                found += _records(about, d, {**cell, "rates": rates}, self.seeds)
         if runs and not found:
             raise self._failed([cell for cell, _ in runs])
         return found
@@ -155,9 +150,7 @@ class Search:
             for cell, rates in zip(self.grid, self.rates)
         ]
         cells = [
-            [[{**cell, "lr": lr, "seed": seed} for seed in self.seeds] for lr in rates]
-            if choose
-            else []
+            [[{**cell, "lr": lr, "seed": seed} for seed in self.seeds] for lr in rates if choose]
             for cell, rates, choose in zip(self.grid, self.rates, chooses)
         ]
         flat = [cell for rates in cells for some in rates for cell in some]
@@ -177,16 +170,14 @@ class Search:
 
     def _run(self, cells: list[Cell], what: str) -> list[dict[str, Any] | None]:
         name = f"{self.about.name}{f': {what}' * bool(what)}"
-        place, workers = self.asked.out / "cells", self.asked.workers
-        workers = workers if "workers" in self.about.takes else 0
+        workers = self.asked.workers if "workers" in self.about.takes else 0
         # seed after seed: a run that is stopped has whole seeds
         order = sorted(range(len(cells)), key=lambda i: cells[i]["seed"])
         done = run_cells(
-            [cells[i] for i in order], self.about.work, place, workers=workers, name=name,
-            progress=self.progress,
+            [cells[i] for i in order], self.about.work, self.asked.out / "cells", workers=workers,
+            name=name, progress=self.progress,
         )  # fmt: skip
-        found = dict(zip(order, done))
-        return [found[i] for i in range(len(cells))]
+        return [found for _, found in sorted(zip(order, done), key=itemgetter(0))]
 
     def _failed(self, cells: list[Cell]) -> ValueError:
         place = self.asked.out / "cells"
@@ -210,12 +201,13 @@ def _same(config: Cell) -> str:
 
 def _check_known(grid: Sequence[Cell], kept: Sequence[Record]) -> None:
     """Seeds are added to what was measured in the same way alone."""
-    for key in {(cell["task"], cell["model"]) for cell in grid}:
-        ours = [cell for cell in grid if (cell["task"], cell["model"]) == key]
-        theirs = [r.config for r in kept if (r.config["task"], r.config["model"]) == key]
-        if theirs and not {_same(cell) for cell in ours} & {_same(cell) for cell in theirs}:
+    key = itemgetter("task", "model")
+    theirs = grouped((r.config for r in kept), key)
+    for what, ours in grouped(grid, key).items():
+        there = {_same(config) for config in theirs.get(what, ())}
+        if there and not there & {_same(cell) for cell in ours}:
             raise ValueError(
-                f"{', '.join(key)}: the records there are of other settings than a run of today, "
+                f"{', '.join(what)}: the records there are of other settings than a run of today, "
                 "so no seed can be added: give the options that they had, or leave out --add"
             )
 
@@ -241,16 +233,14 @@ def _check_fair(name: str, tried: dict[tuple[str, str], int]) -> None:
 
 
 def _rule(about: Experiment, rates: Sequence[float], search: Sequence[int], checks: bool) -> str:
-    by = f"by {about.chooses}"
     if rates and not about.chooses:
         return "every setting is shown"
-    parts = []
+    parts = ["learning rate: fixed"] if rates else []
     if len(rates) > 1:
         seeds = ", ".join(map(str, search))
-        parts.append(f"learning rate: the best of {len(rates)} {by} (seed {seeds})")
-    elif rates:
-        parts.append("learning rate: fixed")
-    parts += [f"checkpoint: the best {by}"] if checks else []
+        best = f"the best of {len(rates)} by {about.chooses} (seed {seeds})"
+        parts = [f"learning rate: {best}"]
+    parts += [f"checkpoint: the best by {about.chooses}"] if checks else []
     return "; ".join(parts) or "nothing is chosen"
 
 
@@ -265,7 +255,7 @@ def _records(
         parts = [(config["model"], whole)]
     # where files stood on the machine that ran it is nobody's business; on what it ran is
     config = {key: value for key, value in config.items() if key not in ("out", "folder")}
-    config |= {key: value for key, value in done["cell"].items() if key == "device"}
+    config["device"] = done["cell"]["device"]
     if "best_step" in whole:
         config["best_step"] = whole["best_step"]
     rule = _rule(about, config["rates"], search, "checks" in whole)
@@ -309,9 +299,7 @@ def report(about: Experiment, records: Sequence[Record]) -> str:
     if about.notes:
         parts.append(about.notes(records))
     rules = sorted({r.rule for r in records} - {"", "nothing is chosen"})
-    most = max(
-        len({r.seed for r in records if about.by(r) == row}) for row in map(about.by, records)
-    )
+    most = max(len({r.seed for r in rows}) for rows in grouped(records, about.by).values())
     said = ["Mean ± half the range over seeds."] if most > 1 else []
     parts.append(" ".join([*said, *(f"{rule[0].upper()}{rule[1:]}." for rule in rules)]))
     return "\n\n".join(filter(None, parts))

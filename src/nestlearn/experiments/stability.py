@@ -33,7 +33,7 @@ def grid(asked: Options) -> list[Cell]:
             "batch": asked.pick(2, TOKENS // int(length)), **books.text_of(asked.data),
         }
         for length in chosen(asked.only, LENGTHS, "length")
-        for name in chosen(asked.models or MODELS, tuple(FAMILIES), "model")
+        for name in chosen(asked.models or MODELS, FAMILIES, "model")
     ]  # fmt: skip
 
 

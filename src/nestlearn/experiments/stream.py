@@ -50,7 +50,7 @@ def grid(asked: Options) -> list[Cell]:
             "task": Path(asked.data).name, "model": name, "folder": asked.data,
             "weights": fingerprint([weights]), "tokens": asked.pick(5000, 100_000),
         }
-        for name in chosen(asked.models, tuple(SETTINGS), "memory")
+        for name in chosen(asked.models, SETTINGS, "memory")
     ]  # fmt: skip
 
 

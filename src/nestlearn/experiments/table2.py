@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nestlearn.evals import grouped
 from nestlearn.experiments import books
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.figures import Panel, curves, lines
+from nestlearn.experiments.figures import curves
 from nestlearn.experiments.models import FAMILIES, families
 from nestlearn.experiments.tables import words
 
@@ -29,20 +30,13 @@ STEPS, BATCH, LENGTH = 600, 32, 1024
 
 
 def grid(asked: Options) -> list[Cell]:
-    text = books.text_of(asked.data)
-    return [
-        {
-            "task": setting, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
-            "batch": asked.pick(2, BATCH), "length": asked.pick(64, LENGTH),
-            "size": asked.pick((32, 1, 2), SIZES[setting.split(",")[0]]),
-            "vocabulary": asked.pick({"pieces": 300}, VOCABULARIES).get(
-                setting.split()[-1], books.BYTES
-            ),
-            **text,
-        }
+    vocabularies = VOCABULARIES | asked.pick({"pieces": 300}, {})
+    tasks = {
+        setting: {"size": asked.pick((32, 1, 2), SIZES[size]), "vocabulary": vocabularies[tokens]}
         for setting in chosen(asked.only, SETTINGS, "setting")
-        for name in chosen(asked.models, tuple(ROWS), "model")
-    ]  # fmt: skip
+        for size, tokens in [setting.split(", ")]
+    }
+    return books.cells(asked, tasks, chosen(asked.models, ROWS, "model"), (STEPS, BATCH, LENGTH))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -61,13 +55,10 @@ def figure(records: Sequence[Record], path: Path) -> None:
     there = [r for r in records if r.metric == books.NEAR]
     there.sort(key=lambda r: list(ROWS).index(r.model))
     panels = [
-        Panel(
-            setting, label, "validation (bits a byte)",
-            lines((r for r in there if r.task == setting), books.curve_of(axis, 2)),
-        )
-        for setting in dict.fromkeys(r.task for r in records)
+        books.panel(own, setting, (label, "validation (bits a byte)"), axis, 2)
+        for setting, own in grouped(there, lambda r: r.task).items()
         for axis, label in enumerate(("tokens", "seconds on one card"))
-    ]  # fmt: skip
+    ]
     curves(panels, path, marker=True)
 
 

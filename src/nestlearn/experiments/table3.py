@@ -21,6 +21,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -48,20 +49,19 @@ TESTS = ("questions", "repeats", "edges", "quizzes", "harness", "code")  # no pa
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each model of each size, and one for chance."""
-    text = books.text_of(asked.data and str(Path(asked.data, "gutenberg")))
-    quizzes = fingerprint(harness.files(Path(asked.data or "")))
-    return [
-        {
-            "task": size, "model": name, "steps": asked.steps or asked.pick(3, table2.STEPS),
-            "batch": asked.pick(2, table2.BATCH), "length": asked.pick(64, table2.LENGTH),
-            "size": asked.pick((32, 1, 2), table2.SIZES[size]), **text, "folder": asked.data,
-            "out": str(asked.out.resolve()), "quizzes": quizzes, "harness": harness.version(),
-            "questions": asked.pick(8, QUESTIONS), "repeats": asked.pick(2, REPEATS),
-            "edges": asked.pick(EDGES[:2], EDGES),
-        }
-        for size in chosen(asked.only, tuple(table2.SIZES), "size")
-        for name in (*chosen(asked.models, tuple(table2.ROWS), "model"), CHANCE)
-    ]  # fmt: skip
+    part = replace(asked, data=asked.data and str(Path(asked.data, "gutenberg")))
+    sizes = chosen(asked.only, table2.SIZES, "size")
+    shapes = {size: {"size": asked.pick((32, 1, 2), table2.SIZES[size])} for size in sizes}
+    models = (*chosen(asked.models, table2.ROWS, "model"), CHANCE)
+    usual = (table2.STEPS, table2.BATCH, table2.LENGTH)
+    cells = books.cells(part, shapes, models, usual)
+    own = {
+        "folder": asked.data, "out": str(asked.out.resolve()), "harness": harness.version(),
+        "quizzes": fingerprint(harness.files(Path(asked.data or ""))),
+        "questions": asked.pick(8, QUESTIONS), "repeats": asked.pick(2, REPEATS),
+        "edges": asked.pick(EDGES[:2], EDGES),
+    }  # fmt: skip
+    return [cell | own for cell in cells]
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

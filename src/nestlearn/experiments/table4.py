@@ -101,7 +101,7 @@ def grid(asked: Options) -> list[Cell]:
             "fit": settings(steps, asked.quick),
         }
         for task, setting in _pairs(asked.only)
-        for model in chosen(names, tuple(CONTENDERS), "model")
+        for model in chosen(names, CONTENDERS, "model")
     ]  # fmt: skip
 
 
@@ -110,10 +110,10 @@ def _pairs(only: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
     for name in only or TASKS:
         task, _, setting = name.partition("/")
-        chosen([task], tuple(NAMES), "task")
+        chosen([task], NAMES, "task")
         known = list(mad.settings(task))
         asked = known if setting == "all" else [setting or "baseline"]
-        pairs += [(task, s) for s in chosen(asked, tuple(known), "setting")]
+        pairs += [(task, s) for s in chosen(asked, known, "setting")]
     return pairs
 
 

@@ -58,7 +58,7 @@ SKELETON: dict[str, Any] = {
 def grid(asked: Options) -> list[Cell]:
     names = asked.models or asked.pick(("hope", "lstm"), MODELS)
     cells = []
-    for language in chosen(asked.only, tuple(NAMES), "language"):
+    for language in chosen(asked.only, NAMES, "language"):
         many = language in ("parity", "shuffle2")
         steps = asked.steps or asked.pick(QUICK_STEPS, STEPS[language])
         # The rate is constant as published: a falling one settles before it generalises.
@@ -74,7 +74,7 @@ def grid(asked: Options) -> list[Cell]:
                 "skeleton": SKELETON | asked.pick({"dim": 32, "chunk": 32}, {}),
                 "data": asked.pick({"train": 200, "test": 8}, data), "fit": fit,
             }
-            for model in chosen(names, tuple(CONTENDERS), "model")
+            for model in chosen(names, CONTENDERS, "model")
         ]  # fmt: skip
     return cells
 

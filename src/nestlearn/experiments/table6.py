@@ -39,22 +39,14 @@ STEPS, BATCH, LENGTH = 300, 64, 512
 
 
 def grid(asked: Options) -> list[Cell]:
-    text = books.text_of(asked.data)
-    return [
-        {
-            "task": "books", "model": name, "steps": asked.steps or asked.pick(3, STEPS),
-            "batch": asked.pick(2, BATCH), "length": asked.pick(64, LENGTH),
-            "size": asked.pick((32, 1, 2), SIZE), **text,
-        }
-        for name in chosen(asked.models, tuple(ROWS), "row")
-    ]  # fmt: skip
+    sizes = {"books": {"size": asked.pick((32, 1, 2), SIZE)}}
+    return books.cells(asked, sizes, chosen(asked.models, ROWS, "row"), (STEPS, BATCH, LENGTH))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     config = books.sized(ROWS[cell["model"]], cell["size"])
-    text = books.read(Path(cell["folder"]))
     _, result = books.trained(cell, config, tell)
-    return books.in_bits(text, result)
+    return books.in_bits(books.read(Path(cell["folder"])), result)
 
 
 EXPERIMENT = Experiment(

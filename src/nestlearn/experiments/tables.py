@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nestlearn.evals import Record
+from nestlearn.evals import Record, grouped
 
 Number = Callable[[Record], float | None]
 
@@ -110,11 +110,8 @@ def table(
     """Markdown: a row for all records of one `by`, in the order of their first, and what `below`
     says of them.
     """
-    groups: dict[Any, list[Record]] = {}
-    for record in records:
-        groups.setdefault(by(record), []).append(record)
     rows: list[Sequence[str]] = [[column.head for column in columns]]
-    for group in groups.values():
+    for group in grouped(records, by).values():
         rows.append([column.text(group) for column in columns])
         if (more := below(group, columns)) is not None:
             rows.append(more)

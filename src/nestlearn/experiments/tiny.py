@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nestlearn.evals import Record
 from nestlearn.experiments import books
-from nestlearn.experiments.cells import Cell, Tell
-from nestlearn.experiments.experiment import Experiment, Options, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.models import FAMILIES, families
-from nestlearn.experiments.tables import Column, detail, mean, words
+from nestlearn.experiments.tables import detail, mean, words
 from nestlearn.options import Attention
 
 
@@ -50,20 +48,14 @@ STREAM = 100_000  # bytes
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each model of each size; of the smaller one unless others are asked for."""
-    text = books.text_of(asked.data)
-    sizes = chosen(asked.only or ("0.8M",), tuple(SIZES), "size")
+    sizes = chosen(asked.only or ("0.8M",), SIZES, "size")
     models = chosen(asked.models, [n for size in sizes for n in SIZES[size].models], "model")
-    return [
-        {
-            "task": size, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
-            "batch": asked.pick(1, BATCH), "length": asked.pick(512, LENGTH),
-            "size": asked.pick((32, 1, 2), SIZES[size].shape), "out": str(asked.out.resolve()),
-            **text,
-        }
-        for size in sizes
-        for name in SIZES[size].models
-        if name in models
-    ]  # fmt: skip
+    found = []
+    for size in sizes:
+        own = {"size": asked.pick((32, 1, 2), SIZES[size].shape), "out": str(asked.out.resolve())}
+        there = [name for name in SIZES[size].models if name in models]
+        found += books.cells(asked, {size: own}, there, (STEPS, BATCH, LENGTH), (3, 1, 512))
+    return found
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -103,12 +95,8 @@ EXPERIMENT = Experiment(
     shows="the weights in the package, and larger ones: Hope on books, beside a Transformer",
     price=("~40 hours", "~10 minutes"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
-    grid=grid,
-    work=work,
-    rates=lambda cell: SIZES[cell["task"]].rates,
-    quick_rates=(0, None),
-    seeds=1,
-    columns=columns,
-    by=lambda r: (r.task, r.model),
+    grid=grid, work=work,
+    rates=lambda cell: SIZES[cell["task"]].rates, quick_rates=(0, None), seeds=1,
+    columns=columns, by=lambda r: (r.task, r.model),
     sources=("experiments/books.py",),
-)
+)  # fmt: skip
