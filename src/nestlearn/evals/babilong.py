@@ -11,6 +11,7 @@ import re
 import tarfile
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Line(NamedTuple):
 
 
 Story = tuple[Line, ...]
+Part = tuple[bytes, tuple[int, int] | None]  # of a row: its text, and what of it is asked for
 
 
 @cache
@@ -105,7 +107,7 @@ def row(
     `hay` times the length of a book's text.
     """
     spare = int(length * (1 - hay))
-    pieces: list[tuple[bytes, tuple[int, int] | None]] = []
+    pieces: list[Part] = []
     while (story := _pieces(told[int(rng.integers(len(told)))])) and (not pieces or spare > 0):
         own = _fitting(story, spare if pieces else max(spare, length // 2))
         if not own:
@@ -118,29 +120,23 @@ def row(
     return hide(cut(text, size, rng), placed)[0]
 
 
-def _pieces(story: Story) -> list[tuple[bytes, tuple[int, int] | None]]:
-    found: list[tuple[bytes, tuple[int, int] | None]] = []
+def _pieces(story: Story) -> list[Part]:
+    found: list[Part] = []
     for line in story:
         if line.answer is None:
             found.append((f"{line.text} ".encode(), None))
         else:
-            asked, answer = question(line.text), f" {line.answer}.".encode()
+            asked = question(line.text)
             begin = len(asked) + 1
-            found.append((asked + answer + b"\n", (begin, begin + TELLING)))
+            found.append((asked + f" {line.answer}.\n".encode(), (begin, begin + TELLING)))
     return found
 
 
-def _fitting(
-    story: list[tuple[bytes, tuple[int, int] | None]], size: int
-) -> list[tuple[bytes, tuple[int, int] | None]]:
+def _fitting(story: list[Part], size: int) -> list[Part]:
     """Its beginning, up to the last question that fits into so many bytes."""
-    total, last = 0, 0
-    for i, (part, span) in enumerate(story):
-        total += len(part)
-        if total > size:
-            break
-        last = i + 1 if span is not None else last
-    return story[:last]
+    reached = accumulate(len(part) for part, _ in story)
+    asked = [i for i, (end, (_, span)) in enumerate(zip(reached, story)) if span and end <= size]
+    return story[: asked[-1] + 1 if asked else 0]
 
 
 def score(asked: Asked, said: str, name: str) -> float:

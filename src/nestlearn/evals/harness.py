@@ -119,9 +119,8 @@ def accuracy(score: Score, asked: Mapping[str, Sequence[Question]]) -> dict[str,
         import lm_eval
         from lm_eval.api.model import LM
     except ImportError as error:
-        raise ValueError(
-            'lm-evaluation-harness counts the answers: pip install "nestlearn[harness]"'
-        ) from error
+        told = 'lm-evaluation-harness counts the answers: pip install "nestlearn[harness]"'
+        raise ValueError(told) from error
 
     class Scored(LM):
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -139,11 +138,10 @@ def accuracy(score: Score, asked: Mapping[str, Sequence[Question]]) -> dict[str,
     return {
         name: {
             key.removesuffix(",none"): 100 * value
-            for key, value in found[name].items()
-            if key.startswith("acc")
+            for key, value in found[name].items() if key.startswith("acc")
         }
         for name in asked
-    }
+    }  # fmt: skip
 
 
 def _task(name: str, asked: Sequence[Question]) -> Any:

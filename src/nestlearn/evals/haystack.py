@@ -69,8 +69,7 @@ def cut(text: Bytes, size: int, rng: np.random.Generator) -> Bytes:
 
 def repeated(line: str, size: int) -> Bytes:
     """The line again and again, `size` bytes of it."""
-    one = as_bytes(f"{line}\n".encode())
-    return np.tile(one, size // len(one) + 1)[:size]
+    return np.resize(as_bytes(f"{line}\n".encode()), size)
 
 
 def ends(text: Bytes) -> NDArray[np.int64]:
@@ -85,24 +84,17 @@ def hide(hay: Bytes, pieces: Sequence[Piece]) -> tuple[Row, tuple[float, ...]]:
     """The haystack with the pieces, in the order of their places and else as given: of exactly the
     bytes of all together; and where in the haystack each piece came to stand, in that order.
     """
-    order = sorted(range(len(pieces)), key=lambda i: pieces[i].at)
-    marks = ends(hay)
-    parts, asked, idle, depths, last = [], [], [], [], 0
-    for i in order:
-        piece = pieces[i]
+    marks, parts, depths, last = ends(hay), [], [], 0
+    for piece in sorted(pieces, key=lambda piece: piece.at):
         place = _nearest(marks, piece.at * len(hay)) if piece.at < 1 else len(hay)
-        parts += [hay[last:place], np.frombuffer(piece.text, np.uint8)]
-        spot = np.zeros(len(piece.text), bool)
-        if piece.answer is not None:
-            spot[slice(*piece.answer)] = True
-        asked += [np.zeros(place - last, bool), spot]
-        idle += [np.ones(place - last, bool), np.zeros(len(spot), bool)]
+        asked = np.zeros(len(piece.text), bool)
+        asked[slice(*(piece.answer or (0, 0)))] = True
+        told = Row(np.frombuffer(piece.text, np.uint8), asked, np.zeros(len(asked), bool))
+        parts += [Row.plain(hay[last:place]), told]
         depths.append(place / max(1, len(hay)))
         last = place
-    parts.append(hay[last:])
-    asked.append(np.zeros(len(hay) - last, bool))
-    idle.append(np.ones(len(hay) - last, bool))
-    return Row(*map(np.concatenate, (parts, asked, idle))), tuple(depths)
+    parts.append(Row.plain(hay[last:]))
+    return Row(*map(np.concatenate, zip(*parts))), tuple(depths)
 
 
 def _nearest(marks: NDArray[np.int64], place: float) -> int:

@@ -11,6 +11,7 @@ import re
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -137,14 +138,12 @@ def sentence(kind: str, key: str, value: str) -> str:
 
 
 def wording(task: Task, asked: list[str]) -> tuple[str, str]:
-    one = len(asked) * task.values == 1
-    some, are, is_, kind = (
-        ("A", "is", "is", task.value[:-1]) if one else ("Some", "are all", "are", task.value)
-    )
+    some, is_, are, kind = "A", "is", "is", task.value[:-1]
+    if len(asked) * task.values > 1:
+        some, is_, are, kind = "Some", "are", "are all", task.value
     query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
-    verb = "is" if one else "are"
     before = (
-        f"{some} special magic {kind} {verb} hidden within the following text. Make sure to "
+        f"{some} special magic {kind} {is_} hidden within the following text. Make sure to "
         f"memorize it. I will quiz you about the {kind} afterwards."
     )
     question = (
@@ -159,13 +158,10 @@ def _hidden(
 ) -> tuple[str, tuple[float, ...]]:
     """The needles in a haystack of so many words (of a text) or lines."""
     if task.haystack == "text":
-        told = text.split()
-        told = (told * (size // len(told) + 1))[:size]
-        parts = re.split(r"(?<=[.!?])\s+", " ".join(told))
-        places = sorted(
-            float(d) for d in rng.choice(np.linspace(0, 1, DEPTHS), len(needles), False)
-        )
-        joined = " "
+        told = " ".join(islice(cycle(text.split()), size))
+        parts = re.split(r"(?<=[.!?])\s+", told)
+        drawn = rng.choice(np.linspace(0, 1, DEPTHS), len(needles), False)
+        places, joined = sorted(map(float, drawn)), " "
     else:
         parts = [NOISE] * size
         if task.haystack == "needles":
@@ -174,8 +170,7 @@ def _hidden(
                 for _ in range(size)
             ]
         drawn = rng.choice(size, len(needles), replace=False)
-        places = sorted(float(line) / size for line in drawn)
-        joined = "\n"
+        places, joined = sorted(float(line) / size for line in drawn), "\n"
     for i, (place, needle) in enumerate(zip(places, needles)):
         parts.insert(round(place * (len(parts) - i)) + i, needle)
     return joined.join(parts), tuple(places)

@@ -9,6 +9,7 @@ are dense: several needles, and short questions about each of them as soon as it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,11 +126,8 @@ def row(
     if rng.random() >= dense:
         task = TASKS[names[int(rng.integers(len(names)))]]
         gap, ahead = int(rng.integers(1, GAP)), bool(rng.integers(2))
-        try:
+        with suppress(ValueError):
             found = _made(task, length, words, text, rng, ahead=ahead, gap=gap)
-        except ValueError:
-            pass
-        else:
             answer = said(found.answers).encode()
             ids = np.frombuffer(found.text + found.question + answer, np.uint8)
             return Row(ids, np.arange(length) > length - len(answer), np.zeros(length, bool))
@@ -155,9 +153,8 @@ def _dense(length: int, words: Words, text: Bytes, rng: np.random.Generator) -> 
         kind, key, value, at = told[int(rng.integers(len(told)))]
         end = f"The special magic {kind} for {key} mentioned in the provided text is"
         if length - _size(pieces) > 2 * ROOM and rng.random() < 0.2:
-            end = (
-                f"What is the special magic {kind} for {key} mentioned in the provided text? {end}"
-            )
+            asked = f"What is the special magic {kind} for {key} mentioned in the provided text?"
+            end = f"{asked} {end}"
         asked, answer = "\n" * int(rng.integers(1, 4)) + end, said((value,))
         place = 1.0 if late else float(rng.uniform(at, 1))
         span = (len(asked) + 1, len(asked) + len(answer))
@@ -179,12 +176,12 @@ def _drawn(rng: np.random.Generator, length: int) -> tuple[str, str]:
     return "numbers", draw_value(rng, "numbers")[:digits]
 
 
-def drill(length: int, words: Words, rng: np.random.Generator, most: int = 5) -> Row:
-    """Exactly `length` bytes of "KEY is: VALUE. " about up to `most` keys, again and again: what a
+def drill(length: int, words: Words, rng: np.random.Generator) -> Row:
+    """Exactly `length` bytes of "KEY is: VALUE. " about up to five keys, again and again: what a
     needle and its question have in common, as often as there is room. Whatever stands there for the
     second time is asked for.
     """
-    keys = draw_keys(rng, words, int(rng.integers(1, most + 1)))
+    keys = draw_keys(rng, words, int(rng.integers(1, 6)))
     values = [_drawn(rng, length)[1] for _ in keys]
     seen: set[int] = set()
     parts: list[bytes] = []

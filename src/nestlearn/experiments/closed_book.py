@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlearn.evals import closed_book
+from nestlearn.evals import closed_book, grouped
 from nestlearn.evals.closed_book import FORMS, HELD_OUT, KINDS, Document, Question
 from nestlearn.evals.last_words import lambada, last_words
 from nestlearn.experiments import pretrained
@@ -57,12 +58,10 @@ def grid(asked: Options) -> list[Cell]:
     pages = asked.pick(QUICK_PAGES, PAGES)
     return [
         {
-            "task": kinds[n % len(kinds)], "model": name, "page": n,
-            "setting": "kept apart" if kinds[n % len(kinds)] in HELD_OUT else "developed on",
-            **base, "kinds": kinds, "pages": pages,
-            "short": asked.quick,
+            "task": kind, "model": name, "page": n, **base, "kinds": kinds, "pages": pages,
+            "setting": "kept apart" if kind in HELD_OUT else "developed on", "short": asked.quick,
         }
-        for n in range(pages)
+        for n, kind in zip(range(pages), cycle(kinds))
         for name in chosen(asked.models, ROWS, "way of reading")
     ]  # fmt: skip
 
@@ -113,9 +112,8 @@ def _elsewhere(folder: Path, device: str) -> _Elsewhere:
 
 def pages(cell: Cell) -> list[Document]:
     """Every page of the run; the cell's own is number `page`."""
-    seed = 10_000 * (cell["seed"] + 1)
-    kinds = cell["kinds"]
-    return [closed_book.document(kinds[n % len(kinds)], seed + n) for n in range(cell["pages"])]
+    seeds = range(10_000 * (cell["seed"] + 1), 10_000 * (cell["seed"] + 1) + cell["pages"])
+    return [closed_book.document(*own) for own in zip(cycle(cell["kinds"]), seeds)]
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -136,12 +134,9 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
             weights, size = _read(stacked, words_of, page.text, how, cell, tell)
     seconds = time.perf_counter() - began
     finds: Callable[[str], str] = _retrieval(cell) if how == "retrieval" else lambda _: page.text
-    asked = [
-        FROM_TEXT.format(text=finds(q.text), question=q.text)
-        if how in ("context", "retrieval")
-        else q.text
-        for q in page.questions
-    ]
+    asked = [q.text for q in page.questions]
+    if how in ("context", "retrieval"):
+        asked = [FROM_TEXT.format(text=finds(text), question=text) for text in asked]
     answers = said(reader, words_of, asked, weights)
     elsewhere = _elsewhere(folder, cell["device"])
     cost = dict.fromkeys(elsewhere.before, 0.0)
@@ -171,10 +166,11 @@ def said(reader: Any, words_of: Any, asked: list[str], weights: Any) -> list[str
 
 def right(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """The share of right answers to the questions of each form."""
-    found: dict[str, list[bool]] = {form: [] for form in FORMS}
-    for question, answer in zip(questions, answers):
-        found[question.form].append(closed_book.right(question, answer))
-    return {form: sum(some) / len(some) for form, some in found.items() if some}
+    found = grouped(zip(questions, answers), lambda pair: pair[0].form)
+    return {
+        form: sum(closed_book.right(*pair) for pair in found[form]) / len(found[form])
+        for form in FORMS if form in found
+    }  # fmt: skip
 
 
 def _read(
@@ -189,9 +185,7 @@ def _read(
         for _ in range(int(how.split()[1])):
             session.learn(text)
         if how.startswith("study"):
-            short: dict[str, Any] = (
-                {"questions": 4, "words": 1, "epochs": 1} if cell["short"] else {}
-            )
+            short = {"questions": 4, "words": 1, "epochs": 1} if cell["short"] else {}
             settings = StudyConfig(**short, seed=cell["seed"])
             session.study(text, settings, tell=lambda what, done, of: tell(done / of, what))
         session.save()
@@ -261,14 +255,12 @@ def columns(records: Sequence[Record]) -> list[Column]:
         if any(name in r.detail["cost"] for r in records)
     ]
     return [
-        model("memory"),
-        words("kinds", lambda r: r.setting),
+        model("memory"), words("kinds", lambda r: r.setting),
         *(mean(form, _share(form), digits=2) for form in FORMS),
-        *costs,
-        mean("MB", detail("megabytes"), digits=1),
+        *costs, mean("MB", detail("megabytes"), digits=1),
         mean("TFLOP", lambda r: r.detail["operations"] / 1e12, digits=1),
         mean("seconds", lambda r: r.seconds, digits=0),
-    ]
+    ]  # fmt: skip
 
 
 def _share(form: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nestlearn.evals import formal, mad, mqar
+from nestlearn.evals import formal, grouped, mad, mqar
 from nestlearn.experiments import books, table4
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.fit import settings, train_cell, train_lm
@@ -29,46 +29,40 @@ STEPS, QUICK_STEPS = 2000, 3
 LANGUAGES = ("parity", "anbncn")
 
 
-def levels(*chunks: int | None, **options: Any) -> list[dict[str, Any]]:
-    """A level for each chunk, as JSON; it does not fade."""
-    return [asdict(Level(chunk=chunk, half_life=None, **options)) for chunk in chunks]
+def levels(*chunks: int | None, **own: Any) -> dict[str, Any]:
+    """A level for each chunk, as JSON: by dot product if not said otherwise; it does not fade."""
+    options: dict[str, Any] = {"objective": "dot", "half_life": None, **own}
+    return {"levels": [asdict(Level(chunk=chunk, **options)) for chunk in chunks]}
 
 
-DOT: dict[str, Any] = {"objective": "dot"}
+SIDE_BY_SIDE = {"variant": "independent"}
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "l2, 16 and 64": {"levels": levels(16, 64, None, objective="l2")},
-    "dot, 16 and 64": {"levels": levels(16, 64, None, **DOT)},
-    "dot, 16 and 64, lr 0.1": {"levels": levels(16, 64, None, lr=0.1, **DOT)},
-    "dot, 4 and 64": {"levels": levels(4, 64, None, **DOT)},
-    "dot, 1 and 16": {"levels": levels(1, 16, None, **DOT)},
-    "dot, 4 and 16, side by side": {
-        "levels": levels(4, 16, None, **DOT), "variant": "independent",
-    },
-    "l2, 4 and 16, side by side": {
-        "levels": levels(4, 16, None, objective="l2"), "variant": "independent",
-    },
-    "dot, 4 and 64, half gd, steps to 2": {
-        "levels": levels(4, 64, None, **DOT), "dgd": 0.5, "eta_max": 2.0,
-    },
-}  # fmt: skip
+    "l2, 16 and 64": levels(16, 64, None, objective="l2"),
+    "dot, 16 and 64": levels(16, 64, None),
+    "dot, 16 and 64, lr 0.1": levels(16, 64, None, lr=0.1),
+    "dot, 4 and 64": levels(4, 64, None),
+    "dot, 1 and 16": levels(1, 16, None),
+    "dot, 4 and 16, side by side": levels(4, 16, None) | SIDE_BY_SIDE,
+    "l2, 4 and 16, side by side": levels(4, 16, None, objective="l2") | SIDE_BY_SIDE,
+    "dot, 4 and 64, half gd, steps to 2": levels(4, 64, None) | {"dgd": 0.5, "eta_max": 2.0},
+}
 
 
 def grid(asked: Options) -> list[Cell]:
     """Every candidate on everything; language where there is a folder of books."""
-    tasks = [("mad", name) for name in table4.TASKS] + [("mqar", "K=16")]
-    tasks += [("formal", name) for name in LANGUAGES]
-    text = books.text_of(asked.data) if asked.data else {}
-    cells = []
-    for kind, task in ([("language", "books")] if asked.data else []) + asked.pick(
-        tasks[:2], tasks
-    ):
-        for name in chosen(asked.models, CANDIDATES, "candidate"):
-            cells.append({
-                "benchmark": kind, "task": task, "model": name, "changes": CANDIDATES[name],
-                "seeded": SEED, "steps": asked.pick(QUICK_STEPS, STEPS),
-                **(text if kind == "language" else {}),
-            })  # fmt: skip
-    return cells
+    tasks: list[tuple[str, str, dict[str, str]]] = [
+        *(("mad", name, {}) for name in table4.TASKS), ("mqar", "K=16", {}),
+        *(("formal", name, {}) for name in LANGUAGES),
+    ]  # fmt: skip
+    text = [("language", "books", books.text_of(asked.data))] if asked.data else []
+    return [
+        {
+            "benchmark": kind, "task": task, "model": name, "changes": CANDIDATES[name],
+            "seeded": SEED, "steps": asked.pick(QUICK_STEPS, STEPS), **own,
+        }
+        for kind, task, own in text + asked.pick(tasks[:2], tasks)
+        for name in chosen(asked.models, CANDIDATES, "candidate")
+    ]  # fmt: skip
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -116,11 +110,12 @@ def _language(cell: Cell, changes: dict[str, Any], tell: Tell) -> dict[str, Any]
 def ranks(records: Sequence[Record]) -> dict[str, float]:
     """The mean over tasks of each candidate's rank, the better ones first."""
     found: dict[str, list[float]] = {r.model: [] for r in records}
-    for task in dict.fromkeys(r.task for r in records):
-        good: dict[str, list[float]] = {}
-        for r in (r for r in records if r.task == task):
-            good.setdefault(r.model, []).append(-r.value if r.benchmark == "language" else r.value)
-        values = {name: statistics.fmean(some) for name, some in good.items()}
+    for own in grouped(records, lambda r: r.task).values():
+        sign = -1 if own[0].benchmark == "language" else 1
+        values = {
+            name: sign * statistics.fmean(r.value for r in some)
+            for name, some in grouped(own, lambda r: r.model).items()
+        }
         for name, value in values.items():
             above = sum(v > value for v in values.values())
             equal = sum(v == value for v in values.values())
@@ -139,9 +134,9 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
     def scores(task: str) -> Column:
         def text(rows: Sequence[Record]) -> str:
-            own = [f"{r.value:.{3 if r.benchmark == 'language' else 1}f}" for r in rows
-                   if r.task == task]  # fmt: skip
-            return " / ".join(own) or "–"
+            own = (r for r in rows if r.task == task)
+            digits = ((r.value, 3 if r.benchmark == "language" else 1) for r in own)
+            return " / ".join(f"{value:.{n}f}" for value, n in digits) or "–"
 
         return Column(task, text)
 

@@ -160,8 +160,7 @@ class _Update:
 
     def run(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss, with fresh gradients in `.grad`."""
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
         logits = self.model.logits(inputs).flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
         loss.backward()

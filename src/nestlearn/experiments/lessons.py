@@ -222,8 +222,7 @@ class _Update:
             self.steps.setdefault(layer, []).append(out.float().sigmoid().mean(-2))
 
     def _run(self, ids: Tensor, asked: Tensor, hay: Tensor) -> Tensor:
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
         self.steps.clear()
         with autocast(self.device), _unfused(self.hidden):
             logits, _ = self.model(ids[:, :-1])

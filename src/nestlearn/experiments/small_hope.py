@@ -162,8 +162,7 @@ class Trained(OfBytes):
 
     def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Nats a byte of the answers, with fresh gradients in `.grad`."""
-        for weight in self.weights:
-            weight.grad = None
+        self.base.zero_grad()
         with torch.enable_grad():
             with autocast(self.device):
                 logits, _ = self.base(ids[:, :-1])
