@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nestlearn.evals import Record
@@ -28,12 +28,11 @@ class Accuracies:
     def columns(self, records: Sequence[Record]) -> list[Column]:
         """The model's title, then accuracies in percent, where there is a record."""
         there = {(r.task, r.setting) for r in records}
-        columns = [TITLE]
-        for head, pairs in self.heads.items():
-            if there & set(pairs):
-                text = mean(head, *(at(*pair) for pair in pairs), digits=1).text
-                columns.append(Column(head, text, pairs))
-        return columns
+        shown = {head: pairs for head, pairs in self.heads.items() if there & set(pairs)}
+        return [TITLE] + [
+            replace(mean(head, *(at(*pair) for pair in pairs), digits=1), key=pairs)
+            for head, pairs in shown.items()
+        ]
 
     def below(self, rows: Sequence[Record], columns: Sequence[Column]) -> list[str] | None:
         name = contender(rows[0].model).paper

@@ -75,10 +75,8 @@ def _timed(optimizer: torch.optim.Optimizer, cuda: bool) -> float:
 def grid(asked: Options) -> list[Cell]:
     """A cell for each size: all optimizers take turns in it. steps: of each, at least 2."""
     rounds = asked.pick(3, 10) if asked.steps is None else max(2, asked.steps)
-    return [
-        {"task": size, "model": "all", "rounds": rounds}
-        for size in chosen(asked.only or asked.pick(("5",), ()), SIZES, "size")
-    ]
+    sizes = chosen(asked.only or asked.pick(("5",), ()), SIZES, "size")
+    return [{"task": size, "model": "all", "rounds": rounds} for size in sizes]
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -148,12 +146,11 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 COLUMNS = [
-    words("parameters", lambda r: f"{r.parameters / 1e6:.0f} M"),
-    model("optimizer"),
+    words("parameters", lambda r: f"{r.parameters / 1e6:.0f} M"), model("optimizer"),
     words("ms a step", lambda r: f"{1e3 * r.value:.1f}"),
     words("× torch's Muon (quartiles)", _ratio),
     words("state, B/parameter", lambda r: f"{r.detail['state_bytes_per_parameter']:.1f}"),
-]
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="fig12", shows="time of a step under Muon, AdaMuon, M3 and AdamW",

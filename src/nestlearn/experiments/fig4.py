@@ -96,14 +96,13 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     name, landscape = cell["model"], cell["landscape"]
     scales = (1.0, 0.03) if "literal" in name else (1.0,)
     found: list[tuple[int, Setting, Tensor]] = []
-    tried = 0
-    for lr, momentum, scale in itertools.product(cell["lrs"], MOMENTA, scales):
+    tried = list(itertools.product(cell["lrs"], MOMENTA, scales))
+    for lr, momentum, scale in tried:
         setting = Setting(lr / scale, momentum, scale)
         path = trajectory(METHODS[name], setting, landscape, cell["steps"])
-        n, tried = arrival(path, landscape), tried + 1
-        if n is not None:
+        if (n := arrival(path, landscape)) is not None:
             found.append((n, setting, path))
-    result: dict[str, Any] = {"scores": {"settings that arrive": len(found)}, "tried": tried}
+    result: dict[str, Any] = {"scores": {"settings that arrive": len(found)}, "tried": len(tried)}
     for key, some in (("usual", [f for f in found if f[1].momentum == USUAL]), ("chosen", found)):
         best = min(some, key=lambda f: f[0], default=None)
         result[key] = {"steps": best[0] if best else None}
@@ -146,15 +145,13 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 COLUMNS = [
-    words("k, α, ω", lambda r: r.task),
-    model("method"),
+    words("k, α, ω", lambda r: r.task), model("method"),
     words(
-        f"steps to ψ < {REACHED:g} at momentum {USUAL} (lr)",
-        lambda r: _steps(r, "usual", ("lr",)),
+        f"steps to ψ < {REACHED:g} at momentum {USUAL} (lr)", lambda r: _steps(r, "usual", ("lr",))
     ),
     words("momentum chosen (lr, momentum)", lambda r: _steps(r, "chosen", ("lr", "momentum"))),
     words("settings that arrive", lambda r: f"{r.value:.0f} of {r.detail['tried']}"),
-]
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="fig4", shows="momentum and delta momentum in the landscape of eq. 53",

@@ -199,14 +199,12 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 
 COLUMNS = [
-    words("set", lambda r: r.task),
-    model("row"),
+    words("set", lambda r: r.task), model("row"),
     mean("accuracy", lambda r: r.value, digits=1),
     mean("backward transfer", detail("transfer"), digits=1),
     mean("forgetting", detail("forgetting"), digits=1),
-    mean("MB", detail("megabytes"), digits=2),
-    mean("seconds", lambda r: r.seconds, digits=0),
-]
+    mean("MB", detail("megabytes"), digits=2), mean("seconds", lambda r: r.seconds, digits=0),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="fig6", shows="classes that arrive in groups: CLINC150, Banking77, DBpedia",

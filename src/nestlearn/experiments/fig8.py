@@ -140,12 +140,10 @@ def _chrf(reader: Any, texts: Sequence[Text]) -> float:
 
 
 COLUMNS = [
-    words("order", lambda r: r.task),
-    model("row"),
+    words("order", lambda r: r.task), model("row"),
     *(mean(f"{name}, chrF", metric(name), digits=1) for name in LANGUAGES),
-    mean("MB", detail("megabytes"), digits=2),
-    mean("seconds", lambda r: r.seconds, digits=0),
-]
+    mean("MB", detail("megabytes"), digits=2), mean("seconds", lambda r: r.seconds, digits=0),
+]  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="fig8", shows="two new languages, alone and one after the other, translated",

@@ -63,8 +63,7 @@ def teach(model: HopeLM, cell: Cell, make: Make, tell: Tell) -> dict[str, Any]:
     """Train the cell's model in place, or read what an earlier call has left of it.
 
     cell: lessons, steps, language (the weight of the loss of bytes that answer nothing), costly
-    (whether steps cost), lr, seed, device, out, and all else that the training
-    depends on.
+    (whether steps cost), lr, seed, device, out, and all else that the training depends on.
     """
     device = resolve_device(cell["device"])
     model.to(device).train()
@@ -132,14 +131,11 @@ def _told(model: HopeLM, log: list[Record], lessons: Sequence[Lesson]) -> dict[s
     tokens = sum(lessons[r["lesson"]].length * lessons[r["lesson"]].batch for r in log)
     return {
         "parameters": model.parameter_count(), "tokens": tokens, "steps": len(log),
-        "skipped": sum(r["skipped"] for r in log),
-        "config": model.config.to_dict(),
+        "skipped": sum(r["skipped"] for r in log), "config": model.config.to_dict(),
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in log),
         "curve": [
-            [log[i]["step"], log[i]["lesson"],
-             round(statistics.fmean(found), 4)]
-            for i in range(0, len(log), late)
-            if (found := _right(log[max(0, i - late) : i + 1]))
+            [log[i]["step"], log[i]["lesson"], round(statistics.fmean(found), 4)]
+            for i in range(0, len(log), late) if (found := _right(log[max(0, i - late) : i + 1]))
         ],
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nestlearn import state
-from nestlearn.evals import mqar
+from nestlearn.evals import grouped, mqar
 from nestlearn.experiments.accuracy import TITLE
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Panel, curves, points
@@ -58,28 +58,26 @@ def sized(model: str, kib: float, skeleton: Mapping[str, Any] = SKELETON) -> dic
     above = bisect_right(range(2049), target, 2, 2048, key=at)  # the state grows with the width
     best = min((above - 1, above), key=lambda units: abs(at(units) - target))
     if abs(at(best) / target - 1) > TOLERANCE:
-        raise ValueError(
-            f"{model} at {kib} KiB: the nearest state has {at(best) / 1024:.1f} KiB; give another "
-            "size, or fewer heads"
-        )
+        nearest = f"the nearest state has {at(best) / 1024:.1f} KiB"
+        raise ValueError(f"{model} at {kib} KiB: {nearest}; give another size, or fewer heads")
     return {**skeleton, "dim": best * heads}
 
 
 def grid(asked: Options) -> list[Cell]:
     known = [f"K={pairs}" for pairs in asked.pick(PAIRS[:2], PAIRS)]
     steps = asked.steps or asked.pick(QUICK_STEPS, STEPS)
-    cells = []
-    for name in chosen(asked.only, known, "task"):
-        for kib in asked.pick(STATES[:1], STATES):
-            for model in chosen(asked.models or MODELS, CONTENDERS, "model"):
-                skeleton = sized(model, kib)
-                cells.append({
-                    "benchmark": "mqar", "task": name, "setting": f"{kib:g} KiB", "model": model,
-                    "skeleton": skeleton, "match": False, "state": state_bytes(model, skeleton),
-                    "data": DATA | asked.pick(QUICK, {}) | {"pairs": _count(name)},
-                    "fit": settings(steps, asked.quick, batch=asked.pick(8, 64)),
-                })  # fmt: skip
-    return cells
+    return [
+        {
+            "benchmark": "mqar", "task": name, "setting": f"{kib:g} KiB", "model": model,
+            "skeleton": (skeleton := sized(model, kib)), "match": False,
+            "state": state_bytes(model, skeleton),
+            "data": DATA | asked.pick(QUICK, {}) | {"pairs": _count(name)},
+            "fit": settings(steps, asked.quick, batch=asked.pick(8, 64)),
+        }
+        for name in chosen(asked.only, known, "task")
+        for kib in asked.pick(STATES[:1], STATES)
+        for model in chosen(asked.models or MODELS, CONTENDERS, "model")
+    ]  # fmt: skip
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -89,20 +87,17 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 def columns(records: Sequence[Record]) -> list[Column]:
     tasks = sorted({r.task for r in records}, key=_count)
     return [
-        TITLE,
-        words("state", lambda r: f"{r.config['state'] / 1024:.1f} KiB"),
-        words("width", lambda r: r.config["skeleton"]["dim"]),
-        PARAMETERS,
+        TITLE, words("state", lambda r: f"{r.config['state'] / 1024:.1f} KiB"),
+        words("width", lambda r: r.config["skeleton"]["dim"]), PARAMETERS,
         *(mean(f"{task[2:]} pairs", at(task), digits=1) for task in tasks),
-    ]
+    ]  # fmt: skip
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
     panels = []
-    for setting in sorted({r.setting for r in records}, key=_kib):
-        own = (r for r in records if r.setting == setting)
+    for kib, own in sorted(grouped(records, lambda r: _kib(r.setting)).items()):
         drawn = points(own, lambda r: _count(r.task), lambda r: contender(r.model).title)
-        panels.append(Panel(f"State of {setting}", "Pairs to remember", "Accuracy (%)", drawn))
+        panels.append(Panel(f"State of {kib:g} KiB", "Pairs to remember", "Accuracy (%)", drawn))
     curves(panels, path, log="2", marker=True, ylim=(-2, 104))
 
 

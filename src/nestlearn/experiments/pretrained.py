@@ -54,14 +54,12 @@ class BM25:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import bm25s
 
-        self._library, self._stopwords, self._count = bm25s, stopwords, len(texts)
+        self._tokenize, self._stopwords, self._count = bm25s.tokenize, stopwords, len(texts)
         self._index = bm25s.BM25()
         self._index.index(self._words(texts), show_progress=False)
 
     def _words(self, texts: Sequence[str]) -> object:
-        return self._library.tokenize(
-            list(texts), stopwords=self._stopwords, show_progress=False
-        )  # fmt: skip
+        return self._tokenize(list(texts), stopwords=self._stopwords, show_progress=False)
 
     def like(self, text: str, most: int) -> list[int]:
         """The places of the texts most like this one, the best first."""
@@ -69,4 +67,4 @@ class BM25:
             self._words([text]), k=min(most, self._count), show_progress=False,
             backend_selection="numpy",
         )  # fmt: skip
-        return [int(place) for place in places[0]]
+        return places[0].tolist()

@@ -25,7 +25,7 @@ from nestlearn.evals.files import text_of
 from nestlearn.evals.streams import Text, bits_per_byte, nats, tenths
 from nestlearn.experiments import pretrained, readers
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
-from nestlearn.experiments.figures import Panel, curves, lines
+from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.readers import ROWS, Opened
 from nestlearn.experiments.tables import RATE, detail, mean, metric, words
@@ -42,8 +42,8 @@ def grid(asked: Options) -> list[Cell]:
         {
             "task": "books", "model": row, **base,
             "text": fingerprint(files(folder, "valid") + files(folder, "test")),
-            "letters": asked.pick(QUICK_LETTERS, LETTERS), "validated": asked.pick(1, VALIDATED),
-            "tested": asked.pick(1, TESTED),
+            "letters": asked.pick(QUICK_LETTERS, LETTERS),
+            "validated": asked.pick(1, VALIDATED), "tested": asked.pick(1, TESTED),
         }
         for row in chosen(asked.models, known, "row")
     ]  # fmt: skip
@@ -92,9 +92,7 @@ def _losses(cell: Cell, split: str, tell: Callable[[int, int], None]) -> list[tu
 
 
 def _bits(read: Sequence[tuple[Tensor, Text]]) -> float:
-    return bits_per_byte(
-        torch.cat([found for found, _ in read]), torch.cat([text.sizes for _, text in read])
-    )
+    return bits_per_byte(*map(torch.cat, zip(*((found, text.sizes) for found, text in read))))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -134,20 +132,17 @@ def columns(records: Sequence[Record]) -> list[Column]:
     return [
         words("row", lambda r: ROWS[r.model].title),
         Column("setting", lambda rows: f"{ROWS[rows[0].model].dial} {RATE.text(rows)}"),
-        mean("bits per byte", metric("bits per byte")),
-        mean("first tenth", detail("tenths", 0)),
-        mean("last tenth", detail("tenths", -1)),
-        words("books better than as it is", better),
+        mean("bits per byte", metric("bits per byte")), mean("first tenth", detail("tenths", 0)),
+        mean("last tenth", detail("tenths", -1)), words("books better than as it is", better),
         mean("tokens/s", detail("tokens_per_second"), digits=0),
-    ]
+    ]  # fmt: skip
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    drawn = lines(
-        records,
-        lambda r: (range(1, len(r.detail["tenths"]) + 1), r.detail["tenths"]),
-        lambda r: ROWS[r.model].title,
-    )
+    def along(r: Record) -> Along:
+        return range(1, len(r.detail["tenths"]) + 1), r.detail["tenths"]
+
+    drawn = lines(records, along, lambda r: ROWS[r.model].title)
     curves([Panel("", "tenth of a book", "bits per byte", drawn)], path)
 
 

@@ -26,15 +26,12 @@ LOSS, MEDIAN, LARGEST = "last training loss", "gradient norm, median", "largest 
 
 
 def grid(asked: Options) -> list[Cell]:
-    return [
-        {
-            "task": length, "model": name, "steps": asked.steps or asked.pick(3, STEPS),
-            "length": asked.pick(64, int(length)),
-            "batch": asked.pick(2, TOKENS // int(length)), **books.text_of(asked.data),
-        }
+    models = chosen(asked.models or MODELS, FAMILIES, "model")
+    windows = {
+        length: asked.pick({}, {"length": int(length), "batch": TOKENS // int(length)})
         for length in chosen(asked.only, LENGTHS, "length")
-        for name in chosen(asked.models or MODELS, FAMILIES, "model")
-    ]  # fmt: skip
+    }
+    return books.cells(asked, windows, models, (STEPS, 0, 0))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

@@ -87,13 +87,11 @@ def config_of(model: str) -> HopeConfig:
 
 
 def grid(asked: Options) -> list[Cell]:
+    steps, batch, rows = asked.pick((2, 2, 32), (400, 64, 4096))
     return [
-        {
-            "task": "switching", "model": name, "steps": asked.pick(2, 400),
-            "batch": asked.pick(2, 64), "rows": asked.pick(32, 4096),
-        }
+        {"task": "switching", "model": name, "steps": steps, "batch": batch, "rows": rows}
         for name in chosen(asked.models, MODELS, "model")
-    ]  # fmt: skip
+    ]
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

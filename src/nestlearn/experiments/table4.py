@@ -14,20 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.evals import Task, mad
+from nestlearn.evals import Task, grouped, mad
 from nestlearn.experiments.accuracy import Accuracies
 from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import CONTENDERS, RIVALS, contender
 
 NAMES = {
-    "compression": "compression",
-    "recall": "in-context recall",
-    "fuzzy": "fuzzy recall",
-    "copying": "selective copying",
-    "memorization": "memorization",
-    "noisy": "noisy recall",
-}
+    "compression": "compression", "recall": "in-context recall", "fuzzy": "fuzzy recall",
+    "copying": "selective copying", "memorization": "memorization", "noisy": "noisy recall",
+}  # fmt: skip
 TASKS = tuple(NAMES)[:5]  # the paper's table has no noisy recall
 _ROWS = {
     "Transformer": (49.4, 100, 47.9, 96.2, 83.7),
@@ -65,9 +61,8 @@ class AutoEncoder(nn.Module):
         layers: list[nn.Module] = []
         for _ in range(2):
             layers += [nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.GELU()]
-        self.decoder = nn.Sequential(
-            *layers, nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, classes, bias=False)
-        )
+        layers += [nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, classes, bias=False)]
+        self.decoder = nn.Sequential(*layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         vectors = self.encoder(ids)[0]
@@ -111,9 +106,8 @@ def _pairs(only: Sequence[str]) -> list[tuple[str, str]]:
     for name in only or TASKS:
         task, _, setting = name.partition("/")
         chosen([task], NAMES, "task")
-        known = list(mad.settings(task))
-        asked = known if setting == "all" else [setting or "baseline"]
-        pairs += [(task, s) for s in chosen(asked, known, "setting")]
+        asked = () if setting == "all" else [setting or "baseline"]
+        pairs += [(task, s) for s in chosen(asked, mad.settings(task), "setting")]
     return pairs
 
 
@@ -126,8 +120,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 def notes(records: Sequence[Record]) -> str:
     """Rates; the mean of each model that has all of TASKS, the best first."""
     found = {}
-    for model in dict.fromkeys(r.model for r in records):
-        own = [r for r in records if r.model == model and r.setting == "baseline"]
+    baselines = (r for r in records if r.setting == "baseline")
+    for model, own in grouped(baselines, lambda r: r.model).items():
         scores = [[r.value for r in own if r.task == task] for task in TASKS]
         if all(scores):
             found[contender(model).title] = statistics.mean(map(statistics.mean, scores))

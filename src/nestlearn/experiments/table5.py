@@ -16,34 +16,23 @@ from nestlearn.experiments.fit import settings, train_cell
 from nestlearn.experiments.models import ABLATIONS, CONTENDERS, RIVALS
 
 NAMES = {
-    "parity": "Parity",
-    "aa": "(aa)*",
-    "abab": "(abab)*",
-    "anbn": "aⁿbⁿ",
-    "anbncn": "aⁿbⁿcⁿ",
+    "parity": "Parity", "aa": "(aa)*", "abab": "(abab)*", "anbn": "aⁿbⁿ", "anbncn": "aⁿbⁿcⁿ",
     "shuffle2": "Shuffle-2",
-}
-BINS = ("bin0", "bin1")
+}  # fmt: skip
+WHERE = {"bin0": "trained", "bin1": "longer"}  # strings of these lengths
 _FAILS = [46.4, 0, 0, 0, 0, 0], [78.1, 0, 0, 0, 0, 0], [98.2, 10.1, 0, 0, 0, 0]
 _ROWS = {
     "Hope": [100.0] * 12,
     "LSTM": [100.0] * 12,
     **{m: [*row, *[100.0] * 6] for m, row in zip(("Transformer", "Linear", "DeltaNet"), _FAILS)},
 }
-PAIRS = [(language, name) for language in NAMES for name in BINS]
+PAIRS = [(name, place) for name in NAMES for place in WHERE]
 PAPER = {model: dict(zip(PAIRS, row)) for model, row in _ROWS.items()}
 
 ACCURACIES = Accuracies(
-    {
-        f"{title} {BINS[0]} / {BINS[1]}": [(language, name) for name in BINS]
-        for language, title in NAMES.items()
-    },
+    {f"{title} bin0 / bin1": [(name, place) for place in WHERE] for name, title in NAMES.items()},
     PAPER,
-    {
-        (language, name): f"{title}\n{'longer' if name == BINS[1] else 'trained'}"
-        for language, title in NAMES.items()
-        for name in BINS
-    },
+    {(name, place): f"{NAMES[name]}\n{WHERE[place]}" for name, place in PAIRS},
 )
 
 MODELS = ("hope", "hope-deep", *RIVALS, *(f"hope-{name}" for name in ABLATIONS))
@@ -61,21 +50,18 @@ def grid(asked: Options) -> list[Cell]:
     for language in chosen(asked.only, NAMES, "language"):
         many = language in ("parity", "shuffle2")
         steps = asked.steps or asked.pick(QUICK_STEPS, STEPS[language])
-        # The rate is constant as published: a falling one settles before it generalises.
-        fit = settings(
-            steps, asked.quick, batch=asked.pick(4, 32 if many else 16),
-            warmup=min(50, steps // 10), schedule="constant", weight_decay=0.0,
-            eval_every=min(50, max(1, steps // 10)), stop=100.0,
-        )  # fmt: skip
-        data = {"test": 1000 if many else None}
-        cells += [
-            {
-                "benchmark": "formal", "task": language, "model": model,
-                "skeleton": SKELETON | asked.pick({"dim": 32, "chunk": 32}, {}),
-                "data": asked.pick({"train": 200, "test": 8}, data), "fit": fit,
-            }
-            for model in chosen(names, CONTENDERS, "model")
-        ]  # fmt: skip
+        base = {
+            "benchmark": "formal", "task": language,
+            "skeleton": SKELETON | asked.pick({"dim": 32, "chunk": 32}, {}),
+            "data": asked.pick({"train": 200, "test": 8}, {"test": 1000 if many else None}),
+            # The rate is constant as published: a falling one settles before it generalises.
+            "fit": settings(
+                steps, asked.quick, batch=asked.pick(4, 32 if many else 16),
+                warmup=min(50, steps // 10), schedule="constant", weight_decay=0.0,
+                eval_every=min(50, max(1, steps // 10)), stop=100.0,
+            ),
+        }  # fmt: skip
+        cells += [base | {"model": model} for model in chosen(names, CONTENDERS, "model")]
     return cells
 
 
