@@ -61,7 +61,9 @@ def run_cells(
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [cell_path(folder, cell) for cell in cells]
-    todo = {path: cell for path, cell in zip(paths, cells) if not path.is_file()}
+    # seed after seed: a run that is stopped has whole seeds
+    order = sorted(zip(paths, cells), key=lambda pair: pair[1].get("seed", 0))
+    todo = {path: cell for path, cell in order if not path.is_file()}
     with _Board(name, len(set(paths)), len(todo), progress) as board:
         if workers == 0:
             for path, cell in todo.items():

@@ -142,11 +142,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     folder, (window, chunks) = Path(cell["folder"]), ROWS[cell["model"]]
     base, tokenizer = pretrained.opened(folder, cell["device"])
     window = min(window, base.config.max_position_embeddings - SAID, cell["length"])
-    stacked = stack_levels(
-        base,
-        [DeltaLevel(chunk, lr=cell["lr"], rule="gd") for chunk in chunks or (512,)],
-        rank=8, window=min(window, WINDOW), cache_dtype="bfloat16",
-    )  # fmt: skip
+    levels = [DeltaLevel(chunk, lr=cell["lr"], rule="gd") for chunk in chunks or (512,)]
+    stacked = stack_levels(base, levels, rank=8, window=min(window, WINDOW), cache_dtype="bfloat16")
 
     def share(most: int, validation: bool) -> float:
         asked = questions(

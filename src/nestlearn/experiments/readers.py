@@ -133,12 +133,8 @@ def opened(path: str | Path, device: str = "cpu", window: int | None = None) -> 
         raise FileNotFoundError(f"no folder {path}: give a run, a stack, or a pretrained model")
     if window is not None and window < 2:
         raise ValueError(f"window={window}: give 2 tokens or more")
-    if (path / "stack.json").is_file():
-        found = _stack(path, device, window)
-    elif is_hope(path):
-        found = _hope(path, device, window)
-    else:
-        found = _pretrained(path, device, window)
+    stacked = (path / "stack.json").is_file()
+    found = (_stack if stacked else _hope if is_hope(path) else _pretrained)(path, device, window)
     found.module.eval()
     found.device = torch.device(device)
     return found
@@ -149,9 +145,8 @@ def opened(path: str | Path, device: str = "cpu", window: int | None = None) -> 
 
 def is_hope(path: Path) -> bool:
     """Whether a folder is a Hope's: a finished run, a checkpoint, or a saved model."""
-    if (path / "meta.json").is_file() or (path / "checkpoints").is_dir():
-        return True
-    return model_type(path) == TYPE
+    run = (path / "meta.json").is_file() or (path / "checkpoints").is_dir()
+    return run or model_type(path) == TYPE
 
 
 def _hope(path: Path, device: str, window: int | None) -> Opened:
@@ -159,9 +154,8 @@ def _hope(path: Path, device: str, window: int | None) -> Opened:
     model.to(device)
     window = window or settings.get("train", {}).get("length")
     if window is None:
-        raise ValueError(
-            f"{path} does not say on which length it was trained: give a window (--window)"
-        )
+        told = "does not say on which length it was trained: give a window (--window)"
+        raise ValueError(f"{path} {told}")
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
 
     def encode(text: str) -> Text:
@@ -228,10 +222,10 @@ def _stack(path: Path, device: str, window: int | None) -> Opened:
     if window not in (None, stacked.window):
         raise ValueError(f"window={window}: {path} was stacked with {stacked.window}")
 
+    @torch.no_grad()
     def stack(lr: float | None) -> Any:
-        with torch.no_grad():
-            for own in stacked.lr if lr is not None else ():
-                own.fill_(lr)
+        for own in stacked.lr if lr is not None else ():
+            own.fill_(lr)
         return stacked
 
     return _transformer(stacked.base, path / "base", stacked.window, stack)
@@ -245,9 +239,9 @@ def _transformer(
         return out.logits, out.hidden_states[-1]
 
     encode, begin = _words(folder)
-    known = (base.config.bos_token_id, base.config.eos_token_id)
-    marks = [mark for mark in known if isinstance(mark, int)]
-    return Opened(base, encode, marks[0] if marks else begin, window, read, stack=stack)
+    for mark in (base.config.eos_token_id, base.config.bos_token_id):
+        begin = mark if isinstance(mark, int) else begin
+    return Opened(base, encode, begin, window, read, stack=stack)
 
 
 def _words(folder: Path) -> tuple[Callable[[str], Text], int]:

@@ -145,39 +145,36 @@ class Search:
 
     def _best(self) -> list[Sequence[float]]:
         """For each cell of the grid the rates to report: the best one, if one is to be chosen."""
-        chooses = [
-            len(rates) > 1 and bool(self.about.chooses) and _same(cell) not in self.known
-            for cell, rates in zip(self.grid, self.rates)
+        tries = [
+            ((n, lr), {**cell, "lr": lr, "seed": seed})
+            for n, (cell, rates) in enumerate(zip(self.grid, self.rates))
+            if len(rates) > 1 and self.about.chooses and _same(cell) not in self.known
+            for lr in rates
+            for seed in self.seeds
         ]
-        cells = [
-            [[{**cell, "lr": lr, "seed": seed} for seed in self.seeds] for lr in rates if choose]
-            for cell, rates, choose in zip(self.grid, self.rates, chooses)
-        ]
-        flat = [cell for rates in cells for some in rates for cell in some]
-        found = iter(self._run(flat, "learning rates") if flat else ())
+        cells = [cell for _, cell in tries]
+        done = zip(tries, self._run(cells, "learning rates") if cells else ())
+        ranks: dict[int, dict[float, tuple[float, int]]] = {}
+        for (n, lr), some in grouped(done, lambda pair: pair[0][0]).items():
+            ranks.setdefault(n, {})[lr] = _rank([result for _, result in some])
         best: list[Sequence[float]] = []
-        for cell, rates, tried in zip(self.grid, self.rates, cells):
-            ranks = [_rank([next(found) for _ in some]) for some in tried]
-            top = max(range(len(ranks)), key=ranks.__getitem__, default=None)
-            if top is None:
+        for n, (cell, rates) in enumerate(zip(self.grid, self.rates)):
+            if n in ranks:  # a cell that failed at every rate has no more to report
+                top = max(rates, key=ranks[n].__getitem__)
+                best.append((top,) if ranks[n][top] > _FAILED else ())
+            else:
                 chose = self.known.get(_same(cell), {}) if self.about.chooses else {}
                 best.append((chose["lr"],) if "lr" in chose else rates)
-            else:  # a cell that failed at every rate has no more to report
-                best.append(rates[top : top + 1] if ranks[top] > _FAILED else ())
-        if flat and not any(best):
-            raise self._failed(flat)
+        if cells and not any(best):
+            raise self._failed(cells)
         return best
 
     def _run(self, cells: list[Cell], what: str) -> list[dict[str, Any] | None]:
-        name = f"{self.about.name}{f': {what}' * bool(what)}"
-        workers = self.asked.workers if "workers" in self.about.takes else 0
-        # seed after seed: a run that is stopped has whole seeds
-        order = sorted(range(len(cells)), key=lambda i: cells[i]["seed"])
-        done = run_cells(
-            [cells[i] for i in order], self.about.work, self.asked.out / "cells", workers=workers,
-            name=name, progress=self.progress,
+        return run_cells(
+            cells, self.about.work, self.asked.out / "cells", progress=self.progress,
+            name=f"{self.about.name}{f': {what}' * bool(what)}",
+            workers=self.asked.workers if "workers" in self.about.takes else 0,
         )  # fmt: skip
-        return [found for _, found in sorted(zip(order, done), key=itemgetter(0))]
 
     def _failed(self, cells: list[Cell]) -> ValueError:
         place = self.asked.out / "cells"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nestlearn import state as tree
 from nestlearn.captured import Captured
+from nestlearn.evals import grouped
 from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments.asked import ROWS, WHOLE, answers, autocast
 from nestlearn.experiments.learners import BATCH, EWC, KEPT, Reader, padded
@@ -48,8 +49,7 @@ class OfBytes(Reader):
     def said(self, texts: Sequence[str]) -> list[str]:
         prompts = [self.asked(text) for text in texts]
         found = [""] * len(texts)
-        for size in set(map(len, prompts)):
-            same = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
+        for same in grouped(range(len(prompts)), lambda i: len(prompts[i])).values():
             for a in range(0, len(same), ROWS):
                 some = [prompts[i] for i in same[a : a + ROWS]]
                 told = answers(self.base, self.before(len(some)), some, self.longest)
@@ -152,13 +152,12 @@ class Trained(OfBytes):
         mask[len(some) :] = 0
         return ids.to(self.device), mask.to(self.device)
 
-    def _gradients(self, ids: Tensor, mask: Tensor) -> None:
+    def _gradients(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self.device.type != "cuda":
-            self._run(ids, mask)
-            return
+            return self._run(ids, mask)
         if ids.shape not in self.graphs:
             self.graphs[ids.shape] = Captured(self.base, self._run, ids, mask)
-        self.graphs[ids.shape](ids, mask)
+        return self.graphs[ids.shape](ids, mask)
 
     def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Nats a byte of the answers, with fresh gradients in `.grad`."""
