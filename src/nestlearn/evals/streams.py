@@ -125,9 +125,9 @@ class Scored:
 # -------------------------------------------------------------------------------------- models
 
 
-def _said(logits: Tensor, hidden: Tensor | None, temperature: float = 1.0) -> Said:
+def _logp(logits: Tensor, temperature: float) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return Said((wide / temperature).log_softmax(-1), hidden)
+    return (wide / temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class _InWindows:
 
     def say(self, ids: Tensor, state: Any = None) -> tuple[Said, Any]:
         position, window, own = (0, ids[:0], None) if state is None else state
-        parts = []
+        parts, vectors = [], []
         while len(ids):
             if position and position % self.step == 0:
                 own = self._end(window, ids[:1], own)
@@ -160,12 +160,11 @@ class _InWindows:
             window = torch.cat([window, fresh])
             logits, hidden = self._read(window[None], own)
             n = len(fresh)
-            hidden = None if hidden is None else hidden[0, -n:]
-            parts.append(_said(logits[0, -n:], hidden, self.temperature))
+            parts.append(_logp(logits[0, -n:], self.temperature))
+            vectors += [] if hidden is None else [hidden[0, -n:]]
             position, ids = position + n, ids[n:]
-        logp = torch.cat([part.logp for part in parts])
-        vectors = [part.hidden for part in parts if part.hidden is not None]
-        return Said(logp, torch.cat(vectors) if vectors else None), (position, window, own)
+        said = Said(torch.cat(parts), torch.cat(vectors) if vectors else None)
+        return said, (position, window, own)
 
     def _read(self, window: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
         """Logits [1, T, V] and hidden vectors of a window [1, T]."""
@@ -208,7 +207,7 @@ class Dynamic(_InWindows):
             moving = {name: weight.detach().requires_grad_() for name, weight in own.items()}
             logits = self._read(window[None], moving)[0][0, -self.step :]
             target = torch.cat([window, following])[-self.step :]
-            loss = F.nll_loss(_said(logits, None, self.temperature).logp, target)
+            loss = F.nll_loss(_logp(logits, self.temperature), target)
             found = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
         pairs = zip(own.items(), found)
         return {name: w if g is None else w - self.rate * g for (name, w), g in pairs}
@@ -226,7 +225,8 @@ class Carried:
 
     def say(self, ids: Tensor, state: Any = None) -> tuple[Said, Any]:
         logits, hidden, state = self.model(ids[None], state)
-        return _said(logits[0], None if hidden is None else hidden[0], self.temperature), state
+        hidden = None if hidden is None else hidden[0]
+        return Said(_logp(logits[0], self.temperature), hidden), state
 
 
 # ------------------------------------------------------------------- predictors around another

@@ -79,8 +79,7 @@ def scored(lm: HopeLM, pairs: Sequence[tuple[bytes, bytes]]) -> list[tuple[float
             parts.append(torch.stack([nats, logits.argmax(-1) == part[:, 1:]]).cpu())
         nats, right = torch.cat(parts, -1)
         for row, i in enumerate(some):
-            begin, end = len(pairs[i][0]) - 1, sum(map(len, pairs[i])) - 1
-            of = (row, slice(begin, end))
+            of = (row, slice(len(pairs[i][0]) - 1, sum(map(len, pairs[i])) - 1))
             found[i] = -float(nats[of].double().sum()), bool(right[of].all())
     return found
 
@@ -89,10 +88,8 @@ class Elsewhere:
     """Another process with the same model: `ask` sends it a file and questions, nothing else."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        command = [sys.executable, "-m", __name__, str(folder), device]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command, pipe = [sys.executable, "-m", __name__, str(folder), device], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     def __enter__(self) -> Elsewhere:
         return self
@@ -103,12 +100,10 @@ class Elsewhere:
 
     def ask(self, state: Path, length: int, questions: Sequence[bytes], most: int) -> list[str]:
         """Its answers after the state in that file, which has read `length` bytes."""
-        assert self.process.stdin is not None
         assert self.process.stdout is not None
         told = [question.decode() for question in questions]
         line = {"state": str(state), "length": length, "questions": told, "most": most}
-        self.process.stdin.write(json.dumps(line) + "\n")
-        self.process.stdin.flush()
+        print(json.dumps(line), file=self.process.stdin, flush=True)
         found = self.process.stdout.readline()
         if not found:
             raise RuntimeError("the process that answers has ended: see its message above")

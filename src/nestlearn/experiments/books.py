@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn import state as tree
-from nestlearn.experiments import tables
+from nestlearn.experiments import experiment, tables
+from nestlearn.experiments.asked import autocast
 from nestlearn.experiments.experiment import Cell, Column, Options, Record, Tell
 from nestlearn.experiments.figures import Along, Panel, lines
 from nestlearn.experiments.fit import plan
@@ -97,18 +98,12 @@ def text_of(data: str | None) -> dict[str, str]:
 
 def cells(
     asked: Options, tasks: Mapping[str, Cell], models: Iterable[str], usual: tuple[int, int, int],
-    quick: tuple[int, int, int] = (3, 2, 64),
+    quick: tuple[int, int, int] = (3, 2, 64), what: tuple[str, str] = ("task", "model"),
 ) -> list[Cell]:  # fmt: skip
-    """A cell for each task, with what is its own, and each model. usual, quick: steps, batch and
-    length; `asked.steps` goes before.
-    """
+    """As `experiment.cells`, of trainings on books. usual, quick: steps, batch and length."""
     steps, batch, length = asked.pick(quick, usual)
     base = {"steps": asked.steps or steps, "batch": batch, "length": length, **text_of(asked.data)}
-    return [
-        {"task": task, "model": name, **base, **own}
-        for task, own in tasks.items()
-        for name in models
-    ]
+    return experiment.cells(asked, tasks, models, what, **base)
 
 
 def sized(
@@ -190,14 +185,16 @@ def trained(
         losses(model, ids, T, 4 * windows, batch, settings.dtype)
         for ids in (text.corpus.val, text.test)
     )
-    late = sorted(r["grad_norm"] for r in log[settings.warmup :])
+    late = [r["grad_norm"] for r in log[settings.warmup :]]
     speed = statistics.median([r["tokens_per_second"] for r in log[3:]] or [0.0])
     return model, {
         "value": -val[0], "test": list(tested), "validation": list(val),
         "curve": curve, "parameters": model.parameter_count(), "config": config.to_dict(),
         "tokens": steps * batch * T, "seconds": round(seconds, 2), "tokens_per_second": speed,
-        "grad_norm": {"median": late[len(late) // 2] if late else None,
-                      "largest": late[-1] if late else None},
+        "grad_norm": {
+            "median": statistics.median_high(late) if late else None,
+            "largest": max(late, default=None),
+        },
         "device_name": (
             torch.cuda.get_device_name() if cell["device"].startswith("cuda") else "CPU"
         ),
@@ -240,7 +237,7 @@ def surprise(model: HopeLM, ids: Tensor, length: int) -> Tensor:
     state, parts = None, []
     for a in range(0, ids.shape[1] - 1, length):
         part = ids[:, a : a + length + 1].long().to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             logits, state = model(part[:, :-1], state)
         parts.append(F.cross_entropy(logits.mT.float(), part[:, 1:], reduction="none").cpu())
     return torch.cat(parts, 1)
@@ -269,9 +266,7 @@ def stream(model: HopeLM, ids: Tensor, length: int) -> dict[str, Any]:
     device = next(model.parameters()).device
     model.eval()
     out: dict[str, Any] = {}
-    for total in STREAMS:
-        if len(ids) <= total:
-            continue
+    for total in (n for n in STREAMS if n < len(ids)):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         windows = ids[: total + 1].unfold(0, length + 1, length).split(16)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -185,8 +186,9 @@ def _read(
         for _ in range(int(how.split()[1])):
             session.learn(text)
         if how.startswith("study"):
-            short = {"questions": 4, "words": 1, "epochs": 1} if cell["short"] else {}
-            settings = StudyConfig(**short, seed=cell["seed"])
+            settings = StudyConfig(seed=cell["seed"])
+            if cell["short"]:
+                settings = replace(settings, questions=4, words=1, epochs=1)
             session.study(text, settings, tell=lambda what, done, of: tell(done / of, what))
         session.save()
         session = Session(stacked, Path(place) / "memory", words_of)  # what is on disk

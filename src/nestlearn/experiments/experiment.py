@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,22 @@ def chosen(asked: Iterable[str], known: Iterable[str], what: str) -> tuple[str, 
     return asked or known
 
 
+def cells(
+    asked: Options, tasks: Mapping[str, Cell] | Sequence[str], models: Iterable[str],
+    what: tuple[str, str] = ("task", "model"), **own: Any,
+) -> list[Cell]:  # fmt: skip
+    """A cell for each task that `asked.only` names and each model that `asked.models` does.
+
+    tasks: names, or with what is each one's own. what: they are called in an error. own: of all.
+    """
+    parts = tasks if isinstance(tasks, Mapping) else {task: {} for task in tasks}
+    return [
+        {"task": task, "model": model, **own, **parts[task]}
+        for task in chosen(asked.only, parts, what[0])
+        for model in chosen(asked.models, models, what[1])
+    ]
+
+
 __all__ = [  # the noun, and what it is made of
-    "Cell", "Column", "Experiment", "Options", "Record", "Tell", "chosen",
+    "Cell", "Column", "Experiment", "Options", "Record", "Tell", "cells", "chosen",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.experiments import books
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.models import families
 from nestlearn.experiments.tables import RATE, SEEDS, mean, metric, model
@@ -42,8 +42,7 @@ def grid(asked: Options) -> list[Cell]:
     own = {
         "size": asked.pick((32, 1, 2), SIZE), "streams": asked.pick({"1,100": (1100, 2)}, LENGTHS)
     }  # fmt: skip
-    models = chosen(asked.models, ROWS, "model")
-    return books.cells(asked, {"books": own}, models, (STEPS, BATCH, LENGTH), (3, 1, 512))
+    return books.cells(asked, {"books": own}, ROWS, (STEPS, BATCH, LENGTH), (3, 1, 512))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

@@ -12,6 +12,7 @@ and then runs five others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, cells
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import RATE, SEEDS, detail, mean, metric, model
 from nestlearn.train import TrainConfig
@@ -136,14 +137,11 @@ def grid(asked: Options) -> list[Cell]:
     name = asked.only[0] if asked.only else "CIFAR10"
     load(asked.data, name)  # says here, and once, what is missing
     usual, dim, depth, batch = asked.pick((40, 32, 2, 64), (600, 64, 4, 128))
-    return [
-        {
-            "task": "digits" if asked.data is None else name, "model": optimizer,
-            "steps": asked.steps or usual, "dim": dim, "depth": depth, "batch": batch,
-            "folder": asked.data, "set": name,
-        }
-        for optimizer in GRIDS
-    ]  # fmt: skip
+    task = "digits" if asked.data is None else name
+    return cells(
+        replace(asked, only=()), [task], GRIDS, steps=asked.steps or usual, dim=dim, depth=depth,
+        batch=batch, folder=asked.data, set=name,
+    )  # fmt: skip
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

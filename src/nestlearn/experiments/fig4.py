@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, cells
 from nestlearn.experiments.tables import model, words
 from nestlearn.train.plots import COLOURS, new_figure, write_figure
 
@@ -82,13 +82,8 @@ def arrival(path: Tensor, landscape: Sequence[float]) -> int | None:
 
 def grid(asked: Options) -> list[Cell]:
     steps, lrs, where = asked.pick((100, LRS[2::3], LANDSCAPES[:1]), (400, LRS, LANDSCAPES))
-    return [
-        {
-            "task": ", ".join(f"{x:g}" for x in landscape), "landscape": list(landscape),
-            "model": name, "steps": steps, "lrs": list(lrs),
-        }
-        for landscape in where for name in METHODS
-    ]  # fmt: skip
+    tasks = {", ".join(f"{x:g}" for x in place): {"landscape": list(place)} for place in where}
+    return cells(asked, tasks, METHODS, steps=steps, lrs=list(lrs))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

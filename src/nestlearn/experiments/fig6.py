@@ -27,7 +27,7 @@ from torch import Tensor
 from nestlearn.evals import classes, grouped
 from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments import pretrained
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, cells
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
 from nestlearn.experiments.provenance import fingerprint
@@ -42,7 +42,8 @@ WEIGHTS = (3e-4, 1e-3, 3e-3)  # the same, of all weights of a small model
 def grid(asked: Options) -> list[Cell]:
     """A cell for each set and row."""
     sizes = asked.pick({"train": 4, "validation": 1, "test": 2, "most": 2}, {})
-    found = pretrained.cells(asked, classes.SETS, "set", ROWS, sizes=sizes)
+    base = pretrained.part(asked)
+    found = cells(asked, list(classes.SETS), ROWS, ("set", "row"), **base, sizes=sizes)
     for cell in found:
         if issubclass(ROWS[cell["model"]][0], OfBytes):
             cell["weights"] = fingerprint(model_folder(TINY).glob("*.safetensors"))

@@ -24,7 +24,7 @@ from nestlearn.evals import needles
 from nestlearn.evals.files import rows_of, text_of
 from nestlearn.evals.tasks import stream
 from nestlearn.experiments import pretrained
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, cells
 from nestlearn.experiments.learners import padded
 from nestlearn.experiments.tables import at, mean, model
 
@@ -133,7 +133,8 @@ def questions(
 
 def grid(asked: Options) -> list[Cell]:
     count, length = asked.pick((QUICK_ASKED, 400), (ASKED, LENGTH))
-    return pretrained.cells(asked, SETS, "set", ROWS, count=count, length=length)
+    own = {**pretrained.part(asked), "count": count, "length": length}
+    return cells(asked, list(SETS), ROWS, ("set", "row"), **own)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

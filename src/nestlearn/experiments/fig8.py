@@ -19,7 +19,7 @@ from nestlearn.evals.classes import Group, Text
 from nestlearn.evals.files import rows_of
 from nestlearn.evals.tasks import stream
 from nestlearn.experiments import pretrained
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, cells
 from nestlearn.experiments.learners import Learner, Reader
 from nestlearn.experiments.pretrained import BM25
 from nestlearn.experiments.tables import detail, mean, metric, model, words
@@ -106,7 +106,8 @@ class Translator(Learner):
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each order and row."""
-    return pretrained.cells(asked, ORDERS, "order", ROWS, short=asked.quick)
+    own = {**pretrained.part(asked), "short": asked.quick}
+    return cells(asked, list(ORDERS), ROWS, ("order", "row"), **own)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

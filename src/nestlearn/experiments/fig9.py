@@ -70,9 +70,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 def _asked(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Asked]:
     text = recall.haystacks(Path(cell["folder"]))[split]
     # nothing is held out of the stories to train on: the books are what validation differs by
-    told = babilong.stories(
-        Path(cell["folder"]) / "babi", name, "test" if split == "test" else "train"
-    )
+    part = "test" if split == "test" else "train"
+    told = babilong.stories(Path(cell["folder"]) / "babi", name, part)
     most = SAMPLES if length <= recall.LONG else FEW if length <= MILLION else FEWER
     count = min(most, cell["samples"])
     return [babilong.sample(name, length, told, text, seed, ahead=ahead) for seed in range(count)]

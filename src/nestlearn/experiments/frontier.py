@@ -14,10 +14,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -100,7 +100,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         load_meta(model, meta_path(out, cell["model"], cell["dial"]), cell["lr"])
     before = measure(model, None, later, own["measured"])
     began = time.perf_counter()
-    memory = Reader(model, method, cell["lr"], cell["dial"], own).read(read, tell)
+    memory = Reader(model, method, cell["dial"], own).read(read, tell)
     seconds = time.perf_counter() - began
     after = measure(model, memory, later, own["measured"])
     return {
@@ -174,11 +174,8 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 def at_cost(points: Sequence[Point], own: float) -> float:
     """The line through the front at that loss on the own kind; beyond its end, the end."""
-    line = front(points)
-    for (x0, y0), (x1, y1) in pairwise(line):
-        if x0 <= own <= x1:
-            return y0 + (y1 - y0) * (own - x0) / (x1 - x0)
-    return line[-1][1] if own > line[-1][0] else line[0][1]
+    costs, losses = zip(*front(points))
+    return float(np.interp(own, costs, losses))
 
 
 def line_of(rows: Sequence[Record], every: Sequence[Record], seed: int) -> list[Point]:

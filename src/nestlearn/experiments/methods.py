@@ -128,28 +128,27 @@ class Reader:
 
     model: Any
     method: Method
-    lr: float
     dial: float
     own: dict[str, Tensor]
     fisher: list[Tensor] = field(default_factory=list)
 
     def read(self, ids: Tensor, tell: Tell) -> Any:
         """The memory after the text [1, READ]."""
-        memory = self.model.init_memory(1)
-        if self.method.how == "ewc":
+        memory, how, anchor, fresh = self.model.init_memory(1), self.method.how, None, BLOCK
+        if how == "ewc":
             self.fisher = fisher(self.model, self.own["replayed"])
-        anchor = None
-        if self.method.how == "anchor":
+        if how == "anchor":
             anchor = Anchor(self.own["replayed"][:, : BLOCK // 2], self.dial)
-        fresh = round(BLOCK * (1 - self.dial)) if self.method.how == "replay" else BLOCK
+        if how == "replay":
+            fresh = round(BLOCK * (1 - self.dial))
         for i, part in enumerate(ids.split(fresh, 1)):
             part, mask = self.prepared(part, i, memory)
             _, memory = self.model.learn(part, memory, mask, anchor=anchor)
-            if self.method.how == "ewc":
+            if how == "ewc":
                 memory = self.pulled(memory)
             if i % 20 == 0:
                 tell(i * fresh / ids.shape[1], "")
-        return self.scaled(memory, self.dial) if self.method.how == "scale" else memory
+        return self.scaled(memory) if how == "scale" else memory
 
     def prepared(self, part: Tensor, i: int, memory: Any) -> tuple[Tensor, Tensor | None]:
         """The block's tokens, and which to learn from."""
@@ -172,10 +171,10 @@ class Reader:
         )
         return memory._replace(levels=(level._replace(fast=fast),))
 
-    def scaled(self, memory: Any, share: float) -> Any:
-        """Every delta times `share`."""
+    def scaled(self, memory: Any) -> Any:
+        """Every delta times the dial."""
         levels = tuple(
-            level._replace(fast=tuple(f._replace(left=share * f.left) for f in level.fast))
+            level._replace(fast=tuple(f._replace(left=self.dial * f.left) for f in level.fast))
             for level in memory.levels
         )
         return memory._replace(levels=levels)

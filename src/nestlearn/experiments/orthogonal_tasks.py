@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn import optim
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, cells
 from nestlearn.experiments.figures import Panel, curves
 from nestlearn.experiments.tables import RATE, SEEDS, detail, markdown, mean, metric, model
 
@@ -118,10 +118,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
 
 def grid(asked: Options) -> list[Cell]:
     steps, traced = asked.pick((50, 100), (300, 300))
-    return [
-        {"task": "orthogonal", "model": name, "steps": steps, "traced": traced}
-        for name in OPTIMIZERS
-    ]
+    return cells(asked, ["orthogonal"], OPTIMIZERS, steps=steps, traced=traced)
 
 
 def traces(records: Sequence[Record]) -> dict[str, list[float]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nestlearn.experiments.experiment import Cell, Options, chosen
+from nestlearn.experiments.experiment import Cell, Options
 from nestlearn.experiments.provenance import fingerprint
 
 SOURCES = ("hf", "experiments/pretrained.py")  # of whoever reads with one
@@ -24,18 +24,6 @@ def part(asked: Options) -> Cell:
     if asked.data is None or not files:
         raise ValueError(f"--data {asked.data}: give a folder with a pretrained model in model/")
     return {"folder": asked.data, "weights": fingerprint(files)}
-
-
-def cells(
-    asked: Options, tasks: Iterable[str], what: str, rows: Iterable[str], **own: Any
-) -> list[Cell]:
-    """A cell for each task that `only` names and each row, with `part`. what: a task is called."""
-    base = part(asked)
-    return [
-        {"task": task, "model": row, **base, **own}
-        for task in chosen(asked.only, tasks, what)
-        for row in chosen(asked.models, rows, "row")
-    ]
 
 
 def opened(folder: Path, device: str) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -154,18 +155,16 @@ def measured(
     scores: dict[str, float] = {}
     with TemporaryDirectory() as place:
         lm.save_pretrained(place)
-        value = statistics.fmean(
-            percent((name, cell["validated"], "valid"), False, None) for name in names
-        )
+        held = [percent((name, cell["validated"], "valid"), False, None) for name in names]
         with Elsewhere(Path(place), cell["device"]) as elsewhere:
-            for length in cell["lengths"]:
-                for name in names:
-                    both = READINGS[: 2 if length <= LONG else 1]
-                    for reading, who in zip(both, (elsewhere, None)):
-                        key = f"{name}, {length:,}, {reading}"
-                        scores[key] = percent((name, length, "test"), who is None, who)
-                        tell(1.0, f"{key}: {scores[key]:.0f}")
+            for length, name in product(cell["lengths"], names):
+                both = READINGS[: 2 if length <= LONG else 1]
+                for reading, who in zip(both, (elsewhere, None)):
+                    key = f"{name}, {length:,}, {reading}"
+                    scores[key] = percent((name, length, "test"), who is None, who)
+                    tell(1.0, f"{key}: {scores[key]:.0f}")
     strict = [share for key, share in scores.items() if key.endswith("strict")]
+    value = statistics.fmean(held)
     return result | {
         "value": value, "scores": scores, "state_bytes": max(sizes.values()),
         "headline": f"{value:.0f} on validation, {statistics.fmean(strict):.0f} strictly",

@@ -110,10 +110,7 @@ class Search:
         self.kept = {(_same(r.config), r.seed) for r in kept}
         self.known = {_same(r.config): r.config for r in kept}
         _check_known(self.grid, kept)
-        tried = {(c["task"], c["model"]): 0 for c in grid}
-        for cell, rates in zip(grid, self.rates):
-            tried[cell["task"], cell["model"]] += max(1, len(rates))
-        _check_fair(about.name, tried)
+        _check_fair(about.name, grid, self.rates)
 
     def _runs(self) -> list[tuple[Cell, tuple[float, ...]]]:
         """The cells of every seed at the chosen rate, with the rates that were tried."""
@@ -221,10 +218,12 @@ def _rank(done: Sequence[dict[str, Any] | None]) -> tuple[float, int]:
     return (value, -results[0].get("best_step", 0)) if value == value else _FAILED
 
 
-def _check_fair(name: str, tried: dict[tuple[str, str], int]) -> None:
+def _check_fair(name: str, grid: Sequence[Cell], rates: Sequence[Sequence[float]]) -> None:
     """Every model of a task is tried as often."""
-    for task in dict.fromkeys(task for task, _ in tried):
-        counts = Counter({model: n for (t, model), n in tried.items() if t == task})
+    tried: dict[str, Counter[str]] = {}
+    for cell, own in zip(grid, rates):
+        tried.setdefault(cell["task"], Counter())[cell["model"]] += max(1, len(own))
+    for task, counts in tried.items():
         if len(set(counts.values())) > 1:
             raise ValueError(f"{name}, {task}: {dict(counts)} trials: give every model as many")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from nestlearn.evals.files import text_of
 from nestlearn.evals.streams import Text, bits_per_byte, nats, tenths
 from nestlearn.experiments import pretrained, readers
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, cells
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.readers import ROWS, Opened
@@ -38,15 +38,12 @@ PLAIN = "windows"  # what the other rows are compared with
 def grid(asked: Options) -> list[Cell]:
     base, folder = pretrained.part(asked), Path(asked.data or "")
     known = [r for r in ROWS if r != "carried" or readers.is_hope(folder / "model")]
-    return [
-        {
-            "task": "books", "model": row, **base,
-            "text": fingerprint(files(folder, "valid") + files(folder, "test")),
-            "letters": asked.pick(QUICK_LETTERS, LETTERS),
-            "validated": asked.pick(1, VALIDATED), "tested": asked.pick(1, TESTED),
-        }
-        for row in chosen(asked.models, known, "row")
-    ]  # fmt: skip
+    return cells(
+        asked, ["books"], known, ("task", "row"), **base,
+        text=fingerprint(files(folder, "valid") + files(folder, "test")),
+        letters=asked.pick(QUICK_LETTERS, LETTERS), validated=asked.pick(1, VALIDATED),
+        tested=asked.pick(1, TESTED),
+    )  # fmt: skip
 
 
 def files(folder: Path, split: str) -> list[Path]:

@@ -7,6 +7,7 @@ that diverges, or whose gradient norm after the warm-up goes beyond 1, is what t
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,21 @@ import torch
 
 from nestlearn.experiments import books
 from nestlearn.experiments.equal_time import FAMILIES, config_of
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Tell
 from nestlearn.experiments.fit import train_lm
 from nestlearn.experiments.tables import RATE, SEEDS, mean, metric, model, words
 from nestlearn.models.hope import HopeLM
 
 MODELS = ("Hope", "Hope-Attention", "DeltaNet with levels")
-LENGTHS = ("512", "2048")
+LENGTHS = (512, 2048)
 STEPS, TOKENS = 300, 32768  # in a batch
 LOSS, MEDIAN, LARGEST = "last training loss", "gradient norm, median", "largest after warm-up"
 
 
 def grid(asked: Options) -> list[Cell]:
-    models = chosen(asked.models or MODELS, FAMILIES, "model")
-    windows = {
-        length: asked.pick({}, {"length": int(length), "batch": TOKENS // int(length)})
-        for length in chosen(asked.only, LENGTHS, "length")
-    }
-    return books.cells(asked, windows, models, (STEPS, 0, 0))
+    windows = {str(n): asked.pick({}, {"length": n, "batch": TOKENS // n}) for n in LENGTHS}
+    asked = replace(asked, models=asked.models or MODELS)
+    return books.cells(asked, windows, FAMILIES, (STEPS, 0, 0), what=("length", "model"))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

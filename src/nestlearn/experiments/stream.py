@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, cells
 from nestlearn.experiments.language import corpus_of
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.tables import detail, mean, metric, model
@@ -45,13 +45,10 @@ def grid(asked: Options) -> list[Cell]:
     weights = Path(asked.data or "") / "model" / "model.safetensors"
     if asked.data is None or not weights.is_file():
         raise ValueError(f"--data {asked.data}: give the folder of a finished run")
-    return [
-        {
-            "task": Path(asked.data).name, "model": name, "folder": asked.data,
-            "weights": fingerprint([weights]), "tokens": asked.pick(5000, 100_000),
-        }
-        for name in chosen(asked.models, SETTINGS, "memory")
-    ]  # fmt: skip
+    return cells(
+        asked, [Path(asked.data).name], SETTINGS, ("task", "memory"), folder=asked.data,
+        weights=fingerprint([weights]), tokens=asked.pick(5000, 100_000),
+    )  # fmt: skip
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.experiments.books import surprise
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, cells
 from nestlearn.experiments.fit import train_lm
 from nestlearn.experiments.models import parameter_count, with_parameters
 from nestlearn.experiments.tables import PARAMETERS, RATE, SEEDS, mean, metric, model
@@ -88,10 +88,7 @@ def config_of(model: str) -> HopeConfig:
 
 def grid(asked: Options) -> list[Cell]:
     steps, batch, rows = asked.pick((2, 2, 32), (400, 64, 4096))
-    return [
-        {"task": "switching", "model": name, "steps": steps, "batch": batch, "rows": rows}
-        for name in chosen(asked.models, MODELS, "model")
-    ]
+    return cells(asked, ["switching"], MODELS, steps=steps, batch=batch, rows=rows)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

@@ -44,9 +44,8 @@ def grid(asked: Options) -> list[Cell]:
 
 def own(asked: Options) -> Cell:
     """What cells of needles hold beside those of others; ValueError without their words."""
-    lists = [
-        Path(asked.data or "", "ruler_words", f"{kind}list.txt") for kind in ("adjective", "noun")
-    ]
+    folder = Path(asked.data or "", "ruler_words")
+    lists = [folder / "adjectivelist.txt", folder / "nounlist.txt"]
     if asked.data is None or not lists[-1].is_file():
         raise ValueError(f"--data {asked.data}: give a folder with gutenberg/ and ruler_words/")
     return {
@@ -88,7 +87,7 @@ def ask(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Ask
     text, depths = recall.haystacks(Path(cell["folder"]))[split], cell["depths"]
     first = 10_000 if split == "valid" else 0
     few = split == "valid" or length > recall.LONG
-    count = depths * (min(FEW, cell["samples"]) if few else cell["samples"])
+    count = depths * min(FEW if few else SAMPLES, cell["samples"])
     return [
         ruler.sample(
             name, length, words_of(cell["folder"])[1], text, first + i,

@@ -15,7 +15,7 @@ from typing import Any
 
 from nestlearn.evals import grouped
 from nestlearn.experiments import books
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, Tell
 from nestlearn.experiments.figures import curves
 from nestlearn.experiments.models import FAMILIES, families
 from nestlearn.experiments.tables import words
@@ -25,18 +25,16 @@ ROWS["Transformer++"] = FAMILIES["Transformer"]
 # Parameters are those of the blocks with bytes: pieces have an embedding and a head beside them.
 SIZES = {"10M": (320, 7, 5), "50M": (640, 10, 10)}  # width, layers, heads
 VOCABULARIES = {"bytes": books.BYTES, "pieces": 8192}
-SETTINGS = tuple(f"{size}, {tokens}" for size in SIZES for tokens in VOCABULARIES)
 STEPS, BATCH, LENGTH = 600, 32, 1024
 
 
 def grid(asked: Options) -> list[Cell]:
-    vocabularies = VOCABULARIES | asked.pick({"pieces": 300}, {})
     tasks = {
-        setting: {"size": asked.pick((32, 1, 2), SIZES[size]), "vocabulary": vocabularies[tokens]}
-        for setting in chosen(asked.only, SETTINGS, "setting")
-        for size, tokens in [setting.split(", ")]
+        f"{size}, {tokens}": {"size": asked.pick((32, 1, 2), shape), "vocabulary": count}
+        for size, shape in SIZES.items()
+        for tokens, count in (VOCABULARIES | asked.pick({"pieces": 300}, {})).items()
     }
-    return books.cells(asked, tasks, chosen(asked.models, ROWS, "model"), (STEPS, BATCH, LENGTH))
+    return books.cells(asked, tasks, ROWS, (STEPS, BATCH, LENGTH), what=("setting", "model"))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

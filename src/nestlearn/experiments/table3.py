@@ -49,12 +49,12 @@ TESTS = ("questions", "repeats", "edges", "quizzes", "harness", "code")  # no pa
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each model of each size, and one for chance."""
-    part = replace(asked, data=asked.data and str(Path(asked.data, "gutenberg")))
-    sizes = chosen(asked.only, table2.SIZES, "size")
-    shapes = {size: {"size": asked.pick((32, 1, 2), table2.SIZES[size])} for size in sizes}
     models = (*chosen(asked.models, table2.ROWS, "model"), CHANCE)
+    data = asked.data and str(Path(asked.data, "gutenberg"))
+    sizes = {name: {"size": asked.pick((32, 1, 2), size)} for name, size in table2.SIZES.items()}
     usual = (table2.STEPS, table2.BATCH, table2.LENGTH)
-    cells = books.cells(part, shapes, models, usual)
+    part = replace(asked, data=data, models=models)
+    cells = books.cells(part, sizes, models, usual, what=("size", "model"))
     own = {
         "folder": asked.data, "out": str(asked.out.resolve()), "harness": harness.version(),
         "quizzes": fingerprint(harness.files(Path(asked.data or ""))),

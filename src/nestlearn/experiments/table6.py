@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.experiments import books
-from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell, chosen
+from nestlearn.experiments.experiment import Cell, Experiment, Options, Tell
 from nestlearn.options import Continuum, Level, SwiGLU, Titans
 
 FAST, SLOW, NEVER = Level(chunk=4), Level(chunk=16), Level()
@@ -39,8 +39,8 @@ STEPS, BATCH, LENGTH = 300, 64, 512
 
 
 def grid(asked: Options) -> list[Cell]:
-    sizes = {"books": {"size": asked.pick((32, 1, 2), SIZE)}}
-    return books.cells(asked, sizes, chosen(asked.models, ROWS, "row"), (STEPS, BATCH, LENGTH))
+    own = {"size": asked.pick((32, 1, 2), SIZE)}
+    return books.cells(asked, {"books": own}, ROWS, (STEPS, BATCH, LENGTH), what=("", "row"))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

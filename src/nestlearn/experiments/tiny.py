@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +54,9 @@ def grid(asked: Options) -> list[Cell]:
     found = []
     for size in sizes:
         own = {"size": asked.pick((32, 1, 2), SIZES[size].shape), "out": str(asked.out.resolve())}
-        there = [name for name in SIZES[size].models if name in models]
-        found += books.cells(asked, {size: own}, there, (STEPS, BATCH, LENGTH), (3, 1, 512))
+        there = tuple(name for name in SIZES[size].models if name in models)
+        part = replace(asked, only=(), models=there)
+        found += books.cells(part, {size: own}, there, (STEPS, BATCH, LENGTH), (3, 1, 512))
     return found
 
 

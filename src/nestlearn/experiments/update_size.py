@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nestlearn import optim
-from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell
+from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, cells
 from nestlearn.experiments.figures import Panel, curves, lines
 from nestlearn.experiments.tables import words
 
@@ -59,7 +59,7 @@ def sizes(name: str, steps: int, stream: str) -> list[float]:
 
 def grid(asked: Options) -> list[Cell]:
     steps = asked.steps or asked.pick(500, 10_000)
-    return [{"task": stream, "model": "all", "steps": steps} for stream in STREAMS]
+    return cells(asked, STREAMS, ["all"], steps=steps)
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
