@@ -160,6 +160,7 @@ def trained(
     """
     text = read(Path(cell["folder"]), config.vocab_size)
     steps, T, batch = cell["steps"], cell["length"], cell["batch"]
+    on_card = cell["device"].startswith("cuda")
     settings = plan(
         cell, length=T, warmup=max(1, steps // 6), stream=stream, stream_from=int(alone * steps)
     )
@@ -185,19 +186,15 @@ def trained(
         losses(model, ids, T, 4 * windows, batch, settings.dtype)
         for ids in (text.corpus.val, text.test)
     )
-    late = [r["grad_norm"] for r in log[settings.warmup :]]
+    late = sorted(r["grad_norm"] for r in log[settings.warmup :])
     speed = statistics.median([r["tokens_per_second"] for r in log[3:]] or [0.0])
     return model, {
         "value": -val[0], "test": list(tested), "validation": list(val),
         "curve": curve, "parameters": model.parameter_count(), "config": config.to_dict(),
         "tokens": steps * batch * T, "seconds": round(seconds, 2), "tokens_per_second": speed,
-        "grad_norm": {
-            "median": statistics.median_high(late) if late else None,
-            "largest": max(late, default=None),
-        },
-        "device_name": (
-            torch.cuda.get_device_name() if cell["device"].startswith("cuda") else "CPU"
-        ),
+        "grad_norm": {"median": late[len(late) // 2] if late else None,
+                      "largest": late[-1] if late else None},
+        "device_name": torch.cuda.get_device_name() if on_card else "CPU",
     }  # fmt: skip
 
 

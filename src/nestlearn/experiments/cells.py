@@ -20,11 +20,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -170,8 +170,7 @@ class _Crew:
         if len(self.cards) > 1:
             variables["CUDA_VISIBLE_DEVICES"] = self.cards[self.hired % len(self.cards)]
         self.hired += 1
-        # libraries read threads and cards when they are loaded
-        with mock.patch.dict(os.environ, variables):
+        with _environment(variables):
             process = self.context.Process(target=_worker, args=(self.work, inside), daemon=True)
             process.start()
         inside.close()  # else the door would never tell that the worker died
@@ -234,8 +233,25 @@ def _cards() -> list[str]:
     """The cards that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    every = ",".join(map(str, range(torch.cuda.device_count())))
-    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        named = ",".join(map(str, range(torch.cuda.device_count())))
+    return named.split(",")
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """What is started inside has these variables: libraries read threads and cards when loaded."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 # ------------------------------------------------------------------------------------ the board

@@ -57,7 +57,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     kind, how, _ = ROWS[cell["model"]]
     learner = kind(Path(cell["folder"]), cell["device"], how, cell["lr"], cell["seed"])
     if how == "joint":
-        learner.learn(_together(every))
+        together = (sum((getattr(g, f.name) for g in every), ()) for f in fields(Group))
+        learner.learn(Group(*together))
     matrix = []
     for n, group in enumerate(every):
         tell(n / len(every), f"group {n + 1}")
@@ -77,10 +78,6 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         "transfer": 100 * statistics.fmean(moved), "forgetting": 100 * statistics.fmean(lost),
         "megabytes": learner.bytes / 1e6, "headline": f"{accuracy:.1f} % at {cell['lr']:g}",
     }  # fmt: skip
-
-
-def _together(every: Sequence[Group]) -> Group:
-    return Group(*(sum((getattr(g, f.name) for g in every), ()) for f in fields(Group)))
 
 
 def _right(learner: Any, asked: Sequence[Text]) -> list[bool]:

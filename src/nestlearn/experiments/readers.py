@@ -239,8 +239,8 @@ def _transformer(
         return out.logits, out.hidden_states[-1]
 
     encode, begin = _words(folder)
-    for mark in (base.config.eos_token_id, base.config.bos_token_id):
-        begin = mark if isinstance(mark, int) else begin
+    marks = (base.config.bos_token_id, base.config.eos_token_id, begin)
+    begin = next(mark for mark in marks if isinstance(mark, int))
     return Opened(base, encode, begin, window, read, stack=stack)
 
 
