@@ -64,7 +64,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
         tell(n / len(every), f"group {n + 1}")
         if how != "joint":
             learner.learn(group)
-        seen = [test.test for test in every[: n + 1]]
+        seen = [told.test for told in every[: n + 1]]
         right = iter(_right(learner, [text for texts in seen for text in texts]))
         matrix.append([sum(islice(right, len(texts))) / len(texts) for texts in seen])
     held = [text for group in every for text in group.validation]
