@@ -29,7 +29,8 @@ LOSS, MEDIAN, LARGEST = "last training loss", "gradient norm, median", "largest 
 def grid(asked: Options) -> list[Cell]:
     windows = {str(n): asked.pick({}, {"length": n, "batch": TOKENS // n}) for n in LENGTHS}
     asked = replace(asked, models=asked.models or MODELS)
-    return books.cells(asked, windows, FAMILIES, (STEPS, 0, 0), what=("length", "model"))
+    usual = (STEPS, 0, 0)  # batch and length are each window's own
+    return books.cells(asked, windows, FAMILIES, usual, what=("length", "model"))
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def ask(cell: Cell, name: str, length: int, split: str, ahead: bool) -> list[Ask
     text, depths = recall.haystacks(Path(cell["folder"]))[split], cell["depths"]
     first = 10_000 if split == "valid" else 0
     few = split == "valid" or length > recall.LONG
-    count = depths * min(FEW if few else SAMPLES, cell["samples"])
+    count = depths * (min(FEW, cell["samples"]) if few else cell["samples"])
     return [
         ruler.sample(
             name, length, words_of(cell["folder"])[1], text, first + i,
