@@ -22,7 +22,6 @@ from torch import Tensor
 
 from nestlearn import state as tree
 from nestlearn.experiments import experiment, tables
-from nestlearn.experiments.asked import autocast
 from nestlearn.experiments.experiment import Cell, Column, Options, Record, Tell
 from nestlearn.experiments.figures import Along, Panel, lines
 from nestlearn.experiments.fit import plan
@@ -234,7 +233,7 @@ def surprise(model: HopeLM, ids: Tensor, length: int) -> Tensor:
     state, parts = None, []
     for a in range(0, ids.shape[1] - 1, length):
         part = ids[:, a : a + length + 1].long().to(device)
-        with autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits, state = model(part[:, :-1], state)
         parts.append(F.cross_entropy(logits.mT.float(), part[:, 1:], reduction="none").cpu())
     return torch.cat(parts, 1)
