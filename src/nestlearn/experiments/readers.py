@@ -12,18 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nestlearn.evals import Logits
-from nestlearn.evals.streams import (
-    Cached,
-    Calibrated,
-    Carried,
-    Dynamic,
-    Nearest,
-    Reader,
-    Scored,
-    Text,
-    Windows,
-)
+from nestlearn.evals import Logits, streams
+from nestlearn.evals.streams import Reader, Text, Windows
 from nestlearn.models.config import TYPE, HopeConfig, model_folder, model_type
 from nestlearn.models.hope import HopeLM
 from nestlearn.train.data import load_tokenizer
@@ -105,23 +95,23 @@ class Opened:
             assert self.stack is not None
             return Learning(self.stack(dial), self.begin)
         dial = ROWS[row].values[1] if dial is None else dial
-        return Scored(self._predictor(row, dial), self.begin)
+        return streams.Scored(self._predictor(row, dial), self.begin)
 
     def _predictor(self, row: str, dial: float) -> Any:
         cut = {"length": self.window, "again": self.window // 4}
         if row == "windows":
             return Windows(model=self.read, temperature=dial, **cut)
         if row == "dynamic":
-            return Dynamic(module=Logits(self.module), rate=dial, **cut)
+            return streams.Dynamic(module=Logits(self.module), rate=dial, **cut)
         if row == "carried":
             assert self.carry is not None
-            return Carried(self.carry, BLOCK, dial)
+            return streams.Carried(self.carry, BLOCK, dial)
         plain = Windows(model=self.read, **cut)
         if row == "calibration":
-            return Calibrated(plain, rate=dial)
+            return streams.Calibrated(plain, rate=dial)
         if row == "cache":
-            return Cached(plain, size=int(dial))
-        return Nearest(plain, size=KEPT, sharpness=dial)
+            return streams.Cached(plain, size=int(dial))
+        return streams.Nearest(plain, size=KEPT, sharpness=dial)
 
 
 def opened(path: str | Path, device: str = "cpu", window: int | None = None) -> Opened:
