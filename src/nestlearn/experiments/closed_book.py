@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from itertools import cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,8 +113,8 @@ def _elsewhere(folder: Path, device: str) -> _Elsewhere:
 
 def pages(cell: Cell) -> list[Document]:
     """Every page of the run; the cell's own is number `page`."""
-    seeds = range(10_000 * (cell["seed"] + 1), 10_000 * (cell["seed"] + 1) + cell["pages"])
-    return [closed_book.document(*own) for own in zip(cycle(cell["kinds"]), seeds)]
+    every = zip(cycle(cell["kinds"]), count(10_000 * (cell["seed"] + 1)))
+    return [closed_book.document(kind, seed) for kind, seed in islice(every, cell["pages"])]
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
