@@ -1,16 +1,15 @@
-"""What every benchmark makes: examples with targets, and how predictions are scored."""
+"""What every benchmark makes: examples with targets; how models enter, and how they are scored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-
-from .protocol import Scorable, predict
 
 IGNORED = -100  # a target that neither the loss nor the metric sees; torch's default, too
 METRICS = ("sequence", "token")
@@ -87,6 +86,47 @@ class Task:
                 if low < 0 or high >= getattr(self, end):
                     wrong = low if low < 0 else high
                     raise ValueError(f"{name}: {what} {wrong} is not in [0, {end})")
+
+
+class Scorable(Protocol):
+    """Anything with `logits(ids int64 [B, T]) -> [B, T, V]`, causal unless the task says so."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Scores of the classes at every position."""
+        ...
+
+
+class Logits(nn.Module):
+    """A module that returns logits, (logits, state, ...) or an object with `.logits`, as Scorable.
+
+    So a plain nn.Module, `nestlearn.HopeLM` and a Hugging Face causal LM enter alike.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T] -> [B, T, V]; ValueError if the module returns no such thing."""
+        out: Any = self.module(ids)
+        out = getattr(out, "logits", out)
+        out = out[0] if isinstance(out, tuple) else out
+        if not isinstance(out, Tensor) or out.ndim != 3 or out.shape[:2] != ids.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"{type(self.module).__name__} returned {got} for ids {tuple(ids.shape)}: return "
+                "logits [B, T, V], alone, first of a tuple, or as .logits"
+            )
+        return out
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.logits(ids)
+
+
+@torch.no_grad()
+def predict(model: Scorable, ids: Tensor, classes: int) -> Tensor:
+    """The likeliest of the first `classes` classes at each position: int64 [B, T]."""
+    return model.logits(ids)[..., :classes].argmax(-1)
 
 
 def accuracy(predictions: Tensor, targets: Tensor, metric: str) -> float:
