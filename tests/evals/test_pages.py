@@ -38,6 +38,17 @@ def test_a_page_says_what_is_asked(kind):
     assert closed_book.document(kind, 0).text != closed_book.document(kind, 1).text
 
 
+def test_a_later_page_changes_some_facts_and_asks_for_these():
+    page = closed_book.document("town", 3)
+    news = closed_book.document("town", 4, before=page, changed=3)
+    changed = {key for key in page.facts if page.facts[key] != news.facts[key]}
+    assert len(changed) == 3
+    assert page.name == news.name
+    asked = {q.answer for q in news.questions}
+    assert asked == {news.facts[key] for key in changed}
+    assert all(said(word, news.text) and not said(word, page.text) for word in asked)
+
+
 def test_many_pages_are_of_all_kinds_and_of_different_names():
     pages = closed_book.documents(tuple(KINDS), 60)
     assert len({page.name for page in pages}) == 60
