@@ -69,7 +69,9 @@ def test_every_row_learns_and_is_measured_after_every_group(folder, tmp_path, mo
     assert (tmp_path / "out" / "fig6.png").is_file()
 
 
-@pytest.mark.parametrize("how", ["adam", "ewc", "replay", "study", "levels", "depth", "joint"])
+@pytest.mark.parametrize(
+    "how", ["adam", "ewc", "replay", "study", "unread", "levels", "depth", "joint"]
+)
 def test_what_learns_says_the_class_of_what_it_learned(folder, how):
     """Random weights and a large rate: the class of the last texts comes to stand first."""
     torch.manual_seed(0)

@@ -172,6 +172,7 @@ ROWS: dict[str, tuple[type[Reader], str, tuple[float, ...]]] = {  # how, and val
     "levels": (Learner, "levels", (0.02, 0.1, 0.5)),
     "levels over the depth": (Learner, "depth", (0.02, 0.1, 0.5)),
     "levels, studied": (Learner, "study", DELTAS),
+    "studied, not read": (Learner, "unread", DELTAS),
     "low-rank deltas, all at once": (Learner, "joint", DELTAS),
     "small Hope, state carried": (Carried, "", (1, 2, 4)),  # times that a group is read
     "small Hope, cosine classifier, frozen": (HopeCosine, "", (0.0, 0.5, 1.0)),

@@ -95,8 +95,8 @@ class Learner(Reader):
 
     levels: a stream of texts with their class, of which the class is learned. study: the levels,
     and then Adam on the slowest, held to what the memory said before of KEPT texts of each earlier
-    class, and to that class. ewc: squared gradients of earlier groups weigh how far each number may
-    move.
+    class, and to that class; unread: the same, where the levels do not read. ewc: squared gradients
+    of earlier groups weigh how far each number may move.
     """
 
     def __init__(self, *given: Any):
@@ -106,6 +106,7 @@ class Learner(Reader):
         rate = self.dial if self.how in ("levels", "depth") else 0.1
         levels = [DeltaLevel(chunk, lr=rate, rule="gd") for chunk in (256, 1024)]
         spread = "depth" if self.how == "depth" else "block"
+        self.studies = self.how in ("study", "unread")
         self.stacked = stack_levels(
             self.base, levels, rank=RANK, window=256, spread=spread, cache_dtype="bfloat16"
         )
@@ -127,7 +128,7 @@ class Learner(Reader):
         )  # fmt: skip
         beside = sum(2 * w.numel() * 4 for w, _ in self.importance)
         texts = sum(len(f"{t.text}{t.label}".encode()) for t in self.kept)
-        self.bytes = float(memory + beside + texts * (self.how in ("replay", "study")))
+        self.bytes = float(memory + beside + texts * (self.how == "replay" or self.studies))
 
     def keep(self, group: Group) -> list[Text]:
         """What stays of a group's texts, for replay and for study."""
@@ -152,7 +153,7 @@ class Learner(Reader):
     def _train(self, group: Group) -> None:
         from nestlearn.learn.answers import Frame, firm, think
 
-        held = [self._example(text) for text in self.kept * (self.how == "study")]
+        held = [self._example(text) for text in self.kept * self.studies]
         held = firm(think(self.stacked, self.stacked.weights(self.memory), held))
         texts = list(group.train) + self.kept * (self.how == "replay")
         train = [self._example(text) for text in texts]
@@ -192,7 +193,7 @@ class Learner(Reader):
         from nestlearn.learn.consolidation import level_of
         from nestlearn.learn.pupil import Pupil
 
-        if self.how == "study" or self.pupil is None:
+        if self.studies or self.pupil is None:
             level = level_of(self.stacked, None)
             self.pupil = Pupil(self.stacked, self.memory, level, self.dial)
         self.pupil.adam = torch.optim.Adam(self.pupil.flat, self.dial)
