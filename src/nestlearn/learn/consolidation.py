@@ -166,8 +166,8 @@ def consolidate(
 
 @torch.no_grad()
 def _strayed(model: StackedModel, memory: StackMemory, judge: Anchor) -> float:
-    """KL(base ‖ now) in nats a token, on texts that nothing was held to: Adam's steps are as large
-    where only an anchor's text has a gradient, however small that is, so it is moved by them.
+    """KL(base ‖ now) in nats a token, on texts that nothing was held to: those that something was
+    held to, each in a step or two of its own, end further away.
     """
     texts = judge.samples.to(model.lr[0].device)
     return float(judge.apart(model, model.weights(memory), texts, 1).mean()) / judge.strength
