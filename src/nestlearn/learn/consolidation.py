@@ -54,7 +54,7 @@ class StudyConfig:
     lr: float = 4e-3
     firm: float = FIRM
     text: float = 0.0
-    anchor: float = 2.0
+    anchor: float = 4.0
     most: float = 0.5
     rehearse: int = 4
     held_out: float = 0.125
