@@ -289,6 +289,58 @@ def test_the_anchor_and_long_texts_are_read():
     assert max(stop for _, stop in windows) == long.shape[1]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_study_is_judged_on_samples_that_it_is_not_held_to(monkeypatch, given):
+    model, words, rounds, pulled, judged = stacked(), session().tokenizer, Rounds(), [], []
+    anchor = Anchor.sampled(model, 3, 8, rows=1, seed=5) if given else None
+    pull, stray = pupil.Pupil._pull, consolidation._strayed
+
+    def noted(self, held, texts):
+        pulled.extend(map(tuple, texts.tolist()))
+        return pull(self, held, texts)
+
+    monkeypatch.setattr(pupil.Pupil, "_pull", noted)
+    monkeypatch.setattr(
+        consolidation, "_strayed",
+        lambda model, memory, judge: judged.append(judge) or stray(model, memory, judge),
+    )  # fmt: skip
+    ids = torch.tensor([words.encode(TEXT)])
+    consolidation.consolidate(
+        model, words, model.init_memory(1), ASKED, ids, replace(QUICK, anchor=2.0), silent, rounds,
+        anchor=anchor,
+    )  # fmt: skip
+    (judge,) = judged
+    assert judge.samples.shape == (consolidation.HELD, 48)
+    assert pulled
+    assert not set(pulled) & set(map(tuple, judge.samples.tolist()))
+    if given:
+        assert set(pulled) <= set(map(tuple, anchor.samples.tolist()))
+    weights = model.weights(rounds[-1].memory)
+    with torch.no_grad():
+        expected = float(judge.apart(model, weights, judge.samples, 1)) / judge.strength
+    assert rounds[-1].strayed == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_earlier_question_is_rehearsed_once_before_one_comes_again(monkeypatch):
+    model, words, seen = stacked(), session().tokenizer, []
+    learn = pupil.Pupil.learn
+
+    def noted(self, examples, *given):
+        seen.extend(tuple(e.answer) for e in examples[2:])
+        return learn(self, examples, *given)
+
+    monkeypatch.setattr(pupil.Pupil, "learn", noted)
+    earlier = [Question(f"what is {c}?", c * 3, "") for c in "abcdefghij"]
+    ids = torch.tensor([words.encode(TEXT)])
+    consolidation.consolidate(
+        model, words, model.init_memory(1), ASKED, ids, replace(QUICK, rehearse=2), silent,
+        Rounds(), earlier=earlier,
+    )  # fmt: skip
+    assert len(seen) > 10
+    assert len(set(seen[:10])) == 10
+    assert seen[10:] == seen[: len(seen) - 10]
+
+
 def test_a_study_that_strays_too_far_from_the_base_model_is_undone(tmp_path, scripted):
     one = session(memory=tmp_path / "mine")
     one.learn(TEXT)

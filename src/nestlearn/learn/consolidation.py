@@ -123,12 +123,7 @@ def consolidate(
         )
     asked = firm(thoughts(model, tokenizer, questions, tell), config.firm)
     mine, apart = _parted(asked, config.held_out)
-    held, judge = anchor, None
-    if held is not None or config.anchor:
-        own = Anchor.sampled(model, 2 * HELD, 48, strength=config.anchor or 1, rows=1,
-                             seed=config.seed)  # fmt: skip
-        held = held or replace(own, samples=own.samples[:HELD])
-        judge = replace(own, samples=own.samples[HELD:])
+    held, judge = _anchors(model, config, anchor)
     per_round = -(-len(mine) // config.batch)
     steps, step = per_round * config.epochs, per_round * done
     again = min(len(earlier), steps * config.rehearse)  # each once, where there are so many
@@ -162,6 +157,22 @@ def consolidate(
                 strayed = _strayed(model, kept, judge)
             if not each(Epoch(number, kept, (first, best), ended, strayed)) or ended:
                 break
+
+
+def _anchors(
+    model: StackedModel, config: StudyConfig, given: Anchor | None
+) -> tuple[Anchor | None, Anchor | None]:
+    """What a study is held to, and own samples apart from it, by which it is judged; none where it
+    is held to nothing.
+    """
+    if given is None and not config.anchor:
+        return None, None
+    own = Anchor.sampled(
+        model, HELD if given else 2 * HELD, 48, strength=config.anchor or 1, rows=1,
+        seed=config.seed,
+    )  # fmt: skip
+    held = given or replace(own, samples=own.samples[:HELD])
+    return held, replace(own, samples=own.samples[-HELD:])
 
 
 @torch.no_grad()
