@@ -50,6 +50,14 @@ def test_all_slots_can_be_taken():
     assert (task.train.inputs[:, 8::2] > 0).all()
 
 
+def test_random_fillers_leave_pairs_and_answers():
+    plain, filled = mqar.task(64, 4, **SMALL), mqar.task(64, 4, **SMALL, random_fillers=True)
+    assert torch.equal(plain.train.targets, filled.train.targets)
+    there = plain.train.inputs != 0
+    assert torch.equal(plain.train.inputs[there], filled.train.inputs[there])
+    assert (filled.train.inputs != 0).double().mean() > 0.95
+
+
 def test_the_seed_alone_decides():
     one, same, other = (mqar.task(64, 4, **SMALL, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.train.inputs, same.train.inputs)

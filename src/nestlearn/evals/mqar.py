@@ -14,14 +14,15 @@ POWER = 0.01  # of the law by which queries come soon rather than late
 
 def task(
     length: int, pairs: int, *, vocab: int = 8192, train: int = 100_000, test: int = 3_000,
-    seed: int = 0,
+    random_fillers: bool = False, seed: int = 0,
 ) -> Task:  # fmt: skip
     """`pairs` different keys with different values in sequences of `length` tokens.
 
     Ids: 0 the filler, keys [1, vocab / 2), values [vocab / 2, vocab). The 2 · pairs tokens of the
     context are followed by slots of two tokens; each key stands first in a slot of its own, the
-    s-th drawn in proportion to s^(POWER − 1). Metric: the share of queries answered. ValueError
-    where 4 · pairs > length or there are too few ids.
+    s-th drawn in proportion to s^(POWER − 1). random_fillers: random ids instead of 0, as Zoology's
+    `random_non_queries`. Metric: the share of queries answered. ValueError where 4 · pairs > length
+    or there are too few ids.
     """
     if pairs < 1 or 4 * pairs > length:
         raise ValueError(f"pairs={pairs}: give 1 to length / 4 = {length // 4}")
@@ -32,7 +33,11 @@ def task(
 
     def make(number: int, part: str, other: int = 0) -> Examples:
         rng = stream(seed + other, "mqar", length, pairs, vocab, part)
-        return examples(*_make(rng, number, length, pairs, vocab))
+        inputs, targets = _make(rng, number, length, pairs, vocab)
+        if random_fillers:
+            empty = inputs == 0
+            inputs[empty] = rng.integers(0, vocab, int(empty.sum()))
+        return examples(inputs, targets)
 
     return Task(
         "mqar", f"L={length},K={pairs}", vocab, vocab, make(train, "train"),
