@@ -39,6 +39,7 @@ def test_pages_in_a_row_are_studied_by_one_memory_and_gone_on_with(tmp_path, mon
     detail = runner.read_records(tmp_path / "out" / "results.json")[0].detail
     assert detail["after"][0] == [0.5, 0.25]
     assert len(detail["after"]) == 2
+    assert detail["cost"]["own"] != 0  # random weights that studied: further from what they were
     assert [pages for pages, *_ in detail["left"]] == [1, 2]
     assert (tmp_path / "out" / "in-a-row.png").is_file()
 

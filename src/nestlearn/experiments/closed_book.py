@@ -119,7 +119,6 @@ def pages(cell: Cell) -> list[Document]:
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """One page, read in one way, and every question about it."""
-    from nestlearn.hf.lending import lend
     from nestlearn.learn.questions import FROM_TEXT
 
     folder, how = Path(cell["folder"]), ROWS[cell["model"]]
@@ -139,20 +138,27 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     if how in ("context", "retrieval"):
         asked = [FROM_TEXT.format(text=finds(text), question=text) for text in asked]
     answers = said(reader, words_of, asked, weights)
-    elsewhere = _elsewhere(folder, cell["device"])
-    cost = dict.fromkeys(elsewhere.before, 0.0)
-    if weights or reader is not stacked.base:
-        with lend(weights):
-            now = elsewhere.measured(reader)
-        cost = {name: value - elsewhere.before[name] for name, value in now.items()}
     shares = right(page.questions, answers)
+    changed = bool(weights) or reader is not stacked.base
     return {
         "scores": {"direct": shares["direct"]}, "value": shares["direct"], "shares": shares,
-        "cost": cost, "megabytes": size / 1e6,
+        "cost": cost(cell, reader, weights, changed), "megabytes": size / 1e6,
         "seconds": round(seconds, 1), "operations": operations[0],
         "answers": [[q.text, q.answer, a] for q, a in zip(page.questions, answers)],
         "headline": ", ".join(f"{form} {share:.2f}" for form, share in shares.items()),
     }  # fmt: skip
+
+
+def cost(cell: Cell, reader: Any, weights: Any, changed: bool = True) -> dict[str, float]:
+    """What a model that computes with these weights is worse by, elsewhere, than the base model."""
+    from nestlearn.hf.lending import lend
+
+    elsewhere = _elsewhere(Path(cell["folder"]), cell["device"])
+    if not changed:
+        return dict.fromkeys(elsewhere.before, 0.0)
+    with lend(weights):
+        now = elsewhere.measured(reader)
+    return {name: value - elsewhere.before[name] for name, value in now.items()}
 
 
 def said(reader: Any, words_of: Any, asked: list[str], weights: Any) -> list[str]:
@@ -251,18 +257,22 @@ def _counted(base: Any) -> Iterator[list[float]]:
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    costs = [
-        mean(f"{name}, {unit}", detail("cost", name), digits=digits)
-        for name, unit, digits in COSTS
-        if any(name in r.detail["cost"] for r in records)
-    ]
     return [
         model("memory"), words("kinds", lambda r: r.setting),
         *(mean(form, _share(form), digits=2) for form in FORMS),
-        *costs, mean("MB", detail("megabytes"), digits=1),
+        *costs(records), mean("MB", detail("megabytes"), digits=1),
         mean("TFLOP", lambda r: r.detail["operations"] / 1e12, digits=1),
         mean("seconds", lambda r: r.seconds, digits=0),
     ]  # fmt: skip
+
+
+def costs(records: Sequence[Record]) -> list[Column]:
+    """Of each text on which forgetting was measured."""
+    return [
+        mean(f"{name}, {unit}", detail("cost", name), digits=digits)
+        for name, unit, digits in COSTS
+        if any(name in r.detail.get("cost", ()) for r in records)
+    ]
 
 
 def _share(form: str) -> Any:

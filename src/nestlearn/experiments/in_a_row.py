@@ -22,7 +22,7 @@ from nestlearn.evals import closed_book
 from nestlearn.evals.closed_book import DIRECT, HELD_OUT, PARAPHRASE
 from nestlearn.experiments import pretrained
 from nestlearn.experiments.cells import digest
-from nestlearn.experiments.closed_book import loaded, right, said
+from nestlearn.experiments.closed_book import cost, costs, loaded, right, said
 from nestlearn.experiments.experiment import Cell, Column, Experiment, Options, Record, Tell, chosen
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.tables import detail, mean, model
@@ -88,6 +88,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     return {
         "value": kept / max(learned, 1e-9), "scores": {"left": kept / max(learned, 1e-9)},
         **found, "last": last, "pages": len(every),
+        "cost": cost(cell, base.base, base.weights(session.memory)),
         "megabytes": sum(session.bytes.values()) / 1e6,
         "headline": f"of the first pages {kept:.2f} of {learned:.2f} left",
     }  # fmt: skip
@@ -102,7 +103,7 @@ def _right(base: Any, words_of: Any, session: Any, page: closed_book.Document) -
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """Right at once and at the end, of all pages and of the first tenth."""
+    """Right at once and at the end, of all pages and of the first tenth; what it cost elsewhere."""
 
     def share(which: str, form: int, first: bool) -> Any:
         def value(record: Record) -> float:
@@ -121,7 +122,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
             for which, name in (("after", "at once"), ("last", "at the end"))
             for i, form in enumerate(FORMS)
         ),
-        mean("undone", lambda r: len(r.detail.get("undone", [])), digits=0),
+        *costs(records), mean("undone", lambda r: len(r.detail.get("undone", [])), digits=0),
         mean("MB", detail("megabytes"), digits=1),
     ]  # fmt: skip
 
