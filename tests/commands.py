@@ -181,7 +181,7 @@ FORMS: dict[str, Form] = {
         why="needs a pretrained model"
     ),
     **{
-        f"nestlearn learn stacked/ --data {file} --memory mine --study": Form(
+        f"nestlearn study stacked/ --data {file} --memory mine": Form(
             why="needs a pretrained model that follows instructions"
         )
         for file in ("diary.txt", "docs/velmora.txt")
@@ -252,7 +252,6 @@ AS_WRITTEN = [
     'nestlearn generate runs/first --prompt "def main" --tokens 50',
     "nestlearn levels runs/first",
     "nestlearn learn stacked/ --data diary.txt --memory mine",
-    "nestlearn memory list stacked/",
     "nestlearn quickstart --quick",
     "nestlearn reproduce --list",
     "nestlearn reproduce table5 --quick",

@@ -282,6 +282,24 @@ def test_help_shows_an_example(call):
         assert "Example:" in out
 
 
+def test_a_text_is_studied_without_being_read(call, folder, monkeypatch):
+    asked = [Question("where is the key", "under the mat", "the key is under the mat.")] * 2
+    monkeypatch.setattr(study, "ask", lambda *_: asked)
+    monkeypatch.setattr(study, "by_name", lambda *_: [])
+    out = folder / "stacked"
+    assert call("stack", folder / "model", "--out", out, "--chunk", 8)[0] == 0
+    given = ("study", out, "--data", folder / "text.txt", "--memory", "mine")
+    code, _, said = call(*given, "--questions", 2)
+    assert code == 0, said
+    assert "new, nothing read yet" in said
+    assert re.search(r"Studied in \d+ seconds: 2 questions", said)
+    (told,) = Session(load_stack(out), out / "memories" / "mine").history
+    assert (told["what"], told["source"], told["begin"]) == ("study", "text.txt", 0)
+    code, _, said = call(*given)
+    assert code == 0, said
+    assert "0 tokens read in 0 parts, 1 studied" in " ".join(said.split())
+
+
 def test_a_text_is_read_and_then_studied(call, folder, monkeypatch):
     asked = [
         Question("where is the key", "under the mat", "the key is under the mat."),

@@ -154,12 +154,14 @@ Study = Annotated[
     bool,
     Option(
         "--study",
-        help="Then let it ask itself what the text says, answer, and learn the answers: for "
-        "models that follow instructions; minutes for a page on two cores.",
+        help="Then study the text, as `nestlearn study` does, which needs no reading first.",
     ),
 ]
 Questions = Annotated[
     int | None, Option(min=1, help="With --study: how many it asks itself, at most (default: 24).")
+]
+AskedOfText = Annotated[
+    int | None, Option("--questions", min=1, help="That it asks itself, at most (default: 24).")
 ]
 
 # ------------------------------------------------------------------------------------ serve

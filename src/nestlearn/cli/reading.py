@@ -21,16 +21,21 @@ SAMPLE = 2048  # tokens, at most, of a text on which a loss is measured
 def introduction(session: Session, name: str) -> str:
     """Which memory it is, how much it has read and from what, since when, and how large it is."""
     position = session.memory.position
-    if not position:
+    learned = [r for r in session.history if r["what"] in ("learn", "study")]
+    if not position and not learned:
         full = session.model.memory_bytes() / 1e6
         return f"Memory {name}: new, nothing read yet; it will take {full:,.1f} MB."
     held = sum(session.bytes.values()) / 1e6
-    texts = [r for r in session.history if r["what"] == "learn"]
-    since = f" since {time.strftime('%d %b %Y', time.localtime(texts[0]['time']))}" if texts else ""
-    sources = [str(r["source"]) for r in texts if r.get("source")]
+    parts = sum(r["what"] == "learn" for r in learned)
+    studied = len(learned) - parts
+    since = ""
+    if learned:
+        since = f" since {time.strftime('%d %b %Y', time.localtime(learned[0]['time']))}"
+    sources = [str(r["source"]) for r in learned if r.get("source")]
     last = f", the last from {sources[-1]}" if sources else ""
+    also = f", {studied:,} studied" if studied else ""
     return (
-        f"Memory {name}: {position:,} tokens read in {len(texts):,} parts{since}{last}; its "
+        f"Memory {name}: {position:,} tokens read in {parts:,} parts{also}{since}{last}; its "
         f"weights have moved by {session.moved:.2%}; {held:,.1f} MB."
     )
 
