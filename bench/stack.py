@@ -38,7 +38,7 @@ LEVELS = {
     "one level of 256": ONE,
     "the same, outputs alone": ONE,
     "the same, by the last block's gradient": ONE,
-    "one level of 256, DGD": [DeltaLevel(chunk=256, lr=0.01)],
+    "one level of 256, DGD": [DeltaLevel(chunk=256, lr=0.01, rule="dgd")],
     "levels of 256 and 1,024": THREE[1:],
     "levels of 64, 256 and 1,024": THREE,
     "the same over the depth": THREE,

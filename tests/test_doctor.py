@@ -103,7 +103,9 @@ def test_the_memory_of_a_stack(tmp_path):
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=2,
     )  # fmt: skip
-    model = stack_levels(LlamaForCausalLM(config), levels=[DeltaLevel(chunk=16, lr=0.1)])
+    model = stack_levels(
+        LlamaForCausalLM(config), levels=[DeltaLevel(chunk=16, lr=0.1, rule="dgd")]
+    )
     save_stack(model, tmp_path / "stacked")
     said = dict(selftest.needs(tmp_path / "stacked"))
     assert f"{selftest._size(model.memory_bytes())} of memory" in said["to read"]

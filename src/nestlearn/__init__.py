@@ -26,6 +26,7 @@ _NAMES = {
 _HOME = {name: room for room, names in _NAMES.items() for name in names}
 _ROOMS = (
     "memory", "scan", "state", "options", "layers", "levels", "models", "hf", "learn", "train",
+    "optim", "evals",
 )  # fmt: skip
 
 __all__ = [

@@ -95,7 +95,7 @@ def test_words_of_a_line_count_without_articles(answer, said, share):
 def test_the_likelier_choice_is_said(tmp_path):
     pretrained(tmp_path / "model")
     base, tokenizer = fig7.pretrained.opened(tmp_path, "cpu")
-    stacked = stack_levels(base, [DeltaLevel(8, lr=0.1)], rank=2, window=40)
+    stacked = stack_levels(base, [DeltaLevel(8, lr=0.1, rule="dgd")], rank=2, window=40)
     texts, letters = [f"{letter} text" for letter in "abcdefgh"], "abcdefghijklm"
     prompts = [tokenizer.encode(f"{text}\nSo? ") for text in texts]
     logits = base(torch.tensor(prompts)).logits[:, -1, [tokenizer.encode(x)[0] for x in letters]]

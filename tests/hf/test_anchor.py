@@ -99,7 +99,7 @@ def test_bad_anchors():
         Anchor(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="strength=0"):
         Anchor(tokens(2, 3), 0.0)
-    model = stack_levels(tiny(), [DeltaLevel(4)], objective="local")
+    model = stack_levels(tiny(), [DeltaLevel(4, lr=0.3, rule="dgd")], objective="local")
     with pytest.raises(ValueError, match="takes no anchor"):
         model.learn(tokens(1, 8), anchor=anchor())
     assert kernel(model.layers[0]).isfinite().all()

@@ -10,18 +10,23 @@ from nestlearn.hf.meta import MetaConfig, add_starts, rate_parameters, train_sta
 from nestlearn.hf.stack import stack_levels
 
 SYSTEMS = {
-    "sequential": {"levels": [DeltaLevel(3, lr=0.3), DeltaLevel(6, lr=0.2, rule="momentum")]},
+    "sequential": {
+        "levels": [DeltaLevel(3, lr=0.3, rule="dgd"), DeltaLevel(6, lr=0.2, rule="momentum")]
+    },
     "nested": {
-        "levels": [DeltaLevel(3, lr=0.3, rule="gd"), DeltaLevel(6, lr=0.2)],
+        "levels": [DeltaLevel(3, lr=0.3, rule="gd"), DeltaLevel(6, lr=0.2, rule="dgd")],
         "variant": "nested",
     },
     "depth": {
-        "levels": [DeltaLevel(3, lr=0.3), DeltaLevel(5, lr=0.2, half_life=9)],
+        "levels": [
+            DeltaLevel(3, lr=0.3, rule="dgd"),
+            DeltaLevel(5, lr=0.2, half_life=9, rule="dgd"),
+        ],
         "spread": "depth",
     },
-    "local": {"levels": [DeltaLevel(3, lr=0.3)], "objective": "local"},
+    "local": {"levels": [DeltaLevel(3, lr=0.3, rule="dgd")], "objective": "local"},
     "rank": {
-        "levels": [DeltaLevel(3, lr=0.5), DeltaLevel(4, lr=0.4)],
+        "levels": [DeltaLevel(3, lr=0.5, rule="dgd"), DeltaLevel(4, lr=0.4, rule="dgd")],
         "rank": 16,  # exact as long as nothing is left out
         "variant": "independent",
     },
@@ -66,7 +71,9 @@ def test_the_full_meta_gradient_is_the_finite_difference(name):
 
 def test_training_finds_better_step_sizes_and_leaves_the_model_usable():
     text = tokens(1, 12, seed=3).repeat(1, 40)[0]  # it repeats itself: there is something to learn
-    model = stack_levels(tiny(), [DeltaLevel(8, lr=0.01), DeltaLevel(16, lr=0.01)], window=32)
+    model = stack_levels(
+        tiny(), [DeltaLevel(8, lr=0.01, rule="dgd"), DeltaLevel(16, lr=0.01, rule="dgd")], window=32
+    )
     config = MetaConfig(steps=12, batch=2, length=64, reach=32, lr=0.3, start_lr=0.01, keep=0.1)
     before = [rate.clone() for rate in rate_parameters(model)]
     history = train_stack(model, text, config, keep=tokens(1, 200)[0])
@@ -79,7 +86,7 @@ def test_training_finds_better_step_sizes_and_leaves_the_model_usable():
 
 
 def test_refusals():
-    model = stack_levels(tiny(), [DeltaLevel(8)])
+    model = stack_levels(tiny(), [DeltaLevel(8, lr=0.3, rule="dgd")])
     with pytest.raises(ValueError, match=r"ids is \[5\]: pass one stream of 512"):
         train_stack(model, tokens(1, 5)[0])
     for wrong in ({"steps": 0}, {"length": 1}, {"graph": "none"}, {"lr": 0.0}):

@@ -17,23 +17,30 @@ from nestlearn.hf.lending import kernel
 from nestlearn.hf.stack import stack_levels, unstack
 
 LEVELS = [DeltaLevel(4, lr=0.5, rule="gd"), DeltaLevel(12, lr=0.2, rule="momentum")]
+DGD = [DeltaLevel(4, lr=0.3, rule="dgd"), DeltaLevel(8, lr=0.3, rule="dgd")]
 # Every configuration that reads or writes differently; the laws below hold for each.
 CONFIGURATIONS = {
     "sequential": {},
     "nested": {"variant": "nested"},
     "independent": {"variant": "independent"},
-    "dgd": {"levels": [DeltaLevel(4, lr=0.5), DeltaLevel(12, lr=0.2, half_life=20)]},
+    "dgd": {
+        "levels": [
+            DeltaLevel(4, lr=0.5, rule="dgd"), DeltaLevel(12, lr=0.2, half_life=20, rule="dgd"),
+        ],
+    },
     "depth": {"spread": "depth"},
     "depth-nested": {"spread": "depth", "variant": "nested"},
     "rank": {"rank": 3},
-    "rank-nested-dgd": {"rank": 3, "variant": "nested", "levels": [DeltaLevel(4), DeltaLevel(8)]},
+    "rank-nested-dgd": {"rank": 3, "variant": "nested", "levels": DGD},
     "local": {"objective": "local"},
     "skip": {"objective": "skip", "learns": "out"},
     "rank-skip-dgd": {
-        "objective": "skip", "learns": "out", "rank": 3, "levels": [DeltaLevel(4), DeltaLevel(8)],
+        "objective": "skip", "learns": "out", "rank": 3, "levels": DGD,
     },
     "one-layer": {"layers": [1]},
-    "long-chunk": {"levels": [DeltaLevel(100, lr=0.5), DeltaLevel(200, lr=0.1)]},
+    "long-chunk": {
+        "levels": [DeltaLevel(100, lr=0.5, rule="dgd"), DeltaLevel(200, lr=0.1, rule="dgd")],
+    },
 }  # fmt: skip
 
 
@@ -68,7 +75,9 @@ def test_a_step_size_of_zero_is_the_pretrained_model(family, dtype):
         before = model(ids).logits
         made = {cache: model.generate(ids, use_cache=cache, **options) for cache in (True, False)}
     names = list(model.state_dict())
-    model = stack_levels(model, [DeltaLevel(4, lr=0.0), DeltaLevel(8, lr=0.0), DeltaLevel()])
+    model = stack_levels(
+        model, [DeltaLevel(4, lr=0.0, rule="dgd"), DeltaLevel(8, lr=0.0, rule="dgd"), DeltaLevel()]
+    )
     losses, memory = model.learn(ids)
     with torch.no_grad():
         assert torch.equal(model(ids, memory).logits, before)
@@ -183,7 +192,7 @@ def test_momentum_and_half_life_by_hand():
 
 def test_consolidation_moves_the_fast_delta_into_the_slow_one():
     ids = tokens(1, 12)
-    levels = [DeltaLevel(4, lr=0.5, rule="gd"), DeltaLevel(12, lr=0.0)]
+    levels = [DeltaLevel(4, lr=0.5, rule="gd"), DeltaLevel(12, lr=0.0, rule="dgd")]
     apart = stacked(levels=levels, variant="independent")
     joined = stacked(levels=levels)
     a, b = apart.learn(ids)[1].levels, joined.learn(ids)[1].levels
@@ -203,7 +212,10 @@ def test_consolidation_moves_the_fast_delta_into_the_slow_one():
 @pytest.mark.parametrize("options", [{}, {"variant": "nested"}, {"objective": "local"}], ids=str)
 def test_a_low_rank_that_leaves_nothing_out_is_the_full_delta(rule, options):
     ids, found = tokens(2, 50), []
-    levels = [DeltaLevel(4, lr=0.5, rule=rule, bound=0.1), DeltaLevel(12, lr=0.2, half_life=30)]
+    levels = [
+        DeltaLevel(4, lr=0.5, rule=rule, bound=0.1),
+        DeltaLevel(12, lr=0.2, half_life=30, rule="dgd"),
+    ]
     for rank in (None, 16):  # the smaller side of every matrix
         base = tiny("gpt2", dtype=torch.float64, attn_implementation="eager")
         model = stacked(base, levels, rank=rank, **options)
@@ -230,7 +242,9 @@ def test_a_write_looks_at_the_bases_weights_once_and_not_once_a_layer(monkeypatc
     seen = []
     known = deltas.version_of
     monkeypatch.setattr(deltas, "version_of", lambda some: seen.append(1) or known(some))
-    stacked(levels=[DeltaLevel(4, lr=0.1), DeltaLevel(8, lr=0.1)], rank=3).learn(tokens(1, 9))
+    stacked(
+        levels=[DeltaLevel(4, lr=0.1, rule="dgd"), DeltaLevel(8, lr=0.1, rule="dgd")], rank=3
+    ).learn(tokens(1, 9))
     assert len(seen) == 4  # two writes of one level, one of the other, and what that takes over
 
 
@@ -264,7 +278,7 @@ def test_consolidation_alone_changes_nothing_that_is_computed():
 
 def test_nested_levels_start_again_from_a_start_value_that_moved():
     ids = tokens(1, 12)
-    levels = [DeltaLevel(4, lr=0.5, rule="gd", meta_lr=0.25), DeltaLevel(12, lr=0.0)]
+    levels = [DeltaLevel(4, lr=0.5, rule="gd", meta_lr=0.25), DeltaLevel(12, lr=0.0, rule="dgd")]
     nested = stacked(levels=levels, variant="nested").learn(ids)[1].levels[0]
     alone = stacked(levels=levels, variant="independent").learn(ids)[1].levels[0]
     assert (nested.fast[0].left - 0.25 * alone.fast[0].left).abs().max() < 1e-6
@@ -380,7 +394,12 @@ def test_rows_do_not_know_each_other(name):
 
 def test_levels_learn_at_exactly_their_periods():
     model = stacked(
-        levels=[DeltaLevel(3, lr=0.1), DeltaLevel(6, lr=0.1), DeltaLevel(18, lr=0.1), DeltaLevel()]
+        levels=[
+            DeltaLevel(3, lr=0.1, rule="dgd"),
+            DeltaLevel(6, lr=0.1, rule="dgd"),
+            DeltaLevel(18, lr=0.1, rule="dgd"),
+            DeltaLevel(),
+        ]
     )
     memory, random_ = None, random.Random(0)
     while memory is None or memory.position < 60:
@@ -432,7 +451,9 @@ def test_a_memory_is_data(tmp_path):
 @pytest.mark.parametrize("rank", [None, 3])
 def test_merge_writes_a_level_into_the_weights(rank):
     model, ids = (
-        stacked(levels=[DeltaLevel(4, lr=0.5), DeltaLevel(8, lr=0.1)], rank=rank),
+        stacked(
+            levels=[DeltaLevel(4, lr=0.5, rule="dgd"), DeltaLevel(8, lr=0.1, rule="dgd")], rank=rank
+        ),
         tokens(1, 20),
     )
     _, memory = model.learn(ids)
@@ -531,10 +552,16 @@ def test_a_layers_level_stands_for_a_delta_level():
     level = Level(8, lr=0.2, rule="gd", half_life=64, bound=(0.5, 3.0))
     config = stack_levels(tiny(), [level, Level(bound=None, half_life=None)]).config
     same = DeltaLevel(8, lr=0.2, rule="gd", half_life=64, bound=3.0)
-    assert config.levels == (same, DeltaLevel(bound=None))
+    assert config.levels == (same, DeltaLevel(lr=0.3, rule="dgd", bound=None))
+
+
+def test_the_default_step_is_one_that_a_pretrained_model_survives():
+    assert (DeltaLevel.lr, DeltaLevel.rule) == (0.05, "gd")  # those of `nestlearn stack`
 
 
 def test_refusals_name_the_value_and_the_remedy():
+    with pytest.raises(TypeError, match=r"str is no model: give AutoModelForCausalLM"):
+        stack_levels("gpt2", LEVELS)
     with pytest.raises(ValueError, match=r"no MLP blocks found in Linear.*Llama, Mistral.*GPT-2"):
         stack_levels(nn.Linear(2, 2), LEVELS)
     model = tiny()

@@ -15,7 +15,7 @@ PROMPT = tokens(1, 9, seed=7)
 
 
 def stacked(seed=0):
-    return stack_levels(tiny(seed=seed), [DeltaLevel(4, lr=0.5, bound=None)])
+    return stack_levels(tiny(seed=seed), [DeltaLevel(4, lr=0.5, bound=None, rule="dgd")])
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,7 @@ def test_what_learns_is_said():
     ("make", "message"),
     [
         (lambda: build([]), "levels is empty"),
+        (lambda: ContinuumMemory(8, [4, 16]), "4 is no level"),
         (lambda: build([Level()], "stacked"), "'stacked'"),
         (lambda: build([Level()], meta_gradient="second"), "'second'"),
         (lambda: build([Level(chunk=4), Level(chunk=6)], "nested"), "chunks 4 and 6"),

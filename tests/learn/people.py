@@ -41,7 +41,7 @@ def base(seed=0):
     return model
 
 
-LEVELS = (DeltaLevel(4, lr=0.3), DeltaLevel(16, lr=0.1, rule="momentum"))
+LEVELS = (DeltaLevel(4, lr=0.3, rule="dgd"), DeltaLevel(16, lr=0.1, rule="momentum"))
 
 
 def stacked(seed=0, levels=LEVELS, **options):

@@ -128,11 +128,11 @@ def table_of_positions():
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "n_inner": 24}
     config = GPT2Config(vocab_size=len(LETTERS), bos_token_id=1, eos_token_id=None, **sizes)
-    return stack_levels(GPT2LMHeadModel(config), [DeltaLevel(8, lr=0.1)])
+    return stack_levels(GPT2LMHeadModel(config), [DeltaLevel(8, lr=0.1, rule="dgd")])
 
 
 def test_a_chat_longer_than_the_positions_goes_on():
-    for model in (table_of_positions(), stack_levels(base(), [DeltaLevel(8, lr=0.1)])):
+    for model in (table_of_positions(), stack_levels(base(), [DeltaLevel(8, lr=0.1, rule="dgd")])):
         one, asked = Session(model, tokenizer=Letters()), []
         make = one.generate
 

@@ -265,6 +265,8 @@ def test_errors_are_one_line(call, folder, monkeypatch):
         (("stack", folder / "model", "--out", folder), "is there already"),
         (("stack", folder / "model", "--out", out, "--chunk", 4, "--chunk", 6), "multiple of 4"),
         (("stack", folder / "model", "--out", out, "--lr", 0.1, "--lr", 0.1, "--lr", 0.1), "3 ste"),
+        (("learn", folder / "model", "--data", "x", "--memory", "m"), "model --out stacked"),
+        (("memory", "list", out), "no stacked model in"),
         (("memory", "show", out, "../x"), "no memory's name"),
         (("memory", "show", out, "mine"), "no memory in"),
     ):
@@ -280,6 +282,15 @@ def test_help_shows_an_example(call):
         code, out, _ = call(command, "--help")
         assert code == 0
         assert "Example:" in out
+
+
+def test_a_text_too_short_to_be_written_says_so(call, folder):
+    out = folder / "stacked"
+    assert call("stack", folder / "model", "--out", out)[0] == 0
+    (folder / "short.txt").write_text((folder / "text.txt").read_text()[:12])
+    code, _, said = call("learn", out, "--data", folder / "short.txt", "--memory", "mine")
+    assert code == 0, said
+    assert "No level has written anything yet: the fastest does every 64 tokens." in said
 
 
 def test_a_text_is_studied_without_being_read(call, folder, monkeypatch):

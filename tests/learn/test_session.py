@@ -137,7 +137,10 @@ def test_another_models_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="memory of another base model"):
         session(stacked(seed=1), tmp_path / "a")
     with pytest.raises(ValueError, match="another stack: levels"):
-        session(stacked(levels=[DeltaLevel(8), DeltaLevel(16)]), tmp_path / "a")
+        session(
+            stacked(levels=[DeltaLevel(8, lr=0.3, rule="dgd"), DeltaLevel(16, lr=0.3, rule="dgd")]),
+            tmp_path / "a",
+        )
 
 
 def test_a_base_model_that_was_trained_is_another_one(tmp_path):

@@ -170,8 +170,8 @@ def test_stacks_of_when_their_levels_were_a_layers_still_load(tmp_path):
     old = json.loads((Path(__file__).parents[1] / "hf" / "saved" / "stack.json").read_text())
     levels = (
         DeltaLevel(4, lr=0.5, rule="gd", bound=None),
-        DeltaLevel(8, half_life=20, meta_lr=0.2, bound=0.5),
-        DeltaLevel(),
+        DeltaLevel(8, lr=0.3, rule="dgd", half_life=20, meta_lr=0.2, bound=0.5),
+        DeltaLevel(lr=0.3, rule="dgd"),
     )
     config = StackConfig(levels, (0, 1), variant="nested", window=16)
     assert from_dict(old) == from_dict(to_dict(config)) == config

@@ -545,7 +545,7 @@ def test_a_captured_study_is_the_same_study():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_divergence_in_every_family(family):
     """Rows of different lengths, padded in front, are read as each alone."""
-    model = stack_levels(tiny(family), [DeltaLevel(4, lr=0.1)])
+    model = stack_levels(tiny(family), [DeltaLevel(4, lr=0.1, rule="dgd")])
     examples = []
     for n in (2, 6, 9):
         ids = tokens(1, n + 3, seed=n)[0].tolist()

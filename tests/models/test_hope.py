@@ -218,6 +218,9 @@ def test_damaged_files_are_named(tmp_path):
         config.write_text(broken)
         with pytest.raises(ValueError, match=r"config\.json is damaged"):
             HopeLM.from_pretrained(tmp_path)
+    config.write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    with pytest.raises(ValueError, match="a llama model, no Hope: `nestlearn stack` makes one"):
+        HopeLM.from_pretrained(tmp_path)
     config.write_text(json.dumps({**json.loads(text), "dim": 32}))
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or of another model"):
         HopeLM.from_pretrained(tmp_path)

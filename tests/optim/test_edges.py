@@ -99,6 +99,15 @@ def test_inputs_of_no_samples_and_of_no_width():
         assert all(p.isfinite().all() for p in layer.parameters())
 
 
+def test_who_looks_at_layers_takes_the_model():
+    net = nn.Linear(3, 3)
+    for make in (optim.DGD, optim.GGD, optim.groups):
+        with pytest.raises(
+            TypeError, match=f"{make.__name__} takes the model itself, not generator"
+        ):
+            make(net.parameters())
+
+
 def test_what_cannot_be_stepped_is_refused_before_anything_moves():
     still, table = nn.Parameter(torch.ones(3, 4)), nn.Embedding(5, 4, sparse=True)
     optimizer = optim.Muon([{"params": [still]}, {"params": table.parameters()}])

@@ -88,6 +88,8 @@ def test_few_files_give_their_tails_to_validation(tmp_path):
     for name, char in (("b.txt", "b"), ("a.txt", "a")):
         (tmp_path / name).write_text(char * 90 + char.upper() * 10)
     corpus = load_text([tmp_path], val_fraction=0.1)
+    assert load_text(tmp_path, val_fraction=0.1).val_bytes == corpus.val_bytes
+    assert load_text(str(tmp_path), val_fraction=0.1).val_bytes == corpus.val_bytes
     assert text_of(corpus.train) == "a" * 90 + "b" * 90
     assert text_of(corpus.val) == "A" * 10 + "B" * 10
     assert (corpus.train_bytes, corpus.val_bytes, corpus.files) == (180, 20, 2)

@@ -31,6 +31,8 @@ def list_memories(folder: Dir) -> None:
 
     table = Table("memory", "tokens", "writes", "MB", "learned last from")
     root = folder / "memories"
+    if not (folder / "stack.json").is_file():
+        raise FileNotFoundError(f"no stacked model in {folder}, so no memories of one")
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         try:
             told = describe(path)

@@ -36,7 +36,8 @@ def serve(
     """Serve a model that remembers: a web page, and an endpoint for OpenAI's clients.
 
     Prints the URL. The page shows what a memory does while it reads, and what the model says with
-    it and without. Ctrl-C stops; what was being learned is saved. Needs the extra nestlearn[serve].
+    it and without. Ctrl-C stops; what was being learned is saved. Needs the extra
+    nestlearn\\[serve].
 
     Example:  nestlearn serve stacked/ --port 8000
     """

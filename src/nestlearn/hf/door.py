@@ -25,6 +25,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     ValueError, listing the families, where there are none; and for what cannot learn as a whole:
     mixtures of experts, hybrids, adapters, quantised, offloaded or sharded weights.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} is no model: give AutoModelForCausalLM.from_pretrained(...)"
+        )
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     inside = set((model if decoder is None else decoder).modules())  # no vision tower
     blocks: list[Block] = []

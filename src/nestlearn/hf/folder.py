@@ -157,8 +157,11 @@ def load_stack(folder: str | Path, device: str | torch.device | None = None) -> 
 def _read_stack(folder: Path) -> dict[str, Any]:
     path = folder / "stack.json"
     if not path.is_file():
+        other = (folder / "config.json").is_file()
+        made = f"{folder} --out stacked" if other else f"MODEL --out {folder}"
+        what = ", but a model that is none" if other else ""
         raise FileNotFoundError(
-            f"no stacked model in {folder}; make one with: nestlearn stack MODEL --out {folder}"
+            f"no stacked model in {folder}{what}; make one with: nestlearn stack {made}"
         )
     try:
         data = json.loads(path.read_bytes())

@@ -50,7 +50,8 @@ class DeltaLevel:
     """One delta from the pretrained weights of each MLP that belongs to it, and how it learns.
 
     chunk: tokens between two writes, at absolute positions (eq. 71); None: it is never written.
-    lr: step on the mean gradient of the chunk; 0: the pretrained model, bit for bit. rule: "gd";
+    lr: step on the mean gradient of the chunk (0.3 with "dgd" destroys a pretrained model within
+    a page); 0: the pretrained model, bit for bit. rule: "gd";
     "momentum" (eq. 33); "dgd" (eq. 57), whose retention falls on the delta. objective: "l2" or
     "dot", of a stack that learns by the "local" one. half_life: tokens in which the delta fades by
     half towards its start (None: never). bound: its largest norm, in units of the pretrained
@@ -59,8 +60,8 @@ class DeltaLevel:
     """
 
     chunk: int | None = None
-    lr: float = 0.3
-    rule: str = "dgd"
+    lr: float = 0.05
+    rule: str = "gd"
     objective: str = "l2"
     half_life: int | None = None
     bound: float | None = 2.0

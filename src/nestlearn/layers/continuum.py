@@ -222,6 +222,9 @@ class ContinuumMemory(StreamingLayer):
         super().__init__()
         if not levels:
             raise ValueError("levels is empty: give at least one Level")
+        for level in levels:
+            if not isinstance(level, Level):
+                raise ValueError(f"{level!r} is no level: give Level(chunk=16), and so on")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: use one of {VARIANTS}")
         check_truncate(truncate)

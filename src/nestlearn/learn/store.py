@@ -88,8 +88,8 @@ def save_memory(
     with _locked(folder, shared=False):
         if _digest_on_disk(folder) != expected:
             raise ValueError(
-                f"{folder} holds a memory that this session has not read, or that was changed "
-                "since; load() it again, or save under another name"
+                f"{folder} is there already: it holds a memory that this session has not read, or "
+                "that was changed since; give another name, or load() it again"
             )
         if not (folder / name).is_file() or (folder / name).read_bytes() != raw:
             atomic_write(folder / name, lambda temp: temp.write_bytes(raw))

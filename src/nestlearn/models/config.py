@@ -150,9 +150,18 @@ def nested(data: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "mixer": own(mixer, said), "channel": own(channel, said | width)}
 
 
+class NoHope(ValueError):
+    """The model is whole, and of another kind."""
+
+
 def saved_config(data: dict[str, Any]) -> HopeConfig:
     """Of the data of a config.json, that of `HopeLM` or that of transformers' model."""
     kind = data.get("format", FORMAT if data.get("model_type") == TYPE else None)
+    if kind is None and "model_type" in data:
+        raise NoHope(
+            f"a {data['model_type']} model, no Hope: `nestlearn stack` makes one of it that goes "
+            "on learning"
+        )
     if kind != FORMAT:
         raise ValueError(f"its format is not {FORMAT!r}")
     if "format" in data:

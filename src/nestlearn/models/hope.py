@@ -29,7 +29,16 @@ from ..layers import (
 )
 from ..layers.streaming import Stepping, compile_steps, traced
 from .card import write_card
-from .config import FORMAT, TYPE, WEIGHTS, HopeConfig, model_folder, saved_config, weight_files
+from .config import (
+    FORMAT,
+    TYPE,
+    WEIGHTS,
+    HopeConfig,
+    NoHope,
+    model_folder,
+    saved_config,
+    weight_files,
+)  # fmt: skip
 from .wavefront import fits, wavefront
 
 OUTPUTS = ("logits", "hidden", "layers")
@@ -286,6 +295,8 @@ class HopeLM(nn.Module):
         try:
             config = saved_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             model = cls(config)
+        except NoHope as error:
+            raise ValueError(f"{folder} holds {error}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'config.json'} is damaged ({error}): {again}") from error
         if half_life is not None:

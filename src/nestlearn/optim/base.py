@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .chain import At, Layout, Memory, Slot, State, Transform, Updates
@@ -289,3 +289,9 @@ def _gradients(slots: Iterable[Slot], maximize: bool) -> Updates:
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         found.append(g.neg() if maximize else g)
     return found
+
+
+def check_model(model: object, who: str) -> None:
+    """TypeError unless it is a module: some optimizers look at layers, not at parameters alone."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who} takes the model itself, not {type(model).__name__}: {who}(model)")

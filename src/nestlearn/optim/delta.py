@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import ChainOptimizer, Checks, Choices, Group, Steps, given
+from .base import ChainOptimizer, Checks, Choices, Group, Steps, check_model, given
 from .chain import At, Transform, Updates, chain, stateless
 from .sharded import own_part, whole_of
 from .transforms import momentum as momentum_memory
@@ -146,6 +146,7 @@ class DGD(ChainOptimizer):
         maximize: bool = False,
     ) -> None:
         options = given(locals(), "model")
+        check_model(model, type(self).__name__)
         self.taps = taps(model)
         owners = {id(tap.module.weight) for tap in self.taps}
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

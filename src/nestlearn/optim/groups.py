@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .base import check_model
+
 HEADS = ("head", "lm_head", "classifier", "output_head")
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (
@@ -32,6 +34,7 @@ def groups(
     `no_decay` get no weight decay. options: for every group, e.g. lr. Frozen parameters are left
     out. ValueError if nothing is left, or a `split` names nothing.
     """
+    check_model(model, "groups")
     split = {"in_proj_weight": 3, **(split or {})}
     shy = {id(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, _CONVOLUTIONS)}

@@ -266,12 +266,12 @@ def _windows(tokens: torch.Tensor, offsets: torch.Tensor, length: int) -> torch.
 
 
 def load_text(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path] | str | Path,
     val_fraction: float = 0.05,
     tokenizer: str | Path | None = None,
     seed: int = 0,
 ) -> Corpus:
-    """Read UTF-8 text files and folders (recursive, links too, sorted; `.gz`) into a Corpus.
+    """Read UTF-8 text files and folders, or one (links too, sorted; `.gz`) into a Corpus.
 
     tokenizer: a path to a tokenizer.json; default bytes as tokens. With 20 files or more whole
     files are held out for validation (a seeded choice), else the tail of each file. In folders,
@@ -282,6 +282,7 @@ def load_text(
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: choose a share between 0 and 1, e.g. 0.05")
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
     coder: Tokenizer = ByteTokenizer() if tokenizer is None else SubwordTokenizer(tokenizer)
     texts, skipped, no_text = read_texts([Path(path) for path in paths])
     if not texts:
