@@ -94,6 +94,23 @@ def test_the_memory_of_a_hope(tmp_path, call, monkeypatch):
     assert f"Memory of {tmp_path}" in out
 
 
+def test_the_folder_of_a_run_holds_its_model(tmp_path):
+    lm = HopeLM(HopeConfig(64, 32, 1, 2))
+    lm.save_pretrained(tmp_path / "model")
+    assert dict(selftest.needs(tmp_path)) == dict(selftest.needs(tmp_path / "model"))
+    assert torch.equal(HopeLM.from_pretrained(tmp_path).embed.weight, lm.embed.weight)
+
+
+def test_a_busy_machine_is_told(monkeypatch):
+    found = {}
+    for load in (0.2, 3.7):
+        monkeypatch.setattr(selftest.os, "getloadavg", lambda load=load: (load, 0, 0))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        found[load] = dict(selftest.machine(torch.device("cpu")))
+    assert "load" not in found[0.2]
+    assert found[3.7]["load"].startswith("3.7: others use these cores")
+
+
 def test_the_memory_of_a_stack(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -23,7 +23,7 @@ from nestlearn._version import __version__
 from nestlearn.memory import Gates
 from nestlearn.memory.memories import Matrix
 from nestlearn.memory.rules import decay, delta
-from nestlearn.models.config import TYPE, model_folder, saved_config
+from nestlearn.models.config import TYPE, saved_config, weights_folder
 from nestlearn.models.hope import HopeConfig, HopeLM
 from nestlearn.scan import Chunk
 from nestlearn.scan.chunk import FORMS, Given, choose, update, why_not
@@ -55,6 +55,9 @@ def machine(place: torch.device) -> Iterator[tuple[str, str]]:
         yield "its memory", f"{_size(free)} free of {_size(total)}"
     else:
         yield "device", f"{place}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        if busy > 1 and torch.get_num_threads() > 1:
+            yield "load", f"{busy:.1f}: others use these cores; with OMP_NUM_THREADS=1 it is faster"
     if (free_memory := available()) is not None:
         yield "memory", f"{_size(free_memory)} free"
     yield "disk", f"{_size(shutil.disk_usage('.').free)} free in {Path.cwd()}"
@@ -106,7 +109,7 @@ def needs(folder: Path) -> Iterator[tuple[str, str]]:
 
     Raises FileNotFoundError or ValueError for a folder without a model.
     """
-    folder = model_folder(folder)
+    folder = weights_folder(folder)
     if (folder / "stack.json").is_file():
         yield from _stack_needs(folder)
         return

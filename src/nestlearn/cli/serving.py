@@ -70,12 +70,12 @@ def serve(
 def _opened(name: str, device: str) -> tuple[Any, Any, Path]:
     """The model, its tokenizer, and a folder for memories: the model's, if it is the user's."""
     from nestlearn.cli.stacked import pretrained, quiet, words_of
-    from nestlearn.models.config import TYPE, model_folder, model_type
+    from nestlearn.models.config import TYPE, model_folder, model_type, weights_folder
     from nestlearn.train.run import resolve_device
 
     place, folder = resolve_device(device), model_folder(name)
     home = folder if Path(name).is_dir() else Path()
-    inner = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    inner = weights_folder(name)
     if (folder / "stack.json").is_file():
         from nestlearn.hf.folder import load_stack
 

@@ -179,6 +179,12 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
+def weights_folder(name: str | Path) -> Path:
+    """`model_folder`, or model/ in it where it is the folder of a run."""
+    folder = model_folder(name)
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
 def model_type(folder: Path) -> str | None:
     """The model_type of a folder's config.json; None where there is none that can be read."""
     try:

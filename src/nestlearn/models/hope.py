@@ -35,10 +35,10 @@ from .config import (
     WEIGHTS,
     HopeConfig,
     NoHope,
-    model_folder,
     saved_config,
     weight_files,
-)  # fmt: skip
+    weights_folder,
+)
 from .wavefront import fits, wavefront
 
 OUTPUTS = ("logits", "hidden", "layers")
@@ -289,7 +289,7 @@ class HopeLM(nn.Module):
 
         Raises FileNotFoundError if there is none, ValueError if a file is damaged or does not fit.
         """
-        folder = model_folder(folder)
+        folder = weights_folder(folder)
         files = weight_files(folder)
         again = "save the model again, or take it from a checkpoint"
         try:
