@@ -390,6 +390,7 @@ def test_a_quick_evaluation_prints_its_scores_and_goes_on(call, tmp_path):
     code, again, err = call(*asked)
     assert (code, again) == (0, out)
     assert "anbn-lstm" not in err  # done, so not run
+    assert "shows that it runs, not how good anything is" in err
     code, both, _ = call(
         "reproduce", "table5", "--models", "transformer", "--only", "anbn", *options
     )

@@ -65,7 +65,8 @@ def _suite(name: str, about: str) -> None:
             lambda: runner.evaluate(
                 name, model, out, only=tuple(only or ()), seeds=seeds, steps=steps, workers=workers,
                 device=None if device == "auto" else device, quick=quick,
-            )
+            ),
+            quick,
         )  # fmt: skip
 
 
@@ -120,17 +121,20 @@ def reproduce(
             name, out, quick=quick, add=add, only=tuple(only or ()), models=tuple(models or ()),
             data=None if data is None else str(data), seeds=seeds, steps=steps, workers=workers,
             device=None if device == "auto" else device,
-        )
+        ),
+        quick,
     )  # fmt: skip
 
 
-def _print_result(run: Callable[[], str]) -> None:
+def _print_result(run: Callable[[], str], quick: bool) -> None:
     try:
         text = run()
     except KeyboardInterrupt:
         say("Stopped: the same command goes on with what is missing.", "yellow")
         raise typer.Exit(130) from None
     show(text)
+    if quick:
+        say("A quick run: it shows that it runs, not how good anything is.", "yellow")
 
 
 def show(text: str) -> None:
