@@ -106,9 +106,12 @@ def test_a_busy_machine_is_told(monkeypatch):
     for load in (0.2, 3.7):
         monkeypatch.setattr(selftest.os, "getloadavg", lambda load=load: (load, 0, 0))
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        monkeypatch.setattr(selftest.os, "cpu_count", lambda: 2)
         found[load] = dict(selftest.machine(torch.device("cpu")))
     assert "load" not in found[0.2]
     assert found[3.7]["load"].startswith("3.7: others use these cores")
+    monkeypatch.setattr(selftest.os, "cpu_count", lambda: 8)  # room for both
+    assert "load" not in dict(selftest.machine(torch.device("cpu")))
 
 
 def test_the_memory_of_a_stack(tmp_path):

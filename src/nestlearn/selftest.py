@@ -54,10 +54,11 @@ def machine(place: torch.device) -> Iterator[tuple[str, str]]:
         yield "device", f"{place}, {torch.cuda.get_device_name(place)}"
         yield "its memory", f"{_size(free)} free of {_size(total)}"
     else:
-        yield "device", f"{place}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+        yield "device", f"{place}, {cores} cores, {threads} threads"
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        if busy > 1 and torch.get_num_threads() > 1:
-            yield "load", f"{busy:.1f}: others use these cores; with OMP_NUM_THREADS=1 it is faster"
+        if threads > 1 and busy + threads > cores + 0.5:
+            yield "load", f"{busy:.1f}: others use these cores; try OMP_NUM_THREADS=1"
     if (free_memory := available()) is not None:
         yield "memory", f"{_size(free_memory)} free"
     yield "disk", f"{_size(shutil.disk_usage('.').free)} free in {Path.cwd()}"

@@ -555,10 +555,6 @@ def test_a_layers_level_stands_for_a_delta_level():
     assert config.levels == (same, DeltaLevel(lr=0.3, rule="dgd", bound=None))
 
 
-def test_the_default_step_is_one_that_a_pretrained_model_survives():
-    assert (DeltaLevel.lr, DeltaLevel.rule) == (0.05, "gd")  # those of `nestlearn stack`
-
-
 def test_refusals_name_the_value_and_the_remedy():
     with pytest.raises(TypeError, match=r"str is no model: give AutoModelForCausalLM"):
         stack_levels("gpt2", LEVELS)

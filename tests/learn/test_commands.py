@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nestlearn import Session, cli
+from nestlearn import DeltaLevel, Session, cli
 from nestlearn.cli import stacked
 from nestlearn.hf.folder import load_stack
 from nestlearn.learn import study
@@ -287,6 +287,7 @@ def test_help_shows_an_example(call):
 def test_a_text_too_short_to_be_written_says_so(call, folder):
     out = folder / "stacked"
     assert call("stack", folder / "model", "--out", out)[0] == 0
+    assert load_stack(out).config.levels == (DeltaLevel(64), DeltaLevel(512))  # one default
     (folder / "short.txt").write_text((folder / "text.txt").read_text()[:12])
     code, _, said = call("learn", out, "--data", folder / "short.txt", "--memory", "mine")
     assert code == 0, said
@@ -304,7 +305,9 @@ def test_a_text_is_studied_without_being_read(call, folder, monkeypatch):
     assert code == 0, said
     assert "new, nothing read yet" in said
     assert re.search(r"Studied in \d+ seconds: 2 questions", said)
-    (told,) = Session(load_stack(out), out / "memories" / "mine").history
+    found = Session(load_stack(out), out / "memories" / "mine")
+    (told,) = found.history
+    assert found.memory.position == 0
     assert (told["what"], told["source"], told["begin"]) == ("study", "text.txt", 0)
     code, _, said = call(*given)
     assert code == 0, said

@@ -141,11 +141,9 @@ def generate(
 
 
 def _model_folder(name: Path) -> Path:
-    from nestlearn.models.config import model_folder
+    from nestlearn.models.config import weights_folder
 
-    folder = model_folder(name)
-    if (folder / "model").is_dir():
-        return folder / "model"
+    folder = weights_folder(name)
     if (folder / "checkpoints").is_dir():
         raise ValueError(
             f"the run in {folder} is not finished, so it has no model/ yet; finish it with "

@@ -158,10 +158,7 @@ Study = Annotated[
     ),
 ]
 Questions = Annotated[
-    int | None, Option(min=1, help="With --study: how many it asks itself, at most (default: 24).")
-]
-AskedOfText = Annotated[
-    int | None, Option("--questions", min=1, help="That it asks itself, at most (default: 24).")
+    int | None, Option(min=1, help="In a study: how many it asks itself, at most (default: 24).")
 ]
 
 # ------------------------------------------------------------------------------------ serve

@@ -75,8 +75,8 @@ def read_and_learn(
     _report(session, ids[:done], before, losses)
     name = "its own samples" if keep is None else "the text to keep"
     say(f"Forgotten: loss on {name} {before_own:.3f} before, {_loss(session, own):.3f} now.")
-    if not any(int(level.writes) for level in session.memory.levels):
-        chunks = [level.chunk for level in session.model.config.levels if level.chunk]
+    chunks = [level.chunk for level in session.model.config.levels if level.chunk]
+    if chunks and not any(int(level.writes) for level in session.memory.levels):
         say(
             f"No level has written anything yet: the fastest does every {min(chunks):,} tokens. "
             "Give more text, or stack with a smaller --chunk.", "yellow",

@@ -65,7 +65,7 @@ def stack_new(
     if out.exists():
         raise ValueError(f"{out} is there already: choose another folder")
     base, words = pretrained(model, tokenizer)
-    rates = lr or [0.05]
+    rates = lr or [DeltaLevel.lr]
     rates = rates * len(chunks) if len(rates) == 1 else rates
     stacked = stack_levels(
         base,
@@ -202,7 +202,7 @@ def study(
     folder: Dir,
     data: Data,
     memory: MemoryName,
-    questions: options.AskedOfText = None,
+    questions: options.Questions = None,
     device: options.Device = "auto",
 ) -> None:
     """Learn what a text says, and remember it under a name.

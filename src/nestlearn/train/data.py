@@ -271,12 +271,12 @@ def load_text(
     tokenizer: str | Path | None = None,
     seed: int = 0,
 ) -> Corpus:
-    """Read UTF-8 text files and folders, or one (links too, sorted; `.gz`) into a Corpus.
+    """Read UTF-8 text files and folders (recursive, links too, sorted; `.gz`) into a Corpus.
 
-    tokenizer: a path to a tokenizer.json; default bytes as tokens. With 20 files or more whole
-    files are held out for validation (a seeded choice), else the tail of each file. In folders,
-    hidden files and what is no UTF-8 text are skipped and counted; a file met twice counts once,
-    and a byte order mark at its head is no text.
+    paths: several, or one. tokenizer: a path to a tokenizer.json; default bytes as tokens.
+    With 20 files or more whole files are held out for validation (a seeded choice), else the tail
+    of each file. In folders, hidden files and what is no UTF-8 text are skipped and counted; a file
+    met twice counts once, and a byte order mark at its head is no text.
     ValueError for a named file that is no text, for no text at all and for a val_fraction outside
     (0, 1); FileNotFoundError for a missing path.
     """
