@@ -88,6 +88,7 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     return {
         "value": kept / max(learned, 1e-9), "scores": {"left": kept / max(learned, 1e-9)},
         **found, "last": last, "pages": len(every),
+        "strayed": [told.get("strayed") for told in session.history if told["what"] == "study"],
         "cost": cost(cell, base.base, base.weights(session.memory)),
         "megabytes": sum(session.bytes.values()) / 1e6,
         "headline": f"of the first pages {kept:.2f} of {learned:.2f} left",
@@ -128,12 +129,17 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def figure(records: Sequence[Record], path: Path) -> None:
-    """The share of direct questions answered: by page, at once and at the end; of the first tenth
-    after so many pages.
+    """The share of direct questions answered, mean of each tenth of the pages: at once and at the
+    end; of the first tenth after so many pages.
     """
 
     def along(which: str) -> Callable[[Record], Along]:
-        return lambda r: (range(1, r.detail["pages"] + 1), [page[0] for page in r.detail[which]])
+        def tenths(r: Record) -> Along:
+            right, size = [page[0] for page in r.detail[which]], max(1, r.detail["pages"] // 10)
+            ends = range(size, len(right) + 1, size)
+            return ends, [statistics.fmean(right[end - size : end]) for end in ends]
+
+        return tenths
 
     def later(r: Record) -> Along:
         told = r.detail.get("left", [])  # earlier records have none
@@ -144,7 +150,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
         ("after the last page", along("last")),
     ]  # fmt: skip
     panels = [
-        Panel(name, "page", "direct questions answered", lines(records, part))
+        Panel(name, "pages", "direct questions answered", lines(records, part))
         for name, part in parts
     ]
     curves(panels, path, ylim=(0, 1))

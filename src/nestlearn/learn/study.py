@@ -27,7 +27,9 @@ class Studied(NamedTuple):
     """What one study did. questions: that the model asked itself and answered from the text.
     epochs: rounds of them, in all. apart: the divergence, in nats a token, of what it says without
     the text from what it is to say, on questions kept apart: at first, and now. held_out,
-    rolled_back: as in `Learned`. stopped: by Ctrl-C; what was learned until then is kept.
+    rolled_back: as in `Learned`. stopped: by Ctrl-C; what was learned until then is kept. strayed:
+    how far the model is from what it was, all studies together, in nats a token and on own samples
+    that it was not held to (None: the study was stopped, or there is no anchor).
     """
 
     questions: int
@@ -36,6 +38,7 @@ class Studied(NamedTuple):
     held_out: float | None
     rolled_back: str | None
     stopped: bool
+    strayed: float | None = None
 
 
 def study(
@@ -83,8 +86,8 @@ def study(
     except KeyboardInterrupt:
         stopped = True
     apart = (math.nan, math.nan) if last is None else last.apart
-    made = done if last is None else last.number
-    studied = Studied(len(found), made, apart, held_out, reason, stopped)
+    made, strayed = (done, None) if last is None else (last.number, last.strayed)
+    studied = Studied(len(found), made, apart, held_out, reason, stopped, strayed)
     facts = studied._asdict() | {"apart": [None if math.isnan(x) else x for x in apart]}
     count = min(KEPT, len(found)) if reason is None and made > 0 else 0
     kept = [found[i * len(found) // count] for i in range(count)]
