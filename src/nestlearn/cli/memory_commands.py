@@ -1,4 +1,6 @@
-"""The commands `nestlearn memory ...`: look at memories, copy them, forget, make them weights."""
+"""The commands `nestlearn memory ...`: look at memories, copy, reset, delete them, make them
+weights.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +15,25 @@ from typer import Argument, Option
 
 from nestlearn.cli.commands import say
 from nestlearn.cli.stacked import open_session, place
-from nestlearn.cli.stacking import Dir
+from nestlearn.cli.stacking import Dir, Stacked
 
 Name = Annotated[str, Argument(metavar="NAME", help="A memory of it.")]
 
 memory = typer.Typer(
     no_args_is_help=True,
-    help="Look at what a stacked model has learned, copy it, forget it, or make it part of a model."
+    help="Look at what a stacked model has learned, copy, reset or delete it, or make it part of a "
+    "model."
     "\n\nExample:  nestlearn memory list stacked/",
 )
 
 
 @memory.command("list")
-def list_memories(folder: Dir) -> None:
+def list_memories(folder: Stacked) -> None:
     """The memories of a stacked model: how much they read, how large they are."""
     from nestlearn.learn import describe
 
     table = Table("memory", "tokens", "writes", "MB", "learned last from")
     root = folder / "memories"
-    if not (folder / "stack.json").is_file():
-        raise FileNotFoundError(f"no stacked model in {folder}, so no memories of one")
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         try:
             told = describe(path)
@@ -65,7 +66,9 @@ def show(folder: Dir, name: Name) -> None:
 
 
 @memory.command()
-def diff(folder: Dir, name: Name, other: Annotated[str, Argument(help="Another memory.")]) -> None:
+def diff(
+    folder: Stacked, name: Name, other: Annotated[str, Argument(help="Another memory.")]
+) -> None:
     """How far two memories are apart, level by level."""
     one = open_session(folder, name, read_only=True)
     table = Table()
@@ -78,15 +81,18 @@ def diff(folder: Dir, name: Name, other: Annotated[str, Argument(help="Another m
 
 
 @memory.command()
-def fork(folder: Dir, name: Name, new: Annotated[str, Argument(help="The copy.")]) -> None:
+def fork(folder: Stacked, name: Name, new: Annotated[str, Argument(help="The copy.")]) -> None:
     """Copy a memory; both go their own ways from there."""
+    from nestlearn.learn.store import check_free
+
+    check_free(place(folder, new))
     open_session(folder, name, read_only=True).fork(place(folder, new))
     say(f"{new} knows what {name} knows.", "green")
 
 
 @memory.command()
 def reset(
-    folder: Dir,
+    folder: Stacked,
     name: Name,
     level: Annotated[int | None, Option(min=0, help="Only this level.")] = None,
 ) -> None:
@@ -98,8 +104,30 @@ def reset(
 
 
 @memory.command()
+def delete(
+    folder: Stacked,
+    names: Annotated[list[str], Argument(metavar="NAME...", help="Memories of it.")],
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete memories for good, with their studies; asks before. All of them, or none."""
+    from nestlearn.learn import delete_memory
+    from nestlearn.learn.store import check_memory
+
+    root = folder / "memories"
+    if not root.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{root} is a link out of {folder}: what is there is not deleted")
+    paths = {name: place(folder, name) for name in names}
+    size, all_ = sum(map(check_memory, paths.values())), ", ".join(paths)
+    if not yes and not typer.confirm(f"Delete {all_} for good ({size / 1e6:.1f} MB)?", err=True):
+        say("Nothing was deleted.")
+        raise typer.Exit(1)
+    freed = sum(map(delete_memory, paths.values()))
+    say(f"{all_}: deleted, {freed / 1e6:.1f} MB freed.", "green")
+
+
+@memory.command()
 def merge(
-    folder: Dir,
+    folder: Stacked,
     name: Name,
     level: Annotated[int, Option(min=0, help="The level to write into the weights.")],
     out: Annotated[Path, Option(help="The new folder, with the memory in it.")],
@@ -119,7 +147,7 @@ def merge(
 
 @memory.command()
 def export(
-    folder: Dir, name: Name, out: Annotated[Path, Option(help="The new model's folder.")]
+    folder: Stacked, name: Name, out: Annotated[Path, Option(help="The new model's folder.")]
 ) -> None:
     """Write all levels into the weights: a plain transformers model that knows what NAME knows."""
     from nestlearn.hf.stack import unstack

@@ -3,7 +3,7 @@
 from .consolidation import StudyConfig
 from .conversation import ChatTurn
 from .session import Difference, Learned, Session
-from .store import describe, load_memory, save_memory
+from .store import delete_memory, describe, load_memory, save_memory
 from .study import Studied
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Session",
     "Studied",
     "StudyConfig",
+    "delete_memory",
     "describe",
     "load_memory",
     "save_memory",

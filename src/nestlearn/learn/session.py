@@ -389,6 +389,8 @@ class Session:
 
 def find(memory: str | Path) -> Path:
     """The folder of a memory: a bare name stands in ./memories, anything else is a path."""
+    if not isinstance(memory, str | os.PathLike):
+        raise ValueError(f"memory={memory!r}: give a name, a folder's path, or None")
     if not str(memory):
         raise ValueError("the memory's name is empty")
     if "\0" in str(memory):

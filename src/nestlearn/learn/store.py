@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from nestlearn import state as trees
-from nestlearn.disk import atomic_write, disk_errors
+from nestlearn.disk import atomic_write, discard, disk_errors
 from nestlearn.hf.folder import fingerprint, from_dict, to_dict
 from nestlearn.hf.lending import Factors, kernel
 from nestlearn.hf.plan import StackMemory
@@ -37,6 +38,9 @@ from nestlearn.hf.writes import Fast, LevelState
 FORMAT, VERSION = "nestlearn-memory", 1
 _TENSORS = re.compile(r"tensors-[0-9a-f]{32}\.safetensors")
 _STALE = re.compile(r"\.(memory\.json|tensors-[0-9a-f]{32}\.safetensors)\.[0-9a-f]{8}\.tmp")
+_OWN = re.compile(  # beside those two: studies, and a server's points to go back to
+    r"memory\.json|points|study-[0-9a-f]{16}\.json|\.study-[0-9a-f]{16}\.json\.[0-9a-f]{8}\.tmp"
+)
 _KEYS: dict[str, type] = {
     "base": str, "stack": dict, "position": int, "writes": list, "bytes": dict, "tensors": dict,
     "history": list,
@@ -110,6 +114,47 @@ def check_place(folder: str | Path) -> None:
         raise NotADirectoryError(f"{folder} cannot be a memory's folder: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written: {place} is read-only")
+
+
+def check_free(folder: str | Path) -> None:
+    """ValueError where a memory is: to be asked before one is copied there."""
+    if (Path(folder) / "memory.json").exists():
+        raise ValueError(
+            f"{folder} is there already, a memory: give another name, or delete that one first "
+            "(nestlearn memory delete)"
+        )
+
+
+def check_memory(folder: str | Path) -> int:
+    """The bytes on disk of a memory that may be deleted, a damaged one too: nothing is deleted.
+
+    FileNotFoundError where there is none; ValueError for a link, and for a folder with files in it
+    that are none of a memory's.
+    """
+    folder = Path(folder)
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link, no memory: remove the link itself")
+    if not (folder / "memory.json").is_file():
+        raise FileNotFoundError(f"no memory in {folder}")
+    for name in sorted(path.name for path in folder.iterdir()):
+        if not any(kind.fullmatch(name) for kind in (_OWN, _TENSORS, _STALE)):
+            raise ValueError(f"{folder} holds {name!r}, no part of a memory: move it away first")
+    found = (path.lstat() for path in folder.rglob("*"))
+    files = {(f.st_dev, f.st_ino): f.st_size for f in found if not stat.S_ISDIR(f.st_mode)}
+    return sum(files.values())  # points are links to the same files
+
+
+def delete_memory(folder: str | Path) -> int:
+    """Remove a memory for good, its studies and points with it; the bytes that it took.
+
+    Errors as in `check_memory`; OSError when the disk refuses: then it is as it was.
+    """
+    folder = Path(folder)
+    with _locked(folder, shared=False):
+        freed = check_memory(folder)
+        with disk_errors(folder):
+            discard(folder)
+    return freed
 
 
 def load_memory(folder: str | Path, model: StackedModel) -> Stored:

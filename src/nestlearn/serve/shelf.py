@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nestlearn.disk import atomic_write, check_name
+from nestlearn.disk import atomic_write, check_name, discard
 
 from .engines import Engine, Entry, Kept
 from .limits import Limits
@@ -143,7 +143,7 @@ class Shelf:
         (folder / "points").mkdir(exist_ok=True)
         atomic_write(folder / "points" / f"{number:06d}", lambda temp: _link(folder, temp))
         for path in self._points(folder)[: -self.limits.points]:
-            _remove(path)
+            discard(path)
 
     def create(self, name: str) -> None:
         """A new memory that has read nothing."""
@@ -189,7 +189,7 @@ class Shelf:
             folder = self.folder(name)
             with self._lock:
                 self._kept.pop(name, None)
-            _remove(folder)
+            discard(folder)
 
     def pack(self, name: str) -> bytes:
         """One safetensors file of it."""
@@ -289,9 +289,3 @@ def _link(folder: Path, temp: Path) -> None:
                 os.link(path, temp / path.name)
             except OSError:  # a file system without links
                 shutil.copyfile(path, temp / path.name)
-
-
-def _remove(folder: Path) -> None:
-    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.gone")
-    folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
