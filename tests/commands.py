@@ -49,17 +49,28 @@ SERVED = (  # until it says where it is
     "for _ in $(seq 90); do grep -q http said && break; sleep 1; done; "
     "kill $pid; wait $pid || true; grep http said"
 )
+CURL = (
+    "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' "
+    """-d '{"model": "tiny", "prompt": "The old house", "max_tokens": 40}'"""
+)
 FORMS: dict[str, Form] = {
+    CURL: Form(
+        SERVED.replace("WHAT", "nestlearn/tiny")
+        .replace("kill $pid", f"{CURL} > answer; kill $pid")
+        .replace("http://127.0.0.1:8000", "$(grep -o 'http://[0-9.:]*' said | head -1)")
+        .replace("grep http said", "grep text_completion answer")
+        .replace("curl", "curl --silent --fail")
+    ),
     "pip install -e .": Form(why="the next one has it; --fresh installs it anew"),
     "pip install -e . && nestlearn quickstart": Form("nestlearn quickstart --quick"),
     'pip install -e ".[test]" && pytest': Form("cd {root} && pytest -n0 tests/memory"),
-    'pip install "nestlearn[hf]"': Form(why="from an index; --fresh installs the same from here"),
+    **{
+        f'pip install -e ".[{extra}]"': Form(why="--fresh installs the same and more")
+        for extra in ("hf", "serve")
+    },
     "nestlearn stack Qwen/Qwen3-0.6B --out stacked/": Form("nestlearn stack base --out stacked/"),
     "nestlearn chat stacked/ --memory mine": Form(
         "printf 'the key\\n\\n' | nestlearn chat stacked/ --memory mine --tokens 4"
-    ),
-    'pip install "nestlearn[serve]"': Form(
-        why="from an index; --fresh installs the same from here"
     ),
     **{
         f"nestlearn serve {what}": Form(SERVED.replace("WHAT", short))
@@ -259,6 +270,7 @@ AS_WRITTEN = [
     "nestlearn serve --help",
     "nestlearn memory merge DIR NAME --level 1 --out NEW",
     "nestlearn memory export DIR NAME --out PLAIN",
+    "nestlearn memory delete DIR NAME --yes",
 ]
 
 

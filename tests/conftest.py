@@ -1,5 +1,6 @@
 """Shapes are law here: memory and scan run with their annotations enforced."""
 
+import atexit
 import functools
 import gc
 import inspect
@@ -80,7 +81,8 @@ def pytest_collection_finish():
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # libraries look at their end for what was left
+    # libraries look at their end for what was left; pytest itself, before, for what tests left
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")

@@ -8,31 +8,79 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 from .memory import objective
 
 LEARNS = ("out", "all")
 RULES = ("gd", "dgd", "momentum")
+VARIANTS = ("sequential", "nested", "independent")
+META_GRADIENTS = ("full", "first-order")
+PROJECTIONS = ("k", "v", "eta", "alpha", "q")
+Check = tuple[Callable[[Any], bool], str]
 
 
-def check_learning(level: Any) -> None:
-    """ValueError for what a level cannot have: its chunk, lr, rule, objective, half_life, meta_lr.
+def _whole(words: str, least: int = 1) -> Check:
+    return lambda x: isinstance(x, Integral) and int(x) >= least, words
 
-    Of a `Level`, and of the levels of a stacked model.
-    """
-    if level.chunk is not None and level.chunk < 1:
-        raise ValueError(f"chunk={level.chunk}: give 1 token or more, or None for no updates")
-    if not 0 <= level.lr < 1:
-        raise ValueError(f"lr={level.lr}: give a step size in [0, 1)")
-    objective(level.objective)  # refuses an unknown name
-    if level.half_life is not None and level.half_life < 1:
-        raise ValueError(f"half_life={level.half_life}: give 1 token or more, or None")
-    if level.rule not in RULES:
-        raise ValueError(f"rule={level.rule!r}: use one of {RULES}")
-    if not 0 <= level.meta_lr <= 1:
-        raise ValueError(f"meta_lr={level.meta_lr}: give a share in [0, 1]")
+
+def _shell(bound: tuple[float, float]) -> bool:
+    low, high = bound
+    return 0 <= low <= high
+
+
+# Of the fields of that name: what may stand there, and in words.
+CHECKS: dict[str, Check] = {
+    **dict.fromkeys(
+        ("chunk", "projection_chunk", "half_life", "window", "truncate"), _whole("1 token or more")
+    ),
+    **dict.fromkeys(("vocab_size", "dim", "layers", "heads"), _whole("1 or more")),
+    "hidden": _whole("a width of 1 or more"), "depth": _whole("1 matrix or more"),
+    "conv": _whole("0 taps or more", 0), "sinks": _whole("0 tokens or more", 0),
+    "bound": (_shell, "(low, high) with 0 ≤ low ≤ high"),
+    "dgd": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
+    "lr": (lambda x: 0 <= x < 1, "a step size in [0, 1)"),
+    "meta_lr": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
+    "scale": (math.isfinite, "a finite factor"),
+    "objective": (lambda x: bool(objective(x)), "'dot' or 'l2'"),
+    **{
+        name: (lambda x, known=known: x in known, f"one of {known}")  # type: ignore[misc]
+        for name, known in (
+            ("read", ("token", "boundary")), ("rule", RULES), ("learns", LEARNS),
+            ("variant", VARIANTS), ("meta_gradient", META_GRADIENTS),
+        )
+    },
+}  # fmt: skip
+
+
+def check(options: Any, **own: Check) -> None:
+    """ValueError for a field of the dataclass that cannot be: by its name, `own` before CHECKS."""
+    known = {**CHECKS, **own}
+    for field in fields(options):
+        value, may_miss = getattr(options, field.name), "None" in str(field.type)
+        if field.name not in known or (value is None and may_miss):
+            continue
+        passes, remedy = known[field.name]
+        try:
+            good = passes(value)
+        except TypeError:  # of another kind altogether
+            good = False
+        if not good:
+            remedy += ", or None" if may_miss else ""
+            raise ValueError(f"{field.name}={value!r}: give {remedy}")
+
+
+def limits(eta_min: float, eta_max: float) -> tuple[float, float]:
+    """Of step sizes, (eta_min, eta_max); ValueError for what cannot be."""
+    if not 0 < eta_max <= 2:
+        raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
+    if not 0 <= eta_min < eta_max:
+        raise ValueError(f"eta_min={eta_min}: give a step size from 0 to below eta_max={eta_max}")
+    return eta_min, eta_max
 
 
 @dataclass(frozen=True)
@@ -73,6 +121,22 @@ class Titans:
     conv: int = 4
     eta_min: float = 0.0
 
+    def __post_init__(self) -> None:
+        check(self)
+        limits(self.eta_min, self.eta_max)
+        if unknown := set(self.adapt) - set(PROJECTIONS):
+            raise ValueError(f"adapt={self.adapt}: {sorted(unknown)} not among {PROJECTIONS}")
+
+    def replacing(self, heads: int) -> int:
+        """How many of the heads replace (DGD); ValueError where they are no whole number."""
+        count = round(self.dgd * heads)
+        if abs(count - self.dgd * heads) > 1e-6:
+            raise ValueError(
+                f"dgd={self.dgd} of heads={heads}: give a share in [0, 1] of a whole number of "
+                "heads"
+            )
+        return count
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -90,10 +154,9 @@ class Attention:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window}: give 1 token or more, or None for all")
-        if self.sinks < 0 or (self.sinks and self.window is None):
-            raise ValueError(f"sinks={self.sinks}: give 0 or more, and those with a window")
+        check(self)
+        if self.sinks and self.window is None:
+            raise ValueError(f"sinks={self.sinks}: give a window with them, or 0")
 
 
 @dataclass(frozen=True)
@@ -107,6 +170,9 @@ class StaticTitans:
     hidden: int | None = None
     conv: int = 4
 
+    def __post_init__(self) -> None:
+        check(self)
+
 
 @dataclass(frozen=True)
 class DeltaNet:
@@ -118,6 +184,10 @@ class DeltaNet:
     weight_decay: bool = True
     eta_min: float = 0.0
 
+    def __post_init__(self) -> None:
+        check(self)
+        limits(self.eta_min, self.eta_max)
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -126,6 +196,10 @@ class Linear:
     chunk: int = 64
     eta_max: float = 1.0
     conv: int = 4
+
+    def __post_init__(self) -> None:
+        check(self)
+        limits(0.0, self.eta_max)
 
 
 @dataclass(frozen=True)
@@ -160,15 +234,7 @@ class Level:
     learns: str = "out"
 
     def __post_init__(self) -> None:
-        check_learning(self)
-        if self.bound is not None and not 0 <= self.bound[0] <= self.bound[1]:
-            raise ValueError(f"bound={self.bound}: give (low, high) with 0 ≤ low ≤ high, or None")
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale={self.scale}: give a finite factor, or None")
-        if self.learns not in LEARNS:
-            raise ValueError(f"learns={self.learns!r}: use one of {LEARNS}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -184,7 +250,31 @@ class Continuum:
     meta_gradient: str = "full"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
+        levels = self.levels if isinstance(self.levels, Iterable) else (self.levels,)
+        object.__setattr__(self, "levels", tuple(levels))
+        if not self.levels:
+            raise ValueError("levels is empty: give at least one Level")
+        for level in self.levels:
+            if not isinstance(level, Level):
+                raise ValueError(f"{level!r} is no level: give Level(chunk=16), and so on")
+        check(self)
+        self.parents()
+
+    def parents(self) -> list[int | None]:
+        """For each level, in a nested system, the chunk of the next slower one that updates."""
+        if self.variant != "nested":
+            return [None] * len(self.levels)
+        sizes = sorted({level.chunk for level in self.levels if level.chunk is not None})
+        for fast, slow in pairwise(sizes):
+            if slow % fast:
+                raise ValueError(
+                    f"nested levels with chunks {fast} and {slow}: a slower level's context must "
+                    f"end where a faster one's does, so make {slow} a multiple of {fast}"
+                )
+        return [
+            next((size for size in sizes if level.chunk is not None and size > level.chunk), None)
+            for level in self.levels
+        ]
 
 
 @dataclass(frozen=True)
@@ -194,8 +284,7 @@ class SwiGLU:
     hidden: int | None = None
 
     def __post_init__(self) -> None:
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden={self.hidden}: give a width of 1 or more")
+        check(self)
 
 
 Mixer = Titans | Attention | StaticTitans | DeltaNet | Linear

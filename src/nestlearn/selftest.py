@@ -23,8 +23,9 @@ from nestlearn._version import __version__
 from nestlearn.memory import Gates
 from nestlearn.memory.memories import Matrix
 from nestlearn.memory.rules import decay, delta
-from nestlearn.models.config import TYPE, saved_config, weights_folder
+from nestlearn.models.config import TYPE, saved_config
 from nestlearn.models.hope import HopeConfig, HopeLM
+from nestlearn.names import weights_folder
 from nestlearn.scan import Chunk
 from nestlearn.scan.chunk import FORMS, Given, choose, update, why_not
 

@@ -41,6 +41,7 @@ def test_pages_in_a_row_are_studied_by_one_memory_and_gone_on_with(tmp_path, mon
     assert len(detail["after"]) == 2
     assert detail["cost"]["own"] != 0  # random weights that studied: further from what they were
     assert [pages for pages, *_ in detail["left"]] == [1, 2]
+    assert len(detail["strayed"]) == 2
     assert (tmp_path / "out" / "in-a-row.png").is_file()
 
 

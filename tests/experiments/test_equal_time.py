@@ -30,9 +30,12 @@ def test_streams_are_said_by_the_name():
     assert books.windows("Hope") == 1
 
 
-@pytest.mark.parametrize("data", [None, "/nowhere"])
-def test_books_are_asked_for(data, tmp_path):
-    with pytest.raises(ValueError, match=r"give a folder with train-0\.txt\.xz"):
+@pytest.mark.parametrize(
+    ("data", "given"), [(None, "--data is not given"), ("/nowhere", "--data /nowhere")]
+)
+def test_books_are_asked_for(data, given, tmp_path):
+    files = r"train-0\.txt\.xz, valid\.txt\.xz, test\.txt\.xz"
+    with pytest.raises(ValueError, match=rf"^{given}: give a folder with {files}.*gutenberg\.org"):
         runner.run("equal-time", tmp_path, data=data)
     assert not list(tmp_path.iterdir())
 

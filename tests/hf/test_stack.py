@@ -561,6 +561,8 @@ def test_refusals_name_the_value_and_the_remedy():
     with pytest.raises(ValueError, match=r"no MLP blocks found in Linear.*Llama, Mistral.*GPT-2"):
         stack_levels(nn.Linear(2, 2), LEVELS)
     model = tiny()
+    with pytest.raises(ValueError, match="a LlamaForCausalLM is not stacked: give what stack_leve"):
+        unstack(model)
     for levels, options, message in (
         ([], {}, "levels is empty"),
         (LEVELS, {"spread": "wide"}, r"spread='wide': use one of"),

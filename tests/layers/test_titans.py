@@ -311,7 +311,7 @@ def test_options_may_be_said_by_name():
     [
         ({"heads": 3}, "dim=8 is not divisible by heads=3"),
         ({"dgd": 0.3}, "dgd=0.3 of heads=2: give a share"),
-        ({"dgd": 1.5}, "dgd=1.5 of heads=2: give a share"),
+        ({"dgd": 1.5}, r"dgd=1.5: give a share in \[0, 1\]"),
         ({"chunk": 0}, "chunk=0"),
         ({"projection_chunk": -1}, "chunk=-1"),
         ({"adapt": ("k", "z")}, r"\['z'\]"),
@@ -319,7 +319,7 @@ def test_options_may_be_said_by_name():
         ({"eta_min": 1.0}, r"eta_min=1\.0: give a step size from 0 to below eta_max=1\.0"),
         ({"depth": 0}, "depth=0"),
         ({"bound": (2.0, 1.0)}, "bound="),
-        ({"conv": -1}, "width=-1"),
+        ({"conv": -1}, "conv=-1: give 0 taps or more"),
         ({"read": "late"}, "read='late'"),
         ({"objective": "l1"}, "'l1'"),
         ({"truncate": 0}, "truncate=0"),

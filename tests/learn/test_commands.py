@@ -60,9 +60,12 @@ def test_from_a_pretrained_model_to_one_that_remembers(call, folder, monkeypatch
     assert "learn: begin 0, learned 519" in shown
 
     assert call("memory", "fork", out, "mine", "copy")[0] == 0
+    code, _, said = call("memory", "fork", folder / "stacked", "nobody", "copy")  # reads nothing
+    assert (code, "copy is there already, a memory: give another name" in said) == (2, True)
     assert call("memory", "reset", out, "copy", "--level", 1)[0] == 0
     table = call("memory", "diff", out, "mine", "copy")[1]
     assert re.search(r"│ 0 +│ 0\.0000 │ 0\.0000|│ 0 .*0\.0000 +│ (1\.0000|nan)", table)
+    a_copy_is_deleted(call, out, monkeypatch)
 
     lines = iter(["the key", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
@@ -86,6 +89,26 @@ def test_from_a_pretrained_model_to_one_that_remembers(call, folder, monkeypatch
     there = Session(merged, folder / "merged" / "memories" / "mine")
     with torch.no_grad():
         assert (merged(probe, there.memory).logits - expected).abs().max() < 1e-4
+
+
+def a_copy_is_deleted(call, out, monkeypatch):
+    """And not `mine`, of which it is one."""
+    answers = iter([False, True])
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: next(answers))
+    code, _, said = call("memory", "delete", out, "copy")
+    assert (code, said.count("Nothing was deleted.")) == (1, 1)
+    code, _, said = call("memory", "delete", out, "copy", "nobody", "--yes")  # all or none
+    assert (code, "no memory in" in said, (out / "memories" / "copy").is_dir()) == (2, True, True)
+    code, _, said = call("memory", "delete", out, "copy")
+    assert (code, "copy: deleted, 0.0 MB freed." in said) == (0, True)
+    assert [path.name for path in (out / "memories").iterdir()] == ["mine"]
+    elsewhere = out.parent / "elsewhere"
+    (out / "memories").rename(elsewhere)
+    (out / "memories").symlink_to(elsewhere)
+    code, _, said = call("memory", "delete", out, "mine", "--yes")
+    assert (code, "is a link out of" in said) == (2, True)
+    (out / "memories").unlink()
+    elsewhere.rename(out / "memories")
 
 
 def test_a_text_of_several_blocks_is_also_measured_as_it_is_met(call, folder, monkeypatch):
@@ -269,6 +292,7 @@ def test_errors_are_one_line(call, folder, monkeypatch):
         (("memory", "list", out), "no stacked model in"),
         (("memory", "show", out, "../x"), "no memory's name"),
         (("memory", "show", out, "mine"), "no memory in"),
+        (("memory", "delete", out, "mine", "--yes"), "no stacked model in"),
     ):
         code, _, said = call(*args)
         assert code == 2, said

@@ -298,6 +298,8 @@ def test_refusals():
         session(held_out=TEXT, tolerance=-1)
     with pytest.raises(ValueError, match="name is empty"):
         session(memory="")
+    with pytest.raises(ValueError, match="memory=3: give a name, a folder's path, or None"):
+        session(memory=3)
 
 
 def test_the_history_is_json(tmp_path):

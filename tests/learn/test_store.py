@@ -20,7 +20,7 @@ from nestlearn.hf.folder import (
     to_dict,
 )
 from nestlearn.hf.plan import StackConfig
-from nestlearn.learn import describe, load_memory, save_memory
+from nestlearn.learn import delete_memory, describe, load_memory, save_memory
 from nestlearn.learn import store as store_module
 
 SYSTEMS = {
@@ -201,6 +201,32 @@ def test_a_batch_is_not_one_memory(tmp_path):
     model = stacked()
     with pytest.raises(ValueError, match="a memory of 2 streams"):
         save_memory(tmp_path, model, model.init_memory(2), [])
+
+
+def test_a_memory_is_deleted_and_nothing_else(tmp_path):
+    folder, link = tmp_path / "a", tmp_path / "link"
+    one = session(memory=folder)
+    one.learn(ids(20))
+    one.save()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    link.symlink_to(folder)
+    (folder / "points" / "000001").mkdir(parents=True)
+    (folder / "points" / "000001" / "memory.json").hardlink_to(folder / "memory.json")
+    (folder / "points" / "away").symlink_to(tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is a link, no memory"):
+        delete_memory(link)
+    with pytest.raises(FileNotFoundError, match=r"no memory in .*kept"):
+        delete_memory(tmp_path / "kept")
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds 'mine\.txt', no part of a memory"):
+        delete_memory(folder)
+    (folder / "mine.txt").unlink()
+    (folder / "memory.json").write_text("damaged")  # and goes all the same
+    assert 0 < delete_memory(folder) <= 2 * size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "link"]
+    assert (tmp_path / "kept" / "mine.txt").read_text() == "mine"
 
 
 def test_what_a_memory_is_can_be_read_without_the_model(tmp_path):

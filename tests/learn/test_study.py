@@ -349,12 +349,14 @@ def test_a_study_that_strays_too_far_from_the_base_model_is_undone(tmp_path, scr
     assert "nats a token from what it was, above most=1e-06" in done.rolled_back
     assert done.epochs == 4  # only the last round is judged
     assert one.history[-1]["asked"] == []
+    assert one.history[-1]["strayed"] == done.strayed > config.most
     loaded = session(one.model, memory=tmp_path / "mine").memory
     for memory in (one.memory, loaded):
         for (_, a), (_, b) in zip(state.leaves(before), state.leaves(memory), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     assert one.study(TEXT, replace(config, most=100.0)).rolled_back is None
-    assert one.study(TEXT, replace(QUICK, most=1e-6)).rolled_back is None  # no anchor: no samples
+    free = one.study(TEXT, replace(QUICK, most=1e-6))  # no anchor: no samples
+    assert (free.rolled_back, free.strayed) == (None, None)
 
 
 def test_a_session_studies_saves_and_says_so(tmp_path, scripted):

@@ -59,6 +59,8 @@ def test_sampling_is_seeded_and_top_k_1_is_greedy():
     ],
 )
 def test_generate_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=r"ids is a str: give a tensor of token ids"):
+        model().generate("hello", **options | {"max_new_tokens": 1, "temperature": 0, "top_k": 1})
     with pytest.raises(ValueError, match=message):
         model().generate(torch.zeros(1, 1, dtype=torch.int64), **options)
 
@@ -106,6 +108,9 @@ def test_a_parts_options_may_be_said_of_the_whole():
     )
     assert HopeConfig(channel="mlp", mlp_hidden=5).channel == options.SwiGLU(5)
     assert replace(said, chunk=4).mixer == options.Titans(4, hidden=3, depth=2)
+    nested, odd = options.Continuum(levels, "nested"), (Level(chunk=4), Level(chunk=6))
+    free = HopeConfig(channel=nested, levels=odd, variant="sequential").channel
+    assert free == options.Continuum(odd, "sequential")  # `odd` alone would not fit
     with pytest.warns(UserWarning, match="chunk=8 changes nothing: Attention and Continuum"):
         assert HopeConfig(mixer="attention", chunk=8) == HopeConfig(mixer="attention")
     with pytest.raises(TypeError, match="HopeConfig has no 'chunks'"):
@@ -252,7 +257,23 @@ def test_sizes_and_refusals():
         (lambda: replace(TINY, mixer="rnn"), "'rnn'"),
         (lambda: replace(TINY, channel="moe"), "'moe'"),
         (lambda: replace(TINY, layers=0), "layers=0"),
-        (lambda: HopeLM(replace(TINY, heads=3)), "heads=3"),
+        (lambda: replace(TINY, heads=3), "dim=16 is not divisible by heads=3"),
+        (lambda: replace(TINY, dim="16"), "dim='16': give 1 or more"),
+        (lambda: replace(TINY, truncate=0), "truncate=0: give 1 token or more, or None"),
+        (lambda: options.Titans(chunk=0), "chunk=0: give 1 token or more$"),
+        (lambda: options.Titans(chunk=2.5), r"chunk=2\.5"),
+        (lambda: options.Titans(bound=1.0), r"bound=1\.0: give \(low, high\)"),
+        (lambda: options.Titans(half_life=0), "half_life=0: give 1 token or more, or None"),
+        (lambda: options.StaticTitans(hidden=0), "hidden=0: give a width of 1 or more, or None"),
+        (lambda: options.Attention(window=0), "window=0: give 1 token or more, or None"),
+        (lambda: options.Attention(sinks=2), "sinks=2: give a window"),
+        (lambda: options.DeltaNet(conv=-1), "conv=-1: give 0 taps or more"),
+        (lambda: options.DeltaNet(eta_min=1.0), r"eta_min=1\.0"),
+        (lambda: options.Linear(eta_max=3.0), r"eta_max=3\.0: give a step bound in \(0, 2\]"),
+        (lambda: options.Level(lr="fast"), r"lr='fast': give a step size in \[0, 1\)"),
+        (lambda: options.Continuum(4), "4 is no level"),
+        (lambda: options.Continuum(variant="stacked"), "variant='stacked': give one of"),
+        (lambda: options.Continuum((Level(4), Level(6)), "nested"), "chunks 4 and 6"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -321,11 +342,12 @@ def test_it_can_be_exported(free, kind, unchecked):
     ids = torch.randint(0, 17, (1, 5))
     with torch.no_grad():
         program = torch.export.export(lm, (ids,), dynamic_shapes=(tokens,) if free else None)
+    exported = program.module()
     for length in (2, 5, 6) if free else (5,):
         ids = torch.randint(0, 17, (1, length))
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):
-                logits, state = program.module()(ids)
+                logits, state = exported(ids)
                 torch.testing.assert_close(logits, lm(ids)[0])
         assert (state is None) == (free and not kind)  # what fills up would be in it
     if free and not kind:

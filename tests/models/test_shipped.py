@@ -6,6 +6,7 @@
 import json
 import lzma
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from nestlearn import HopeLM, state
 from nestlearn.experiments.books import FAR, NEAR, surprise
+from nestlearn.hf import HopeForCausalLM
 from servers import elsewhere
 
 NAME = "nestlearn/tiny"
@@ -82,8 +84,30 @@ def test_a_folder_of_that_name_comes_first(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     HopeLM(model.config).save_pretrained(tmp_path / NAME)
     assert not torch.equal(HopeLM.from_pretrained(NAME).embed.weight, model.embed.weight)
-    with pytest.raises(FileNotFoundError, match="give a folder"):
-        HopeLM.from_pretrained("nestlearn/large")
+    for kind in (HopeLM, HopeForCausalLM):  # this one would ask the network
+        with pytest.raises(FileNotFoundError, match="give a folder"):
+            kind.from_pretrained("nestlearn/large")
+
+
+def test_a_mistyped_name_is_refused_at_once(monkeypatch, call):
+    """No library is loaded, and no network asked: none could have it."""
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    for args, message in (
+        (
+            ("generate", "nestlearn/tinny", "--prompt", "a"),
+            "no model 'nestlearn/tinny': the",
+        ),
+        (("levels", "nestlearn/tinny"), "the package has 'nestlearn/tiny'"),
+        (("stack", "nestlearn/tinny", "--out", "none"), "the package has 'nestlearn/tiny'"),
+        (("serve", "nestlearn/tinny"), "the package has 'nestlearn/tiny'"),
+        (("serve", "stackd/"), "no file or folder stackd/, and no name of the hub"),
+        (("generate", "smol", "--prompt", "a"), "finished training run, or nestlearn/tiny"),
+        (("learn", "smol", "--data", "x", "--memory", "m"), "no stacked model in smol; make one"),
+        (("memory", "list", "smol"), "no stacked model in smol; make one"),
+    ):
+        code, _, said = call(*args)
+        assert (code, message in said, said.count("\n")) == (2, True, 1), said
 
 
 def test_commands_and_transformers_know_it(model, call):

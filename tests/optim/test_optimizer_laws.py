@@ -397,6 +397,7 @@ BAD = [
     ("DGD", {"solve": "cholesky"}, r"solve='cholesky'"),
     ("GGD", {"objective": "l1"}, r"objective='l1': use dot, l2 or a function"),
     ("GGD", {"inner_steps": 0}, r"inner_steps=0"),
+    ("GGD", {"value": 2.0}, r"value=2\.0: give a function"),
     ("GM", {"objective": "l1"}, r"objective='l1'"),
     ("GM", {"objective": lambda m, g: m.sum()}, r"solve='exact' knows dot and l2"),
     ("GM", {"solve": 0}, r"solve=0: choose 1 or more inner steps"),

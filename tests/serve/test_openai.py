@@ -1,15 +1,20 @@
 """OpenAI's own client, against the server."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from served import client, learned
 
-openai = pytest.importorskip("openai", reason="needs the package openai")
+
+@pytest.fixture(scope="module")
+def openai():
+    """Imported by the one that runs these tests: it takes a second."""
+    return pytest.importorskip("openai", reason="needs the package openai")
 
 
-def test_the_client_talks(tmp_path):
+def test_the_client_talks(openai, tmp_path):
     with client(tmp_path) as asks:
         learned(asks, "mine")
         api = openai.OpenAI(base_url=f"{asks.base_url}/v1", api_key="none", max_retries=0)
@@ -38,7 +43,7 @@ def test_the_client_talks(tmp_path):
             api.completions.create(model="tiny", prompt="a", max_tokens=0)
 
 
-def test_the_pages_code_runs(tmp_path, capsys):
+def test_the_pages_code_runs(openai, tmp_path, capsys):
     page = (Path(__file__).parents[2] / "docs/serve.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     with client(tmp_path) as asks:
@@ -49,4 +54,9 @@ def test_the_pages_code_runs(tmp_path, capsys):
         )
         exec(here, {})
         assert asks.get("/v1/memories/mine").json()["position"] > len("Who keeps the lighthouse?")
+        (curl,) = re.findall("^curl .*", page, re.M)
+        _, url, _, header, _, data = shlex.split(curl)
+        sent = dict([header.split(": ")])
+        answer = asks.post(url.removeprefix("http://127.0.0.1:8000"), content=data, headers=sent)
+        assert answer.json()["usage"]["completion_tokens"] == 40
     assert capsys.readouterr().out

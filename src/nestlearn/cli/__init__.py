@@ -20,6 +20,7 @@ from typer import Argument, Option
 from nestlearn.cli import commands, doctor, memory_commands, processes, serving, stacking, training
 from nestlearn.cli.commands import say
 from nestlearn.cli.options import Device
+from nestlearn.names import SHIPPED, model_folder, weights_folder
 
 app = typer.Typer(
     name="nestlearn",
@@ -119,16 +120,16 @@ def generate(
 
     Example:  nestlearn generate runs/first --prompt "def main" --tokens 300
     """
+    if not prompt:
+        raise ValueError("the prompt is empty: pass at least one character, --prompt TEXT")
+    source = _model_folder(folder)
     import torch
 
     from nestlearn.models.hope import HopeLM
     from nestlearn.train.data import load_tokenizer
     from nestlearn.train.run import resolve_device
 
-    if not prompt:
-        raise ValueError("the prompt is empty: pass at least one character, --prompt TEXT")
     place = resolve_device(device)
-    source = _model_folder(folder)
     model = HopeLM.from_pretrained(source).to(place).eval()
     tokenizer = load_tokenizer(source, model.config.vocab_size)
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=place)
@@ -141,8 +142,6 @@ def generate(
 
 
 def _model_folder(name: Path) -> Path:
-    from nestlearn.models.config import weights_folder
-
     folder = weights_folder(name)
     if (folder / "checkpoints").is_dir():
         raise ValueError(
@@ -150,7 +149,9 @@ def _model_folder(name: Path) -> Path:
             "nestlearn train ... --resume (fewer --steps end it sooner)"
         )
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {folder}; pass the --out of a finished training run")
+        raise FileNotFoundError(
+            f"no model in {folder}; pass the --out of a finished training run, or {SHIPPED}"
+        )
     return folder
 
 
@@ -167,6 +168,7 @@ def levels(
 
     Example:  nestlearn levels runs/first
     """
+    path = _settings_file(folder)
     import json
 
     import torch
@@ -175,7 +177,7 @@ def levels(
     from nestlearn.levels import render, to_json
     from nestlearn.models.hope import HopeLM
 
-    config, training = _settings(folder)
+    config, training = _settings(path)
     with torch.device("meta"):  # the shapes are enough
         model = HopeLM(config)
     step = training["batch"] * training["length"] if training else None
@@ -194,15 +196,19 @@ def levels(
             )
 
 
-def _settings(folder: Path) -> tuple[Any, dict[str, Any] | None]:
-    """The model's configuration and, of a run, how it is trained."""
-    import json
-
-    from nestlearn.models.config import HopeConfig, model_folder, saved_config
-
+def _settings_file(folder: Path) -> Path:
     path = model_folder(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no run or model in {folder}: it has no config.json")
+    return path
+
+
+def _settings(path: Path) -> tuple[Any, dict[str, Any] | None]:
+    """The model's configuration and, of a run, how it is trained."""
+    import json
+
+    from nestlearn.models.config import HopeConfig, saved_config
+
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if "train" in data:

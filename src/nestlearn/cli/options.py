@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+from nestlearn.names import check_source
+
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 ...")]
 
 # ------------------------------------------------------------------------------------ train
@@ -87,6 +89,7 @@ Pretrained = Annotated[
         metavar="MODEL",
         help="A Hugging Face model, by its name or folder; a .gguf file (it needs the package "
         "gguf); or a llama2.c checkpoint (.bin).",
+        callback=check_source,
     ),
 ]
 StackFolder = Annotated[Path, Option(help="The new folder for the stacked model.")]
@@ -173,6 +176,7 @@ Served = Annotated[
         metavar="MODEL",
         help="A stacked model's folder, a Hope's (or a run's), or a plain Hugging Face model, "
         "on which the levels of `nestlearn stack` are put. Default: the package's own Hope.",
+        callback=check_source,
     ),
 ]
 Memories = Annotated[

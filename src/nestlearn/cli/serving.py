@@ -70,7 +70,8 @@ def serve(
 def _opened(name: str, device: str) -> tuple[Any, Any, Path]:
     """The model, its tokenizer, and a folder for memories: the model's, if it is the user's."""
     from nestlearn.cli.stacked import pretrained, quiet, words_of
-    from nestlearn.models.config import TYPE, model_folder, model_type, weights_folder
+    from nestlearn.models.config import TYPE, model_type
+    from nestlearn.names import model_folder, weights_folder
     from nestlearn.train.run import resolve_device
 
     place, folder = resolve_device(device), model_folder(name)

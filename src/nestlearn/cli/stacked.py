@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nestlearn.cli.commands import say
+from nestlearn.names import check_stack, model_folder
 
 if TYPE_CHECKING:
     from nestlearn.learn import Session
@@ -16,6 +17,7 @@ def open_session(
     folder: Path, name: str, device: str = "cpu", *, must_exist: bool = False, **options: Any
 ) -> Session:
     """The session with the memory `name` of a stacked model's folder; options: Session's."""
+    check_stack(folder)
     from nestlearn import Session
     from nestlearn.hf.folder import load_stack
     from nestlearn.train.run import resolve_device
@@ -47,7 +49,8 @@ def pretrained(name: str, tokenizer: Path | None) -> tuple[Any, Any]:
     if tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer}: only for llama2.c checkpoints (.bin)")
     file = _gguf(name)
-    source, form = (file.parent, {"gguf_file": file.name}) if file else (name, {})
+    whole = model_folder(name).as_posix()
+    source, form = (file.parent, {"gguf_file": file.name}) if file else (whole, {})
     model = AutoModelForCausalLM.from_pretrained(source, **form)
     if file:  # its weights are plain numbers now, and are saved as such
         model = _plain(model)

@@ -12,8 +12,12 @@ from typer.core import TyperGroup
 from nestlearn.cli import options
 from nestlearn.cli.commands import say
 from nestlearn.cli.stacked import encode, open_session, place, pretrained, words_of
+from nestlearn.names import check_stack
 
 Dir = Annotated[Path, Argument(metavar="DIR", help="A stacked model's folder.")]
+Stacked = Annotated[
+    Path, Argument(metavar="DIR", help="A stacked model's folder.", callback=check_stack)
+]
 MemoryName = Annotated[str, Option(help="The memory's name; it is made if it is not there.")]
 Data = Annotated[
     list[Path],
@@ -90,7 +94,7 @@ def stack_new(
 
 @stack.command("train")
 def stack_train(
-    folder: Dir,
+    folder: Stacked,
     data: Data,
     keep: Annotated[
         list[Path] | None, Option(help="Texts that are not to be forgotten meanwhile.")
@@ -145,7 +149,7 @@ def stack_train(
 
 
 def learn(
-    folder: Dir,
+    folder: Stacked,
     data: Data,
     memory: MemoryName,
     tokens: options.Tokens = None,
@@ -199,7 +203,7 @@ def learn(
 
 
 def study(
-    folder: Dir,
+    folder: Stacked,
     data: Data,
     memory: MemoryName,
     questions: options.Questions = None,
@@ -230,7 +234,7 @@ def study(
 
 
 def chat(
-    folder: Dir,
+    folder: Stacked,
     memory: MemoryName,
     learn: Annotated[
         Literal["user", "assistant", "both", "nothing"] | None,

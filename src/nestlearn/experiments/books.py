@@ -1,8 +1,8 @@
 """Language models on books: the text, one training, and what is measured of it.
 
-FOLDER holds books of Project Gutenberg, split by whole books: train-0.txt.xz, valid.txt.xz,
-test.txt.xz. Tokens are bytes, or pieces of a BPE that is trained on the training books. Validation
-books choose, test books give the figures.
+FOLDER holds books of Project Gutenberg (or others), split by whole books: train-0.txt.xz,
+valid.txt.xz, test.txt.xz. Tokens are bytes, or pieces of a BPE that is trained on the training
+books. Validation books choose, test books give the figures.
 """
 
 from __future__ import annotations
@@ -91,7 +91,11 @@ def _pieces(raw: list[bytes], vocabulary: int) -> list[Tensor]:
 def text_of(data: str | None) -> dict[str, str]:
     """A cell's part: the folder of books, and a hash of them; ValueError if they are not there."""
     if data is None or not all((Path(data) / name).is_file() for name in BOOKS):
-        raise ValueError(f"--data {data}: give a folder with {', '.join(BOOKS)}")
+        given = "--data is not given" if data is None else f"--data {data}"
+        raise ValueError(
+            f"{given}: give a folder with {', '.join(BOOKS)}, plain text packed by xz, no book in "
+            "two of them; Project Gutenberg (www.gutenberg.org) has books, and your own will do"
+        )
     return {"folder": data, "books": fingerprint(Path(data) / name for name in BOOKS)}
 
 

@@ -33,7 +33,7 @@ from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.small_hope import TINY, Carried, OfBytes, Trained
 from nestlearn.experiments.tables import detail, mean, model, words
-from nestlearn.models.config import model_folder
+from nestlearn.names import model_folder
 
 DELTAS = (5e-4, 2e-3, 8e-3)  # Adam's rates
 WEIGHTS = (3e-4, 1e-3, 3e-3)  # the same, of all weights of a small model

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from nestlearn.evals import Logits, streams
 from nestlearn.evals.streams import Reader, Text, Windows
-from nestlearn.models.config import TYPE, HopeConfig, model_folder, model_type
+from nestlearn.models.config import TYPE, HopeConfig, model_type
 from nestlearn.models.hope import HopeLM
+from nestlearn.names import model_folder
 from nestlearn.train.data import load_tokenizer
 
 

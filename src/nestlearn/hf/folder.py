@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nestlearn.disk import atomic_write, disk_errors
+from nestlearn.names import check_stack
 
 from .meta import add_starts
 from .plan import DeltaLevel, StackConfig
@@ -155,14 +156,7 @@ def load_stack(folder: str | Path, device: str | torch.device | None = None) -> 
 
 
 def _read_stack(folder: Path) -> dict[str, Any]:
-    path = folder / "stack.json"
-    if not path.is_file():
-        other = (folder / "config.json").is_file()
-        made = f"{folder} --out stacked" if other else f"MODEL --out {folder}"
-        what = ", but a model that is none" if other else ""
-        raise FileNotFoundError(
-            f"no stacked model in {folder}{what}; make one with: nestlearn stack {made}"
-        )
+    path = check_stack(folder) / "stack.json"
     try:
         data = json.loads(path.read_bytes())
         found = (data["format"], data["version"])

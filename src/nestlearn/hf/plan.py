@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestlearn.options import Level, check_learning
+from nestlearn.options import Level, check
 
 from .writes import LevelState
 
@@ -68,9 +68,7 @@ class DeltaLevel:
     meta_lr: float = 0.1
 
     def __post_init__(self) -> None:
-        check_learning(self)
-        if self.bound is not None and not self.bound >= 0:
-            raise ValueError(f"bound={self.bound}: give a norm of 0 or more, or None")
+        check(self, bound=(lambda x: x >= 0, "a norm of 0 or more"))
 
     @classmethod
     def of(cls, level: DeltaLevel | Level) -> DeltaLevel:

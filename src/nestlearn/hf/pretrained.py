@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .. import models
 from ..layers.streaming import Stepping
-from ..models.config import SHIPPED, model_folder
+from ..names import model_folder
 from .cache import HopeCache, Rows, read
 from .config import HopeConfig
 from .packing import beginnings, needed, read_packed, real_tokens
@@ -58,10 +58,11 @@ class HopePreTrainedModel(PreTrainedModel):
         **options: Any,
     ) -> Any:
         """As in transformers, and of a folder that `HopeLM.save_pretrained` wrote, or by the name
-        "nestlearn/tiny"; ValueError where the file lacks weights (they would be random).
+        "nestlearn/tiny" (FileNotFoundError for another of that kind); ValueError where the file
+        lacks weights (they would be random).
         """
         name = pretrained_model_name_or_path
-        source = str(model_folder(name)) if name == SHIPPED else name
+        source = str(model_folder(name)) if str(name).startswith("nestlearn/") else name
         loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **options)
         model, info = loaded
         lacking = sorted(info["missing_keys"])

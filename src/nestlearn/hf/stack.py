@@ -83,8 +83,12 @@ def stack_levels(
 
 def unstack(model: StackedModel) -> PreTrainedModel:
     """The base model, bit for bit as it was (in evaluation mode); the stacked one is of no use
-    afterwards, and says so with a ValueError.
+    afterwards, and says so with a ValueError. ValueError, too, for a model that is not stacked.
     """
+    if not isinstance(model, StackedModel):
+        raise ValueError(
+            f"a {type(model).__name__} is not stacked: give what stack_levels returned"
+        )
     model.check_adopted()
     for layer, path in model.paths.items():
         if "forward" in vars(layer):  # it holds on to the forward that would be gone

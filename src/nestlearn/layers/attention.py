@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..options import Attention as Options
 from .parts import Readout, ShortConvolution
 from .streaming import Device, StreamingLayer, check_heads, check_input
 
@@ -46,6 +47,7 @@ class Attention(StreamingLayer):
     ):
         super().__init__()
         check_heads(dim, heads)
+        Options(conv, rotary, window, sinks)  # refuses what cannot be
         self.dim, self.heads, self.rotary = dim, heads, rotary
         self.window, self.sinks = window, sinks
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -63,7 +65,7 @@ class Attention(StreamingLayer):
     def forward(
         self, x: Tensor, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState]:
-        check_input(x, self.dim)
+        check_input(x, self.dim, self.qkv)
         state = self.begin(state, x)
         T, past = x.shape[1], state.position
         z, conv = x, None

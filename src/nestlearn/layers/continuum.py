@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,13 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from .. import state as tree
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
-from ..options import Level
+from ..options import Continuum, Level
 from ..scan import FastWeights, Span, Writer, scan, spans
 from ..scan.spans import LevelState
 from .streaming import Device, Starts, Stepping, StreamingLayer, check_input, check_truncate, wide
 
-VARIANTS = ("sequential", "nested", "independent")
-META_GRADIENTS = ("full", "first-order")
 SELDOM = 512  # tokens: a level fades, its bound acts at the first chunk's end after so many
 STRETCH = 2048  # tokens computed again together
 
@@ -220,24 +217,15 @@ class ContinuumMemory(StreamingLayer):
         remat: bool = False,
     ):
         super().__init__()
-        if not levels:
-            raise ValueError("levels is empty: give at least one Level")
-        for level in levels:
-            if not isinstance(level, Level):
-                raise ValueError(f"{level!r} is no level: give Level(chunk=16), and so on")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r}: use one of {VARIANTS}")
         check_truncate(truncate)
-        if meta_gradient not in META_GRADIENTS:
-            raise ValueError(f"meta_gradient={meta_gradient!r}: use one of {META_GRADIENTS}")
-        self.dim, self.levels, self.variant = dim, tuple(levels), variant
-        parents = _parents(self.levels) if variant == "nested" else [None] * len(levels)
+        options = Continuum(tuple(levels), variant, meta_gradient)  # refuses what cannot be
+        self.dim, self.levels, self.variant = dim, options.levels, variant
         self.mlps = nn.ModuleList(
             LevelMLP(
                 dim, level, level.hidden or _share(dim, len(levels)), parent=parent,
                 meta_gradient=meta_gradient, truncate=truncate, remat=remat,
             )
-            for level, parent in zip(levels, parents)
+            for level, parent in zip(self.levels, options.parents())
         )  # fmt: skip
         self.mix = nn.Parameter(torch.empty(len(levels))) if variant == "independent" else None
         self.reset_parameters()
@@ -257,7 +245,8 @@ class ContinuumMemory(StreamingLayer):
     def forward(
         self, x: Tensor, state: ContinuumState | None = None
     ) -> tuple[Tensor, ContinuumState]:
-        check_input(x, self.dim)
+        readers = (mlp.value for mlp in self._chain() if mlp.level.chunk is not None)
+        check_input(x, self.dim, next(readers, None))
         if state is None:  # each level begins in its own forward, where its weights are at hand
             position, before = 0, [None] * len(self.mlps)
         else:
@@ -277,18 +266,3 @@ def _fresh(memory: ResidualMLP) -> list[Tensor]:
 def _share(dim: int, levels: int) -> int:
     """The hidden width of each of so many levels: together 4 dim, in multiples of 16."""
     return max(16, 16 * round(4 * dim / levels / 16))
-
-
-def _parents(levels: tuple[Level, ...]) -> list[int | None]:
-    """For each level the chunk of the next slower one that updates."""
-    sizes = sorted({level.chunk for level in levels if level.chunk is not None})
-    for fast, slow in pairwise(sizes):
-        if slow % fast:
-            raise ValueError(
-                f"nested levels with chunks {fast} and {slow}: a slower level's context must end "
-                f"where a faster one's does, so make {slow} a multiple of {fast}"
-            )
-    return [
-        next((size for size in sizes if level.chunk is not None and size > level.chunk), None)
-        for level in levels
-    ]

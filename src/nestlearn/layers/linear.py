@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..memory import Gates, Matrix, ResidualMLP, Weights, decay, delta, hebbian
 from ..memory import momentum as with_momentum
 from ..memory.linalg import unit
-from ..options import DeltaNet, Linear, StaticTitans
+from ..options import DeltaNet, Linear, StaticTitans, limits
 from ..scan import FastWeights, Span, Writer
-from .parts import BiasedLinear, Readout, ShortConvolution, limits, step_sizes
+from .parts import BiasedLinear, Readout, ShortConvolution, step_sizes
 from .streaming import (
     Course,
     Device,

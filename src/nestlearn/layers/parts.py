@@ -86,15 +86,6 @@ def step_sizes(logits: Tensor, steps: tuple[float, float], log_alpha: Tensor | N
     return eta * (1 + log_alpha.exp()) / 2
 
 
-def limits(eta_min: float, eta_max: float) -> tuple[float, float]:
-    """Of step sizes, (eta_min, eta_max); ValueError for what cannot be."""
-    if not 0 < eta_max <= 2:
-        raise ValueError(f"eta_max={eta_max}: give a step bound in (0, 2]")
-    if not 0 <= eta_min < eta_max:
-        raise ValueError(f"eta_min={eta_min}: give a step size from 0 to below eta_max={eta_max}")
-    return eta_min, eta_max
-
-
 def logit(p: float) -> float:
     """The bias whose sigmoid is p."""
     return math.log(p / (1 - p))

@@ -17,15 +17,26 @@ from ..memory import Weights
 from ..scan import Span, scan
 
 
-def check_input(x: Tensor, dim: int) -> None:
-    """Raise ValueError unless x is floating [B, T ≥ 1, dim] and finite."""
+def check_input(x: Tensor, dim: int, reader: nn.Module | None) -> None:
+    """Raise ValueError unless x is floating [B, T ≥ 1, dim], finite, and of the dtype of the
+    weights of `reader`, a linear map that reads it (None: any dtype). Under autocast any will do.
+    """
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ValueError(f"x has shape {tuple(x.shape)}: this layer takes [batch, tokens, {dim}]")
     if x.shape[1] == 0:
         raise ValueError("x has T = 0 tokens: give at least one")
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}: give a floating type")
-    if not traced() and not x.isfinite().all():
+    if traced():
+        return
+    own: Any = getattr(reader, "weight", None)  # sharded, quantised ones have types of their own
+    foreign = type(own) is nn.Parameter and own.is_floating_point() and own.dtype != x.dtype
+    if foreign and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"x has dtype {x.dtype} and the layer's weights {own.dtype}: give x.to({own.dtype}), "
+            f"or cast the layer by layer.to({x.dtype})"
+        )
+    if not x.isfinite().all():
         b, t, _ = (int(i) for i in (~x.isfinite()).nonzero()[0])
         raise ValueError(
             f"x has NaN or infinity, first in sample {b} at token {t}: one such value would stay "
@@ -222,6 +233,7 @@ class MemoryLayer(StreamingLayer, Stepping):
     """
 
     dim: int
+    readout: Any  # its gate reads x
     # `_inputs` of x [B, T, dim] and the convolution's state, `_outputs` of o [B, H, T, d] and x
     _around: ClassVar = {"_inputs": ((0, 1), (0,)), "_outputs": ((0, 2), (0, 1))}
 
@@ -229,7 +241,7 @@ class MemoryLayer(StreamingLayer, Stepping):
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        check_input(x, self.dim)
+        check_input(x, self.dim, self.readout.gate)
         position, conv, memories = state = self.begin(state, x)
         xs, conv = self._outside("_inputs", x, conv)
         memories = tree.tree_map(wide, memories)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
 from ..memory.linalg import unit
-from ..options import Titans
+from ..options import PROJECTIONS, Titans
 from ..scan import FastWeights, Span, Writer
 from ..scan.fused import answers
 from ..scan.loop import RUN
 from ..scan.writer import constants
-from .parts import Readout, ShortConvolution, limits, logit, step_sizes
+from .parts import Readout, ShortConvolution, logit, step_sizes
 from .streaming import (
     Course,
     Device,
@@ -33,7 +33,6 @@ from .streaming import (
 )
 
 FADE_EVERY = 512  # tokens: whole runs of chunks in the kernels, and nothing at the usual windows
-PROJECTIONS = ("k", "v", "eta", "alpha", "q")
 
 
 class Group(NamedTuple):
@@ -100,8 +99,8 @@ class SelfModifyingTitans(MemoryLayer):
         check_heads(dim, heads)
         check_truncate(truncate)
         o = chosen(options, Titans, changes)
-        replacing = _check(o, heads)
-        self.dim, self.heads, self.steps = dim, heads, limits(o.eta_min, o.eta_max)
+        replacing = o.replacing(heads)
+        self.dim, self.heads, self.steps = dim, heads, (o.eta_min, o.eta_max)
         self.truncate, self.remat = truncate, remat
         decayed = PROJECTIONS if o.weight_decay else tuple(n for n in PROJECTIONS if n != "alpha")
         self.adapt = tuple(n for n in decayed if n in o.adapt)
@@ -300,11 +299,9 @@ class Scalar(nn.Module):
 
 
 def _fade_every(half_life: int | None, chunks: list[int]) -> int | None:
-    """After how many tokens, at which all chunks end, memories fade; ValueError below 1 token."""
+    """After how many tokens, at which all chunks end, memories fade."""
     if half_life is None:
         return None
-    if half_life < 1:
-        raise ValueError(f"half_life={half_life}: give 1 token or more, or None")
     size = math.lcm(*chunks)
     return max(1, min(FADE_EVERY, half_life // 4) // size) * size
 
@@ -320,18 +317,6 @@ def _fresh(memory: Matrix | ResidualMLP, heads: int) -> list[Tensor]:
         return [eye + 0.02 * torch.randn_like(eye)]
     scale = 1 / math.sqrt(memory.hidden)
     return [scale * torch.randn(heads, *shape) for shape in memory.shapes()]
-
-
-def _check(o: Titans, heads: int) -> int:
-    """How many heads replace (DGD); ValueError for options that such a layer cannot have."""
-    if unknown := set(o.adapt) - set(PROJECTIONS):
-        raise ValueError(f"adapt={o.adapt}: {sorted(unknown)} not among {PROJECTIONS}")
-    replacing = round(o.dgd * heads)
-    if not 0 <= o.dgd <= 1 or abs(replacing - o.dgd * heads) > 1e-6:
-        raise ValueError(
-            f"dgd={o.dgd} of heads={heads}: give a share in [0, 1] of a whole number of heads"
-        )
-    return replacing
 
 
 def _groups(

@@ -8,12 +8,23 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..options import Channel, Continuum, Mixer, SwiGLU, Titans, from_json, named, names, to_json
+from ..layers.streaming import check_heads
+from ..options import (
+    Channel,
+    Continuum,
+    Mixer,
+    SwiGLU,
+    Titans,
+    check,
+    from_json,
+    named,
+    names,
+    to_json,
+)
 
 FORMAT = "nestlearn-hope-1"
 TYPE = "nestlearn-hope"  # by which transformers knows it
 WEIGHTS = "model.safetensors"
-SHIPPED = "nestlearn/tiny"  # the model that is in the package
 SIZES = {  # dim, layers, heads
     "tiny": (128, 3, 4),
     "small": (256, 6, 4),
@@ -52,9 +63,8 @@ class HopeConfig:
         given = (vocab_size, dim, layers, heads, mixer, channel, truncate, remat)
         for field, value in zip(fields(self), given):
             object.__setattr__(self, field.name, value)
-        for name in ("vocab_size", "dim", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+        check(self)
+        check_heads(dim, heads)
 
     @classmethod
     def size(cls, name: str, **changes: Any) -> HopeConfig:
@@ -102,21 +112,24 @@ class HopeConfig:
 def _with(mixer: Any, channel: Any, parts: dict[str, Any]) -> tuple[Mixer, Channel]:
     """The two with those of their fields changed; what neither has is said, not dropped.
 
-    `mlp_hidden`, from before there were options, is `SwiGLU.hidden`.
+    `mlp_hidden`, from before there were options, is `SwiGLU.hidden`. All change at once, as one
+    alone may not fit what the others replace.
     """
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
     for name, value in parts.items():
         if name not in FLAT:
             raise TypeError(f"HopeConfig has no {name!r}, nor has {mixer} or {channel}")
         if name == "mlp_hidden" and isinstance(channel, SwiGLU):
-            channel = replace(channel, hidden=value)
+            theirs["hidden"] = value
         elif name in names(type(mixer)):
-            mixer = replace(mixer, **{name: value})
+            ours[name] = value
         elif name in names(type(channel)):
-            channel = from_json(type(channel), {**vars(channel), name: value})
+            theirs[name] = value
         else:
             kinds = f"{type(mixer).__name__} and {type(channel).__name__}"
             warnings.warn(f"{name}={value!r} changes nothing: {kinds} have none", stacklevel=4)
-    return mixer, channel
+    return replace(mixer, **ours), from_json(type(channel), {**vars(channel), **theirs})
 
 
 FLAT = {  # the fields that there were beside those of today before there were options
@@ -169,20 +182,6 @@ def saved_config(data: dict[str, Any]) -> HopeConfig:
     else:
         own = {name: data[name] for name in names(HopeConfig) | FLAT if name in data}
     return HopeConfig.from_dict(own)
-
-
-def model_folder(name: str | Path) -> Path:
-    """The folder of that name, or the package's own for "nestlearn/tiny"."""
-    folder = Path(name)
-    if folder.as_posix() == SHIPPED and not folder.exists():
-        return Path(__file__).parent / "weights" / "tiny"
-    return folder
-
-
-def weights_folder(name: str | Path) -> Path:
-    """`model_folder`, or model/ in it where it is the folder of a run."""
-    folder = model_folder(name)
-    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
 def model_type(folder: Path) -> str | None:

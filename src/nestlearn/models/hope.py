@@ -28,6 +28,7 @@ from ..layers import (
     static_titans,
 )
 from ..layers.streaming import Stepping, compile_steps, traced
+from ..names import weights_folder
 from .card import write_card
 from .config import (
     FORMAT,
@@ -37,7 +38,6 @@ from .config import (
     NoHope,
     saved_config,
     weight_files,
-    weights_folder,
 )
 from .wavefront import fits, wavefront
 
@@ -209,6 +209,11 @@ class HopeLM(nn.Module):
         return said[:, :length], None
 
     def _check_ids(self, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor):
+            raise ValueError(
+                f"ids is a {type(ids).__name__}: give a tensor of token ids [batch, tokens], of a "
+                "text for a model of bytes torch.tensor([list(text.encode())])"
+            )
         if ids.ndim != 2 or ids.numel() == 0:
             raise ValueError(f"ids has shape {tuple(ids.shape)}: give [batch ≥ 1, tokens ≥ 1]")
         if ids.dtype not in (torch.int64, torch.int32):

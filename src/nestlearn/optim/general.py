@@ -161,6 +161,8 @@ class GGD(DGD):
     ) -> None:
         if not callable(objective) and objective not in _PAIR_LOSSES:
             raise ValueError(f"objective={objective!r}: use dot, l2 or a function L(y, u)")
+        if value is not None and not callable(value):
+            raise ValueError(f"value={value!r}: give a function u(y, delta), or None")
         self.closed = value is None and not callable(objective)
         self.loss = objective if callable(objective) else _PAIR_LOSSES[objective]
         self.value = value or (lambda y, delta: -delta)

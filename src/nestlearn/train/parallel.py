@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nestlearn import state as tree
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _TRAINED = 16  # bytes of a float32 weight with its gradient and AdamW's two moments
 
@@ -54,15 +57,25 @@ def shard(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
         vars(p).update(said[name])
 
 
+def in_parts(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether each rank has a part of it. The type of such tensors takes longer to load than all
+    else of training: where nobody has loaded it, nothing is in parts.
+    """
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor of which a rank has a part; a collective where it is in parts."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if in_parts(tensor) else tensor
 
 
 def laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's part of a whole tensor, where `like` is in parts and has its shape."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not in_parts(like) or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -84,7 +97,7 @@ class Engine:
     def __init__(self, model: nn.Module, ranks: Ranks, by_hand: bool = False) -> None:
         """by_hand: the caller averages (a CUDA graph holds one rank's work alone)."""
         self.run = model
-        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        self.sharded = any(in_parts(p) for p in model.parameters())
         self._wraps = ranks.size > 1 and not self.sharded and not by_hand
 
     def ready(self, ids: torch.Tensor, state: Any) -> nn.Module:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nestlearn import state as tree
@@ -37,7 +36,7 @@ from nestlearn.train.folder import RunFolder, weights
 from nestlearn.train.losses import cast, evaluate, evaluating, nats
 from nestlearn.train.meters import Meters
 from nestlearn.train.optimize import adamw
-from nestlearn.train.parallel import Engine, shard, shares, whole
+from nestlearn.train.parallel import Engine, in_parts, shard, shares, whole
 from nestlearn.train.plots import loss_curves
 from nestlearn.train.ranks import ALONE, Ranks
 from nestlearn.train.terminal import Display, Interrupt
@@ -274,7 +273,7 @@ class _Gradients:
         self.model, self.carried, self.ranks = model, carried, ranks
         self.parts, self.dtype = config.accumulate, config.dtype
         first = next(model.parameters())
-        self.captures = config.cuda_graph and first.is_cuda and not isinstance(first, DTensor)
+        self.captures = config.cuda_graph and first.is_cuda and not in_parts(first)
         self.engine = Engine(model, ranks, by_hand=self.captures)
 
     def __call__(
