@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import nestlearn
-from nestlearn.scan import plain_spans, transition
+from nestlearn.scan import generated, plain_spans
 
 PACKAGE = Path(nestlearn.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -45,7 +45,7 @@ def ways(tmp_path, call, monkeypatch, unchecked) -> dict[str, list[tuple[str, st
 
         monkeypatch.setattr(module, name, watch)
 
-    watched(transition, "_forward", "scan/transition.py")
+    watched(generated, "_forward", "scan/generated.py")
     watched(plain_spans, "_systems", "scan/plain_spans.py")
     text = tmp_path / "text.txt"
     text.write_text("What learns, learns what it reads. " * 100)
@@ -56,12 +56,12 @@ def ways(tmp_path, call, monkeypatch, unchecked) -> dict[str, list[tuple[str, st
 
 
 def test_ten_frames_and_no_file_is_come_back_to(ways):
-    assert ways.keys() == {"scan/transition.py", "scan/plain_spans.py"}
+    assert ways.keys() == {"scan/generated.py", "scan/plain_spans.py"}
     for frames in ways.values():
         assert len(frames) <= MOST, frames
         files = [file for file, _ in frames]
         assert all(file not in files[:i] for i, file in enumerate(files) if file != files[i - 1])
     told = re.findall(r"^(\S+\.py) +(\S+)  ", PAGE.read_text(encoding="utf-8"), re.M)
-    titans, level = ways["scan/transition.py"], ways["scan/plain_spans.py"]
+    titans, level = ways["scan/generated.py"], ways["scan/plain_spans.py"]
     shared = next(i for i, pair in enumerate(zip(titans, level)) if len(set(pair)) > 1)
     assert told == titans + level[shared:]

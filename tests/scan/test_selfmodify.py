@@ -158,6 +158,7 @@ RUNS = {
     "recomputed": (Case({"depth": 1, "remat": True}, chunk=1, calls=(9,)), 2),
     "boundary": (Case({"read": "boundary", "weight_decay": False}, calls=(8,)), 1),
     "fading": (Case({"depth": 1, "half_life": 48}, chunk=2, calls=(18, 12)), 4),
+    "fading-after-every-chunk": (Case({"depth": 1, "half_life": 8}, calls=(12,)), 3),
 }
 
 

@@ -524,7 +524,7 @@ def test_a_named_backend_that_cannot_run_says_why():
 
 def test_what_runs_a_layer_is_explained():
     """Whole chunks with the backward pass written out, what begins inside a chunk without."""
-    for depth, form in ((1, "transition"), (2, "fused")):
+    for depth, form in ((1, "generated"), (2, "fused")):
         layer = SelfModifyingTitans(8, 2, Titans(4, depth=depth))
         assert scan.explain(layer, torch.randn(1, 6, 8)) == {form: 6}
         _, state = layer(torch.randn(1, 3, 8))

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ from nestlearn.layers.linear import StaticProjections
 from nestlearn.layers.parts import BiasedLinear
 from nestlearn.layers.titans import SelfModifyingTitans
 from nestlearn.models.hope import HopeLM
-from nestlearn.scan import use_triton
 from nestlearn.train.checkpoint import Record
 from nestlearn.train.config import TrainConfig, learning_rate
 from nestlearn.train.data import keyed_seed
@@ -195,7 +193,10 @@ class _Update:
         for n, layer in enumerate(layers):
             said = layer.gates if isinstance(layer, StaticProjections) else layer.eta
             said.register_forward_hook(partial(self._see, n))
-        self.hidden = not all(isinstance(layer, StaticProjections) for layer in layers)
+            if isinstance(layer, SelfModifyingTitans):  # what generates whole chunks tells no steps
+                layer.groups = tuple(
+                    g._replace(writer=replace(g.writer, backend="torch")) for g in layer.groups
+                )
         self.graphs: dict[tuple[float, ...], Captured] = {}
         self.right = torch.zeros((), device=device)
 
@@ -220,7 +221,7 @@ class _Update:
     def _run(self, ids: Tensor, asked: Tensor, hay: Tensor) -> Tensor:
         self.model.zero_grad()
         self.steps.clear()
-        with autocast(self.device), _unfused(self.hidden):
+        with autocast(self.device):
             logits, _ = self.model(ids[:, :-1])
         target, answer, idle = ids[:, 1:], asked[:, 1:].float(), hay[:, :-1].float()
         nats = F.cross_entropy(logits.mT.float(), target, reduction="none")
@@ -235,14 +236,3 @@ class _Update:
         with torch.no_grad():
             self.right.copy_(((logits.argmax(-1) == target) * answer).sum() / count)
         return loss.detach()
-
-
-@contextmanager
-def _unfused(wanted: bool) -> Iterator[None]:
-    """Without the kernels, which tell no steps."""
-    before = use_triton(False)
-    use_triton(before and not wanted)
-    try:
-        yield
-    finally:
-        use_triton(before)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..memory import Gates, Matrix, ResidualMLP, Weights, decay, delta, hebbian
+from ..memory import Gates, Matrix, ResidualMLP, Weights, decay, delta, hebbian, step_sizes
 from ..memory import momentum as with_momentum
 from ..memory.linalg import unit
 from ..options import DeltaNet, Linear, StaticTitans, limits
 from ..scan import FastWeights, Span, Writer
-from .parts import BiasedLinear, Readout, ShortConvolution, step_sizes
+from .parts import BiasedLinear, Readout, ShortConvolution
 from .streaming import (
     Course,
     Device,
@@ -41,7 +41,7 @@ class StaticProjections(MemoryLayer):
     """One memory per head, written with keys, values and gates from static projections.
 
     The base of the baselines: `static_titans`, `gated_deltanet` and `linear_attention` below choose
-    the memory and the rule. steps: limits of the step size, see `parts.step_sizes`; above 1 the
+    the memory and the rule. steps: limits of the step size, see `memory.step_sizes`; above 1 the
     delta rule has negative eigenvalues.
     """
 

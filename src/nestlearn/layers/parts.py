@@ -51,7 +51,7 @@ class ShortConvolution(nn.Module):
         past = self.init_state(x.shape[0], x.device) if state is None else state
         seen = torch.cat([past.to(x.dtype), x.mT], -1)
         y = F.conv1d(seen, self.weight.to(x.dtype).unsqueeze(1), groups=x.shape[2])
-        return F.silu(y).mT, seen[..., seen.shape[-1] - self.width + 1 :].contiguous()
+        return F.silu(y.mT.contiguous()), seen[..., seen.shape[-1] - self.width + 1 :].contiguous()
 
 
 class Readout(nn.Module):
@@ -67,23 +67,6 @@ class Readout(nn.Module):
         """o [B, H, T, D / H], x [B, T, D] -> [B, T, D]."""
         o = rearrange(self.norm(o), "b h t d -> b t (h d)")
         return self.out(o * F.silu(self.gate(x)))
-
-
-def step_sizes(logits: Tensor, steps: tuple[float, float], log_alpha: Tensor | None) -> Tensor:
-    """η below the upper of `steps`, and 0 below the lower; beyond 1 and with a retention α, times
-    (1 + α) / 2.
-
-    Then α − η, the smallest eigenvalue of a transition, stays above −1: where it does not, a memory
-    that is to alternate grows without end. The gradient passes the lower limit as if it were not
-    there: a gate that is shut may open again.
-    """
-    eta_min, eta_max = steps
-    eta = eta_max * torch.sigmoid(logits)
-    if eta_min > 0:
-        eta = eta - torch.where(eta < eta_min, eta, 0.0).detach()
-    if eta_max <= 1 or log_alpha is None:
-        return eta
-    return eta * (1 + log_alpha.exp()) / 2
 
 
 def logit(p: float) -> float:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights
+from ..memory import Gates, GradientRule, Matrix, ResidualMLP, Weights, step_sizes
 from ..memory.linalg import unit
 from ..options import PROJECTIONS, Titans
 from ..scan import FastWeights, Span, Writer
 from ..scan.fused import answers
 from ..scan.loop import RUN
 from ..scan.writer import constants
-from .parts import Readout, ShortConvolution, logit, step_sizes
+from .parts import Readout, ShortConvolution, logit
 from .streaming import (
     Course,
     Device,
@@ -32,7 +32,7 @@ from .streaming import (
     wide,
 )
 
-FADE_EVERY = 512  # tokens: whole runs of chunks in the kernels, and nothing at the usual windows
+FADE_EVERY = 512  # tokens: whole runs of chunks, and nothing at the usual windows
 
 
 class Group(NamedTuple):
@@ -78,7 +78,7 @@ class SelfModifyingTitans(MemoryLayer):
     outer gradient through the memories stops at multiples of so many tokens; give it for long
     sequences with large steps (eta_max > 1, momentum), where products of many writes make it
     explode. remat: recompute each chunk in the backward pass. backend: as in
-    `nestlearn.scan.update`.
+    `nestlearn.scan.update`; "auto" also takes whole chunks as one step where it can.
 
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
@@ -154,27 +154,28 @@ class SelfModifyingTitans(MemoryLayer):
 
     def _course(self, xs: tuple, memories: tuple[FastWeights, ...]) -> Course:
         z, q, _ = xs
-        in_kernels = self._in_kernels(z, q, memories)
-        starts = tuple(self._starts(group, z.shape[0], in_kernels) for group in self.groups)
+        generated = self._generates(z, q, memories)
+        starts = tuple(self._starts(group, z.shape[0], generated) for group in self.groups)
         chunks = tuple(group.writer.chunk for group in self.groups)
-        alone = chunks[0] if len(set(chunks)) == 1 and not in_kernels else None
-        run = RUN if in_kernels and torch.is_grad_enabled() else 1
+        alone = chunks[0] if len(set(chunks)) == 1 and not generated else None
+        runs = generated and torch.is_grad_enabled() and self.fade_every not in chunks
+        run = RUN if runs else 1
         if self.fade_every is None:
             return Course(starts, alone, chunks, run)
         fade = partial(self._faded, starts=starts)
         return Course(starts, alone, (*chunks, self.fade_every), run, fade)
 
-    def _in_kernels(self, z: Tensor, q: Tensor | None, memories: tuple[FastWeights, ...]) -> bool:
-        """Whether the chunks of a call do: every group is all memories of its heads."""
+    def _generates(self, z: Tensor, q: Tensor | None, memories: tuple[FastWeights, ...]) -> bool:
+        """Whether `Writer.generate` runs the chunks: every group is all memories of its heads."""
         return q is not None and all(
             group.names == tuple(self.start) and group.writer.generates(z, q, fast.now)
             for group, fast in zip(self.groups, memories)
         )
 
-    def _starts(self, group: Group, batch: int, in_kernels: bool) -> Given:
+    def _starts(self, group: Group, batch: int, generated: bool) -> Given:
         """For one call."""
         weights = self.start_weights(group)
-        if not in_kernels:
+        if not generated:
             return Given(weights, None)
         readouts = (self.eta,) if self.alpha is None else (self.eta, self.alpha)
         scalars = [p[group.heads] for scalar in readouts for p in scalar()]
@@ -185,7 +186,6 @@ class SelfModifyingTitans(MemoryLayer):
         z = x
         if self.conv is not None:
             z, conv = self.conv(x, conv)
-            z = z.contiguous()  # once, where each chunk would copy its part
         heads = "b t (h d) -> b h t d"
         q = None if self.query is None else unit(rearrange(self.query(z), heads, h=self.heads))
         log_theta = None if self.theta is None else F.logsigmoid(wide(self.theta(z))).mT
@@ -196,10 +196,25 @@ class SelfModifyingTitans(MemoryLayer):
         return self.readout(o.to(x.dtype), x)
 
     def _step(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Given, ...]):
+        """One span: whole chunks, or the beginning of one, as `Writer.generate` runs them; what
+        begins inside a chunk, or has no such form, composed.
+        """
+        z, q, _ = xs
+        if starts[0].constants is None or span.start % self.groups[0].writer.chunk:
+            return self._composed(memories, xs, span, starts)
+        heads = [group.heads.stop - group.heads.start for group in self.groups]
+        zs, qs = ((x,) if len(heads) == 1 else x.split(heads, 1) for x in (z, q))
+        after, os = [], []
+        for group, fast, start, z, q in zip(self.groups, memories, starts, zs, qs):
+            assert start.constants is not None
+            o, fast = group.writer.generate(fast, z, q, start.constants, self.steps, span)
+            after.append(fast)
+            os.append(o)
+        return _joined(os), tuple(after)
+
+    def _composed(self, memories: tuple, xs: tuple, span: Span, starts: tuple[Given, ...]):
         """One span: generate with the weights of the chunk's start, answer, write (eqs. 86–88)."""
         z, q, log_theta = xs
-        if starts[0].constants is not None and span.start % self.groups[0].writer.chunk == 0:
-            return self._step_in_kernels(memories, z, q, span, starts)
         written = {name for group in self.groups for name in group.names}
         alone = {name: self._start(name) for name in self.start if name not in written}
         said = {
@@ -254,20 +269,6 @@ class SelfModifyingTitans(MemoryLayer):
             )
             after.append(FastWeights(now, now, fast.rule))
         return tuple(after)
-
-    def _step_in_kernels(
-        self, memories: tuple, z: Tensor, q: Tensor, span: Span, starts: tuple[Given, ...]
-    ):
-        """`_step` for whole chunks or the beginning of one."""
-        heads = [group.heads.stop - group.heads.start for group in self.groups]
-        zs, qs = ((x,) if len(heads) == 1 else x.split(heads, 1) for x in (z, q))
-        after, os = [], []
-        for group, fast, start, z, q in zip(self.groups, memories, starts, zs, qs):
-            assert start.constants is not None
-            o, fast = group.writer.generate(fast, z, q, start.constants, self.steps, span)
-            after.append(fast)
-            os.append(o)
-        return _joined(os), tuple(after)
 
 
 class Scalar(nn.Module):

@@ -14,6 +14,7 @@ from .rules import (
     every,
     hebbian,
     momentum,
+    step_sizes,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "l2",
     "momentum",
     "objective",
+    "step_sizes",
 ]

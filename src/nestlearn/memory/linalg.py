@@ -17,10 +17,10 @@ def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
 
     The norm is taken in float32 at least: in float16 the square of a small vector is zero.
     """
-    return _Unit.apply(x) if torch.is_grad_enabled() else _unit(x)[0].to(x.dtype)
+    return _Unit.apply(x) if torch.is_grad_enabled() else unit_with_norm(x)[0].to(x.dtype)
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+def unit_with_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / ‖x‖ and ‖x‖, wide."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = (wide.square().sum(-1, keepdim=True) + _EPS).sqrt()
@@ -32,7 +32,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, norm = _unit(x)
+        y, norm = unit_with_norm(x)
         ctx.save_for_backward(y, norm)
         return y.to(x.dtype)
 
@@ -40,9 +40,13 @@ class _Unit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         y, norm = ctx.saved_tensors
-        wide = dy.to(y.dtype)
-        along = (y * wide).sum(-1, keepdim=True)
-        return wide.addcmul(y, along, value=-1).div_(norm).to(dy.dtype)
+        return through_unit(y, norm, dy.to(y.dtype)).to(dy.dtype)
+
+
+def through_unit(y: Tensor, norm: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of x from that of y = x / ‖x‖."""
+    along = (y * dy).sum(-1, keepdim=True)
+    return dy.addcmul(y, along, value=-1).div_(norm)
 
 
 def decay_products(

@@ -37,6 +37,37 @@ class Gates(NamedTuple):
         return Gates(f(self.eta), alpha, theta)
 
 
+def step_sizes(logits: Tensor, steps: tuple[float, float], log_alpha: Tensor | None) -> Tensor:
+    """η below the upper of `steps`, and 0 below the lower; beyond 1 and with a retention α, times
+    (1 + α) / 2.
+
+    Then α − η, the smallest eigenvalue of a transition, stays above −1: where it does not, a memory
+    that is to alternate grows without end. The gradient passes the lower limit as if it were not
+    there: a gate that is shut may open again.
+    """
+    eta_min, eta_max = steps
+    eta = eta_max * torch.sigmoid(logits)
+    if eta_min > 0:
+        eta = eta - torch.where(eta < eta_min, eta, 0.0).detach()
+    if eta_max <= 1 or log_alpha is None:
+        return eta
+    return eta * (1 + log_alpha.exp()) / 2
+
+
+def through_step_sizes(
+    logits: Tensor, steps: tuple[float, float], log_alpha: Tensor | None, deta: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the logits and, where η depends on it, of log α."""
+    eta_min, eta_max = steps
+    p, dlog = torch.sigmoid(logits), None
+    if eta_max > 1 and log_alpha is not None:
+        eta, alpha = eta_max * p, log_alpha.exp()
+        if eta_min > 0:
+            eta = torch.where(eta < eta_min, 0.0, eta)
+        dlog, deta = 0.5 * alpha * eta * deta, (0.5 + 0.5 * alpha) * deta
+    return deta * eta_max * p * (1 - p), dlog
+
+
 class Gradient(NamedTuple):
     """The inner gradient of one token and, for memories of matrices, each matrix's input."""
 

@@ -228,7 +228,7 @@ def noted() -> Iterator[Counter[str]]:
 
 def note(name: str, tokens: int) -> None:
     """Say that a form runs so many tokens."""
-    if _ran is not None:
+    if not torch.compiler.is_compiling() and _ran is not None:
         _ran[name] += tokens
 
 
@@ -236,13 +236,13 @@ def note(name: str, tokens: int) -> None:
 def explain(layer: Any, x: Tensor) -> dict[str, int]:
     """Which forms run a layer, or a model, on x: tokens by form, summed over its memories' updates.
 
-    "card: generated" are whole chunks of self-modifying memories in kernels of their own, "spans"
-    levels by whole spans; the others are the backends of `update`. The call is made, without
-    gradients; steps that are compiled are not seen.
+    "generated" are whole chunks of self-modifying matrices, "card: generated" of any such memories
+    in kernels of their own, "spans" levels by whole spans; the others are the backends of `update`.
+    The call is made, without gradients; steps that are compiled are not seen.
 
         >>> layer = SelfModifyingTitans(64, 4, Titans(chunk=32))
         >>> nestlearn.scan.explain(layer, torch.randn(1, 40, 64))
-        {'transition': 40}
+        {'generated': 40}
     """
     with noted() as ran:
         layer(x)

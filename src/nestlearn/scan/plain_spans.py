@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..memory import GradientRule
 from ..memory.linalg import frobenius, inverse_unit_lower
+from .shell import into_shell_, out_of_shell_
 from .writer import Writer
 
 BLOCK = 64  # systems up to this size are inverted by torch
@@ -87,6 +88,7 @@ class Spans(torch.autograd.Function):
             inverse = _inverse(system)
         states, found = (rows.new_empty(n, *W.shape), gram.new_empty(*rows.shape[:3], W.shape[1]))
         w, shells, W = torch.empty_like(values), [], W.clone()
+        start = frobenius(W0).to(W.dtype)
         for i in range(n):
             states[i].copy_(W)
             _product(rows[i], states[i].mT, wide, out=found[i])
@@ -98,7 +100,7 @@ class Spans(torch.autograd.Function):
                 if form.fading:
                     W.lerp_(W0.to(wide), form.fading)
                 if form.writer.bound is not None:
-                    shells.append(form(_into_shell, W, W0, *form.writer.bound))
+                    shells.append(form(into_shell_, W, start, *form.writer.bound))
         errors = form(_errors, values, found, both)
         _add(found[:, :, 1 : N + 1], read, w)
         ctx.form, ctx.kinds = form, (last.dtype, h.dtype, v.dtype)
@@ -119,7 +121,7 @@ class Spans(torch.autograd.Function):
         form, N, low = ctx.form, ctx.form.size, ctx.form.dtype
         W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *flat = ctx.saved_tensors
         wide, n = gram.dtype, len(rows)
-        shells = list(zip(flat[::2], flat[1::2]))
+        shells, start = list(zip(flat[::2], flat[1::2])), frobenius(W0).to(wide)
         dW0 = torch.zeros_like(W0) if shells or form.fading else None
         dW = dW.clone()
         earlier, factor, both = form.masks(gram.new_empty(0))
@@ -133,7 +135,9 @@ class Spans(torch.autograd.Function):
             if form.ends(i):
                 if shells:
                     after = W if i == n - 1 else states[i + 1]
-                    dW0 += form(_shell_backward, after, dW, *shells.pop(), W0, *form.writer.bound)
+                    norm, size = shells.pop()
+                    dstart = form(out_of_shell_, after, dW, norm, size, start, *form.writer.bound)
+                    dW0 += dstart.sum(0) * W0 / start.clamp(min=1e-12)
                 if form.fading:
                     dW0 += form.fading * dW.sum(0)
                     dW *= 1 - form.fading
@@ -296,23 +300,3 @@ def _tf32(dtype: torch.dtype):
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-
-
-def _into_shell(W, W0, low, high):
-    """`into_shell` in place; the norm and what it is brought to."""
-    norm, start = frobenius(W), frobenius(W0).to(W.dtype)
-    size = norm.clamp(min=low * start, max=high * start)
-    W.mul_(size / norm.clamp(min=1e-12))
-    return norm, size
-
-
-def _shell_backward(after, dW, norm, size, W0, low, high):
-    """Through `_into_shell`: dW in place, dW_0."""
-    start = frobenius(W0).to(norm.dtype)
-    under, over = norm < low * start, norm > high * start
-    along = (after * dW).sum((-2, -1), keepdim=True) / size.clamp(min=1e-12)
-    scale = size / norm.clamp(min=1e-12)
-    pull = torch.where(under | over, scale * along / size.clamp(min=1e-12), 0.0)
-    dW.copy_(dW * scale - pull * after)
-    pull = torch.where(under, low * along, torch.where(over, high * along, 0.0)).sum(0)
-    return (pull * W0 / start.clamp(min=1e-12)).to(W0.dtype)

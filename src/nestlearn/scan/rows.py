@@ -32,8 +32,17 @@ class Scalars:
             # no gradient comes this way, so what overflows above the diagonal may be cut off after
             self.ratio = (total.unsqueeze(-1) - total.unsqueeze(-2)).exp_().tril_()
         self.found = F.pad(self.gamma[..., :-1, :], (0, 0, 1, 0), value=1.0)
-        self.faded_by = F.pad(self.ratio[..., :-1, :], (0, 0, 1, 0))
         self.left = self.ratio[..., -1, :].unsqueeze(-1)
+
+    @property
+    def faded_by(self) -> Tensor:
+        return F.pad(self.ratio[..., :-1, :], (0, 0, 1, 0))
+
+    def fade_(self, pairs: Tensor) -> Tensor:
+        """pairs ∘ faded_by, in place."""
+        pairs[..., 1:, :].mul_(self.ratio[..., :-1, :])
+        pairs[..., 0, :] = 0.0
+        return pairs
 
 
 def nonlinearity(memory: Matrix | ResidualMLP) -> tuple[Any, float, bool]:

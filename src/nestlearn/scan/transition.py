@@ -42,9 +42,14 @@ def why_not(chunk: Chunk, given: Given) -> str | None:
     like = rank > 2 and k.ndim == v.ndim == rank and all(g.ndim == rank - 1 for g in scalars)
     if not like or {k.shape[-3], v.shape[-3], *(g.shape[-2] for g in scalars)} != {1}:
         return "the memories do not share keys, gates and what they make values of"
-    if k.shape[-1] > WIDE * k.shape[-2]:
-        return f"keys of {k.shape[-1]} for {k.shape[-2]} tokens: W A costs more than it saves"
-    return fused.why_not(chunk, given)
+    return too_wide(k) or fused.why_not(chunk, given)
+
+
+def too_wide(k: Tensor) -> str | None:
+    """Whether A costs more than it saves, and why."""
+    if k.shape[-1] <= WIDE * k.shape[-2]:
+        return None
+    return f"keys of {k.shape[-1]} for {k.shape[-2]} tokens: W A costs more than it saves"
 
 
 def options() -> dict[str, Any]:
@@ -77,12 +82,12 @@ def update(
     q, k, v = flat(q, T, K), flat(k.squeeze(-3), T, K), flat(v.squeeze(-3), T, K)
     eta, log_alpha = (flat(None if g is None else g.squeeze(-2), T) for g in gates[:2])
     token = q is not None and chunk.read == "token"
-    form = Form(chunk.rule, chunk.aim.name == "l2", token)
+    form = Form(chunk.rule, chunk.aim.name == "l2", token, False)
     given = (q if token else None, k, v, eta, log_alpha)
     if torch.is_grad_enabled():
         A, *read = _Transition.apply(form, *given)
     else:
-        A, *read = _forward(form, *given)[0]
+        A, *read = forward(form, *given)[0]
     z, o = read[0] if token else q, None
     if z is not None:
         o = torch.bmm(z, joint[:, first : first + V].mT).view(*lead, T, V)
@@ -90,11 +95,20 @@ def update(
 
 
 class Form(NamedTuple):
-    """rule; l2: the objective is no dot product. token: q is answered at its token."""
+    """rule; l2: the objective is no dot product. token: q is answered at its token. unit: keys have
+    norm 1, or 0, so that no step size depends on them.
+    """
 
     rule: GradientRule
     l2: bool
     token: bool
+    unit: bool
+
+    def sizes(self, c: Scalars, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r, s, and r γ₋ + l s, each [N, T, 1]."""
+        r, s = (c.eta, c.eta) if self.unit else steps(c.eta, k, self.rule)
+        of_k = r * c.found if self.rule.delta else torch.zeros_like(r)
+        return r, s, of_k + s if self.l2 else of_k
 
 
 class _Transition(torch.autograd.Function):
@@ -102,7 +116,7 @@ class _Transition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, form: Form, *given: Any) -> tuple:
-        outputs, saved = _forward(form, *given)
+        outputs, saved = forward(form, *given)
         ctx.form = form
         ctx.save_for_backward(*saved)
         return outputs
@@ -111,24 +125,24 @@ class _Transition(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dA: Tensor, *dz: Any) -> tuple:
         with torch.autocast(dA.device.type, enabled=False):  # also where a caller's still holds
-            back = _Backward(ctx.form, *ctx.saved_tensors)
+            back = Backward(ctx.form, *ctx.saved_tensors)
             back.through_transition(dA)
             dq = back.through_read(*dz) if ctx.form.token else None
             back.through_system()
             return None, dq, *back.through_sizes()
 
 
-def _forward(form: Form, q, k, v, eta, log_alpha) -> tuple[tuple, tuple]:
+def forward(form: Form, q, k, v, eta, log_alpha) -> tuple[tuple, tuple]:
     """The outputs, and what the backward pass needs."""
     c = Scalars(eta, log_alpha)
-    r, s = steps(c.eta, k, form.rule)
+    r, s, of_k = form.sizes(c, k)
     x, faded, inverse = s * v, None, None
-    if form.l2:
-        x.addcmul_(s, k, value=-1)
+    if form.l2 or form.rule.delta:
+        x.addcmul_(of_k, k, value=-1)
     if form.rule.delta:
-        faded = torch.bmm(k, k.mT).mul_(c.faded_by)
+        faded = c.fade_(torch.bmm(k, k.mT))
         inverse = inverse_unit_lower(r * faded)
-        x = torch.bmm(inverse, x.addcmul_(r * c.found, k, value=-1))
+        x = torch.bmm(inverse, x)
     A = torch.bmm(x.mT, c.left * k)
     A.diagonal(dim1=-2, dim2=-1).add_(c.gamma[..., -1, :])
     z = share = None
@@ -139,7 +153,7 @@ def _forward(form: Form, q, k, v, eta, log_alpha) -> tuple[tuple, tuple]:
     return ((A,) if z is None else (A, z)), saved
 
 
-class _Backward:
+class Backward:
     """The backward pass, from the last equation to the first; a gradient is d and what it is of.
 
     dtotal: of Σ log α up to each token.
@@ -177,33 +191,37 @@ class _Backward:
     def through_system(self) -> None:
         """(I + r (Γ₋ ∘ k kᵀ)) x = s v − (r γ₋ + l s) k"""
         form, c, k = self.form, self.c, self.k
-        r, s = steps(c.eta, k, form.rule)
+        r, s, of_k = form.sizes(c, k)
         right = torch.bmm(self.inverse.mT, self.dx) if form.rule.delta else self.dx
         along = (right * k).sum(-1)
         ds = (right * self.v).sum(-1)
         self.dr, self.both = torch.zeros_like(ds), None
         if form.l2:
             ds = ds - along
-            self.dk.addcmul_(s, right, value=-1)
-        if form.rule.delta:
-            dsystem = torch.bmm(right, self.x.mT).neg_()
+        if form.l2 or form.rule.delta:
+            self.dk.addcmul_(of_k, right, value=-1)
+        if form.rule.delta:  # dsystem is −right xᵀ; here without the sign
+            dsystem = torch.bmm(right, self.x.mT)
             dfaded = dsystem * self.faded
-            self.dr = dfaded.sum(-1) - along * c.found.squeeze(-1)
+            self.dr = -(dfaded.sum(-1) + along * c.found.squeeze(-1))
             if self.log_alpha is not None:
                 self.dtotal += F.pad((r.squeeze(-1) * self.dr)[:, 1:], (0, 1))
-                self.dtotal -= torch.bmm(r.mT, dfaded).squeeze(-2)
-            self.both = dsystem.mul_(r).mul_(c.faded_by)
-            self.dk.addcmul_(r * c.found, right, value=-1)
+                self.dtotal += torch.bmm(r.mT, dfaded).squeeze(-2)
+            self.both = c.fade_(dsystem.mul_(-r))
         if form.rule.normalize:  # s = r
             self.dr = self.dr + ds
         else:
             self.deta += ds
         self.dv = s * right
 
-    def through_sizes(self) -> tuple[Tensor | None, ...]:
+    def through_sizes(self) -> tuple[Any, ...]:
         """r = η / max(1, ‖k‖²), and k kᵀ where there is a system; dk, dv, dη, d log α."""
         k, rule = self.k, self.form.rule
-        if rule.delta or rule.normalize:
+        if self.form.unit:
+            self.deta += self.dr
+            if self.both is not None:
+                self.dk.baddbmm_(self.both + self.both.mT, k)
+        elif rule.delta or rule.normalize:
             size = k.square().sum(-1)
             length = size.clamp(min=1.0)
             self.deta += self.dr / length

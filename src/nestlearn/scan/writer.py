@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from ..memory import Gates, Weights
 from ..memory.linalg import frobenius
+from . import transition
 from .chunk import Chunk, Given, check_backend, note, on_card, ready
 from .loop import Span
+from .shell import into_shell_, out_of_shell_
 
 
 class FastWeights(NamedTuple):
@@ -123,14 +125,26 @@ class Writer(Chunk):
         return o, FastWeights(now, now, rule)
 
     def generates(self, z: Tensor, q: Tensor, W: Weights) -> bool:
-        """Whether `generate` can run whole chunks of these: on the card, no momentum."""
-        if self.backend != "auto" or self.half_life is not None or not on_card(z):
-            return False
-        from .card import given  # here, so that triton is loaded only where it can run
+        """Whether `generate` runs a call's chunks best."""
+        found = self._generator(z, q, W)
+        if found is None or found[0] != "generated":
+            return found is not None
+        return transition.too_wide(z[..., : self.chunk, :]) is None
 
+    def _generator(self, z: Tensor, q: Tensor, W: Weights) -> tuple[str, Any] | None:
+        """What runs them, by name: the kernels, or torch's operations for matrices."""
+        if self.backend != "auto" or self.half_life is not None or torch.compiler.is_exporting():
+            return None
         few = z[..., : self.chunk, :]
         call = Given(W, q, few, few, Gates(few), 0)
-        return z.dtype == torch.float32 and given.why_not(self, call) is None
+        if on_card(z):
+            from .card import generated, given  # here: triton is loaded only where it can run
+
+            if z.dtype == torch.float32 and given.why_not(self, call) is None:
+                return "card: generated", generated
+        from . import generated as composed
+
+        return ("generated", composed) if composed.why_not(self, call) is None else None
 
     def generate(
         self, fast: FastWeights, z: Tensor, q: Tensor, constants: Tensor,
@@ -138,13 +152,14 @@ class Writer(Chunk):
     ) -> tuple[Tensor, FastWeights]:  # fmt: skip
         """Whole chunks, or the beginning of one, of memories stacked [B, heads, memories, ...] that
         say k, v, η within `steps` (and log α) of z [B, heads, T, d] and are written with them,
-        the last of them answering q: see `scan.card.generated`.
+        the last of them answering q: see `scan.generated` and `scan.card.generated`.
         """
-        from .card import generated
-
+        found = self._generator(z, q, fast.now)
+        assert found is not None
+        name, form = found
         ends = span.ends(self.chunk)
-        note("card: generated", z.shape[-2])
-        o, now = generated.run(
+        note(name, z.shape[-2])
+        o, now = form.run(
             self, self.chunk, fast.now, z, q, constants, steps=steps,
             bound=self.bound if ends else None,
         )  # fmt: skip
@@ -161,30 +176,23 @@ def constants(scalars: list[Tensor], W0: Weights) -> Tensor:
 
 def into_shell(W: Tensor, W0: Tensor, low: float, high: float) -> Tensor:
     """W scaled so that its Frobenius norm is between low and high times that of W0."""
-    start = frobenius(W0).to(W.dtype)
-    return _Rescaled.apply(W, low * start, high * start)
+    return _Rescaled.apply(W, frobenius(W0).to(W.dtype), low, high)
 
 
 class _Rescaled(torch.autograd.Function):
-    """W scaled so that its norm n is c, n clamped to [low, high]; kept is the result, not W."""
+    """W in its shell; kept is the result, not W."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        norm = frobenius(W)
-        size = norm.clamp(min=low, max=high)
-        scale = size / norm.clamp(min=1e-12)
-        scaled = W * scale
-        ctx.save_for_backward(scaled, norm, size, scale, low, high)
+    def forward(ctx: Any, W: Tensor, start: Tensor, low: float, high: float) -> Tensor:
+        scaled = W.clone()
+        ctx.bound = low, high
+        ctx.save_for_backward(scaled, *into_shell_(scaled, start, low, high), start)
         return scaled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        W, norm, size, scale, low, high = ctx.saved_tensors
-        # y = c W/n: dW = c/n (dy − ŷ⟨ŷ, dy⟩) and dc = ⟨ŷ, dy⟩ where n is outside, else dW = dy.
-        along = (W * grad).sum((-2, -1), keepdim=True) / size.clamp(min=1e-12)
-        inside = (norm >= low) & (norm <= high)
-        pull = torch.where(inside, 0.0, -scale * along / size.clamp(min=1e-12))
-        to_low = torch.where(norm < low, along, 0.0).sum_to_size(low.shape)
-        to_high = torch.where(norm > high, along, 0.0).sum_to_size(high.shape)
-        return (grad * scale).addcmul_(pull.expand_as(W), W), to_low, to_high
+        W, norm, size, start = ctx.saved_tensors
+        dW = grad.clone()
+        dstart = out_of_shell_(W, dW, norm, size, start, *ctx.bound)
+        return dW, dstart.sum_to_size(start.shape), None, None
