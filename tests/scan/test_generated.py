@@ -80,3 +80,8 @@ def test_float32_is_as_near_as_the_composed_step():
         x = torch.randn(2, 22, 16, generator=torch.Generator().manual_seed(1))
         errors.append((layer(x)[0] - truth[0]).norm() / truth[0].norm())
     assert errors[0] < 1e-6, errors
+
+
+def test_a_state_keeps_nothing_but_itself():
+    (now,) = layer_of()(torch.randn(1, 64, 16).double())[1].memories[0].now
+    assert now.untyped_storage().nbytes() == now.numel() * now.element_size()

@@ -166,7 +166,8 @@ def _forward(
         if form.bound is not None:
             sizes = into_shell_(after.view(N, memories, d, d), c.start, *form.bound)
         kept.append(Kept(said, norms, rows, logits, *sizes, A, *system))
-    return (_tokens(torch.stack(o), W), states[-1].view(W.shape)), states, kept
+    last = states[-1].view(W.shape).clone()  # a view would keep all of them as long as a state
+    return (_tokens(torch.stack(o), W), last), states, kept
 
 
 def _backward(
@@ -177,11 +178,8 @@ def _backward(
     memories, d = dW.shape[2:4]
     c, gates = Constants(form, constants, memories), slice(2 * d, (2 + form.gates) * d)
     zs, qs, dos = (_chunks(x, form.chunk) for x in (z, q, do))
-    dzs, dqs, djoint = (
-        torch.empty_like(zs),
-        torch.empty_like(qs),
-        dW.reshape(states[0].shape).clone(),
-    )
+    dzs, dqs = torch.empty_like(zs), torch.empty_like(qs)
+    djoint = dW.clone(memory_format=torch.contiguous_format).view(states[0].shape)
     dreadout, dbias, dstart = (torch.zeros_like(x) for x in (c.readout, c.bias, c.start))
     for i in reversed(range(len(kept))):
         one, joint = kept[i], states[i]
