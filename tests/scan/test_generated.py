@@ -82,6 +82,13 @@ def test_float32_is_as_near_as_the_composed_step():
     assert errors[0] < 1e-6, errors
 
 
+def test_no_samples_are_as_good_as_some():
+    layer, x = layer_of(), torch.randn(0, 22, 16).double().requires_grad_()
+    y, _ = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+
+
 def test_a_state_keeps_nothing_but_itself():
     (now,) = layer_of()(torch.randn(1, 64, 16).double())[1].memories[0].now
     assert now.untyped_storage().nbytes() == now.numel() * now.element_size()

@@ -137,7 +137,8 @@ def _chunks(x: Tensor, size: int) -> Tensor:
 
 def _tokens(x: Tensor, like: Tensor) -> Tensor:
     """What `_chunks` made, as it was."""
-    return x.transpose(0, 1).reshape(*like.shape[:2], -1, x.shape[-1])
+    chunks, _, size, d = x.shape
+    return x.transpose(0, 1).reshape(*like.shape[:2], chunks * size, d)
 
 
 def _forward(
@@ -184,7 +185,7 @@ def _backward(
     for i in reversed(range(len(kept))):
         one, joint = kept[i], states[i]
         if form.bound is not None:
-            each, deach = (x.view(-1, memories, d, d) for x in (states[i + 1], djoint))
+            each, deach = (x.view(len(x), memories, d, d) for x in (states[i + 1], djoint))
             dstart += out_of_shell_(each, deach, one.before, one.size, c.start, *form.bound)
         dA, djoint = torch.bmm(joint.mT, djoint), torch.bmm(djoint, one.A.mT)
         asked = torch.bmm(dos[i], joint[:, -d:])
