@@ -19,13 +19,9 @@ from nestlearn.options import Continuum, Titans
 from nestlearn.scan import explain
 
 TITANS = Titans(4, depth=2, half_life=None)
-MATRICES = Titans(4, half_life=None)
 LAYERS = {
     "titans": (lambda dim: SelfModifyingTitans(dim, 2, TITANS), 3),
-    "titans-matrices": (lambda dim: SelfModifyingTitans(dim, 2, MATRICES), 2),
-    "titans-matrices-composed": (
-        lambda dim: SelfModifyingTitans(dim, 2, MATRICES, backend="torch"), 3
-    ),
+    "titans-matrices": (lambda dim: SelfModifyingTitans(dim, 2, Titans(4, half_life=None)), 3),
     "cms": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16), Level(hidden=16)]), 4),
     "cms-all": (lambda dim: ContinuumMemory(dim, [Level(chunk=4, hidden=16, learns="all")]), 3),
     "deltanet": (lambda dim: gated_deltanet(dim, 2, chunk=4), 3),
@@ -61,9 +57,9 @@ def traced(monkeypatch):
 
 @pytest.mark.parametrize(("build", "number"), LAYERS.values(), ids=LAYERS)
 def test_the_same_graphs_for_all_of_one_width(build, number):
-    """One for the step, where it is not one of autograd's own, two for what is before and after it;
-    of a level, whose spans are not whole here, those two; the same for one that never learns. All
-    chunks, batches and lengths share them, and so do equal layers.
+    """One for the step, two for what is before and after it; of a level, whose spans are not whole
+    here, those two; the same for one that never learns. All chunks, batches and lengths share them,
+    and so do equal layers.
     """
     before, counts, layers = GRAPHS.frame_count, [], both(build)
     for batch, T in ((2, 12), (3, 20), (5, 11), (2, 4)):
@@ -76,7 +72,7 @@ def test_the_same_graphs_for_all_of_one_width(build, number):
 
 @pytest.mark.usefixtures("traced")
 def test_who_asks_what_runs_sees_no_compiled_step():
-    _, layer = both(LAYERS["titans-matrices-composed"][0])
+    _, layer = both(LAYERS["titans-matrices"][0])
     assert explain(layer, torch.randn(2, 21, 8, dtype=torch.float64)) == {"transition": 1}
 
 
@@ -169,7 +165,7 @@ def test_a_model_compiles_the_layers_of_memories():
         graphs = CompileCounterWithBackend("eager")
         model.compile(backend=graphs)
         torch.testing.assert_close(model(ids)[0], expected)
-        assert graphs.frame_count == 6  # two of Titans, two of each level; both blocks share them
+        assert graphs.frame_count == 7  # three of Titans, two of each level; both blocks share them
 
 
 def test_inductor_gives_the_same():

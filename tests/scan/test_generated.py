@@ -79,7 +79,7 @@ def test_float32_is_as_near_as_the_composed_step():
         layer = layer_of(backend).float()
         x = torch.randn(2, 22, 16, generator=torch.Generator().manual_seed(1))
         errors.append((layer(x)[0] - truth[0]).norm() / truth[0].norm())
-    assert errors[0] < 1e-6, errors
+    assert errors[0] < 2 * errors[1] < 2e-6, errors
 
 
 def test_no_samples_are_as_good_as_some():

@@ -166,9 +166,12 @@ class SelfModifyingTitans(MemoryLayer):
         return Course(starts, alone, (*chunks, self.fade_every), run, fade)
 
     def _generates(self, z: Tensor, q: Tensor | None, memories: tuple[FastWeights, ...]) -> bool:
-        """Whether `Writer.generate` runs the chunks: every group is all memories of its heads."""
+        """Whether `Writer.generate` runs the chunks: every group is all memories of its heads. A
+        compiled step is faster than all but kernels.
+        """
+        compiled = "_step" in self._compiled
         return q is not None and all(
-            group.names == tuple(self.start) and group.writer.generates(z, q, fast.now)
+            group.names == tuple(self.start) and group.writer.generates(z, q, fast.now, compiled)
             for group, fast in zip(self.groups, memories)
         )
 

@@ -124,12 +124,12 @@ class Writer(Chunk):
             rule = rule._replace(ahead=now)
         return o, FastWeights(now, now, rule)
 
-    def generates(self, z: Tensor, q: Tensor, W: Weights) -> bool:
-        """Whether `generate` runs a call's chunks best."""
+    def generates(self, z: Tensor, q: Tensor, W: Weights, kernels: bool = False) -> bool:
+        """Whether `generate` runs a call's chunks best; kernels: if it does so as kernels."""
         found = self._generator(z, q, W)
         if found is None or found[0] != "generated":
             return found is not None
-        return transition.too_wide(z[..., : self.chunk, :]) is None
+        return not kernels and transition.too_wide(z[..., : self.chunk, :]) is None
 
     def _generator(self, z: Tensor, q: Tensor, W: Weights) -> tuple[str, Any] | None:
         """What runs them, by name: the kernels, or torch's operations for matrices."""
