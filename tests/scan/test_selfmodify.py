@@ -19,6 +19,10 @@ from nestlearn.options import Titans
 HOW = ("truncate", "remat", "backend")  # beside the options
 FORWARD = ("_generate", "_invert", "_forward")
 BACKWARD = ("_backward_systems", "_backward_factors", "_backward_generate")
+OF_MATRICES = {  # forward, backward; then those of whole runs
+    "_transition": True, "_write": True, "_backward_write": False, "_backward_transition": False,
+    "_answer_through": True, "_backward_read_through": False,
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -70,7 +74,7 @@ def results(layer, case, dtype, device):
 def kernels(case):
     """The modules as the kernels' tests want them, and where every launch is counted."""
     from nestlearn.scan import chunk, writer
-    from nestlearn.scan.card import generated, given
+    from nestlearn.scan.card import generated, given, transition
 
     launches = Counter()
     launch = given._launch
@@ -82,7 +86,7 @@ def kernels(case):
         launch(kernel, *args)
 
     given._empty, given.PRECISION = poisoned, case.precision
-    generated._launch = counted
+    generated._launch = transition._launch = counted
     chunk.on_card = writer.on_card = lambda x: True
     return launches
 
@@ -114,11 +118,16 @@ def check(away, case, tolerance=3e-5, groups=1, inverted=1, runs=None):  # noqa:
     large = [(i, e) for i, e in enumerate(found) if not e <= tolerance]  # NaN, too
     assert not large, large
     chunks = -(-sum(case.calls) // case.chunk)  # begun: what goes on inside one is composed
-    again = 2 if case.options.get("remat") else 1
+    again, runs = 2 if case.options.get("remat") else 1, chunks if runs is None else runs
+    if case.options.get("depth") == 1:
+        assert launches == {
+            name: (runs if "through" in name else chunks) * groups * (again if forward else 1)
+            for name, forward in OF_MATRICES.items()
+        }
+        return
     expected = dict.fromkeys(FORWARD, chunks * groups * again)
     expected |= dict.fromkeys(BACKWARD, chunks * groups)
     expected["_invert"] = chunks * inverted * again
-    runs = chunks if runs is None else runs
     expected |= {"_answer": runs * groups * again, "_backward_read": runs * groups}
     assert launches == {name: n for name, n in expected.items() if n}
 
@@ -135,6 +144,9 @@ FORMS = {  # others are among RUNS: a matrix, as it is and with wide steps; no d
     "shrunk": {"bound": (0.25, 0.9)},
     "matrix-grown": {"depth": 1, "bound": (1.1, 2.0)},
     "grown": {"bound": (1.1, 2.0)},
+    "matrix-no-decay-wide-steps": {"depth": 1, "weight_decay": False, "eta_max": 2.0},
+    "matrix-shut-l2": {"depth": 1, "eta_max": 2.0, "eta_min": 0.04, "objective": "l2"},
+    "matrix-free": {"depth": 1, "bound": None, "half_life": 8},
     "recomputed": {"remat": True},
     "fading": {"half_life": 8},
 }
@@ -169,28 +181,37 @@ def test_whole_chunks_in_a_row_are_answered_together(away, case, runs):  # noqa:
 
 def test_groups_of_heads_with_and_without_the_delta_term(away):  # noqa: F811
     check(away, Case({"dgd": 0.5, "objective": "l2"}, heads=2, calls=(8,)), groups=2, runs=1)
-    check(away, Case({"dgd": False, "depth": 1}), inverted=0)
+    check(away, Case({"dgd": False, "depth": 1}))
+    check(away, Case({"dgd": False}), inverted=0)
 
 
 def test_widths_and_lengths_that_fill_their_tiles_and_others(away):  # noqa: F811
     check(away, Case({"hidden": 20}, width=42, chunk=33, calls=(33,)))
     check(away, Case(width=64, chunk=64, calls=(64,)))
+    check(away, Case({"depth": 1}, width=42, chunk=33, calls=(33,)))
+    check(away, Case({"depth": 1}, width=64, chunk=64, calls=(64,)))
 
 
 def test_bfloat16_is_near_enough(away):  # noqa: F811
     """The gradients of what makes α are sums that cancel: 3e-2; all others stay below 1e-2."""
     check(away, Case(width=16, chunk=16, calls=(17,), precision="bf16"), tolerance=4e-2)
     check(away, Case(width=16, chunk=16, calls=(16,), precision="tf32"), tolerance=2e-3)
+    matrices = Case({"depth": 1}, width=16, chunk=16, calls=(17,), precision="bf16")
+    check(away, matrices, tolerance=4e-2)
 
 
 def seen_precisions(case):
     """Of the kernels' products and systems; what they would compute is left out."""
-    from nestlearn.scan.card import generated, given
+    from nestlearn.scan.card import generated, given, transition
 
     found = set()
     kernels(case)
     before = generated._launch, given._launch, given._empty
-    generated._launch = given._launch = lambda _, __, kind, *___: found.add((kind.dot, kind.system))
+
+    def noted(_, __, kind, *___):
+        found.add((kind.dot, kind.system))
+
+    generated._launch = transition._launch = given._launch = noted
     given._empty = torch.zeros
     torch.set_autocast_enabled("cuda", case.autocast)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -198,11 +219,14 @@ def seen_precisions(case):
     torch.set_autocast_enabled("cuda", False)
     y.sum().backward()  # outside autocast, as a training step does it
     generated._launch, given._launch, given._empty = before
+    transition._launch = generated._launch
     return found
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"adapt": ("k", "eta", "alpha")}], ids=["generated", "given"]
+    "options",
+    [{}, {"adapt": ("k", "eta", "alpha")}, {"depth": 1}],
+    ids=["generated", "given", "matrices"],
 )
 def test_autocast_decides_the_precision(away, options):  # noqa: F811
     assert away(seen_precisions, Case(options, width=64, autocast=True)) == {("bf16", "tf32")}
@@ -224,8 +248,9 @@ def bits(case):
     return all(map(torch.equal, one, two)), torch.equal(one[0], bare)
 
 
-def test_two_runs_give_the_same_bits(away):  # noqa: F811
-    assert away(bits, Case()) == (True, True)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_two_runs_give_the_same_bits(away, depth):  # noqa: F811
+    assert away(bits, Case({"depth": depth})) == (True, True)
 
 
 def fallen_back(options, double=False, chunks=(3, 5)):
@@ -254,7 +279,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
 def test_what_the_kernels_cannot_run_is_composed(away, options):  # noqa: F811
-    assert "_generate" not in away(fallen_back, options)
+    assert not {"_generate", "_transition"} & set(away(fallen_back, options))
 
 
 def test_only_whole_beginnings_of_chunks_run_in_kernels(away):  # noqa: F811
@@ -277,4 +302,4 @@ def other_states(case):
 def test_states_of_another_type_or_layout_run_in_kernels(away):  # noqa: F811
     same, launches = away(other_states, Case({"conv": 0, "depth": 1}, calls=(4,)))
     assert same
-    assert launches["_generate"] == 2
+    assert launches["_transition"] == 2

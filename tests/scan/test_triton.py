@@ -235,12 +235,12 @@ def typed(K, H, V):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
-    from nestlearn.scan.card import kernels
+    from nestlearn.scan.card import kernels, transition_kernels
     from nestlearn.scan.card.tiles import Kind, Place
 
-    own = K == V
+    own, modules = K == V, (kernels, transition_kernels)
     kind = Kind(
-        K, H, V, True, "silu", 4.0, own, True, True, True, True, "token", 16, "tf32", "tf32x3",
+        K, H, V, H != K, "silu", 4.0, own, True, True, True, True, "token", 16, "tf32", "tf32x3",
         own=own, shell=own, high=1.0,
     )  # fmt: skip
     names = ("asking", "answering", "dasking", "given", "dgiven")
@@ -249,7 +249,7 @@ def typed(K, H, V):
     backend = make_backend(target)
     options = backend.parse_options({"num_warps": kernels.WARPS})
     compiled = 0
-    for kernel in vars(kernels).values():
+    for kernel in vars(modules[K == H]).values():
         arguments = getattr(kernel, "arg_names", ())
         if arguments[-7:-1] != list(Place._fields) or (not own and "constants" in arguments[:4]):
             continue
@@ -333,7 +333,9 @@ def test_widths_that_fill_their_tiles_and_widths_that_do_not(away):
     check(away, Case(Matrix(33, 64), ALL, T=9))
 
 
-@pytest.mark.parametrize(("widths", "number"), [((16, 32, 16), 8), ((16, 48, 24), 6)])
+@pytest.mark.parametrize(
+    ("widths", "number"), [((16, 32, 16), 8), ((16, 48, 24), 6), ((16, 16, 16), 6)]
+)
 def test_every_kernel_compiles_for_widths_of_different_tiles(widths, number):
     assert typed(*widths) == number
 

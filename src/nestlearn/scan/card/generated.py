@@ -28,18 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from ...memory.memories import Weights
 from ..chunk import Chunk
-from .given import (
-    _form,
-    _kept,
-    _kind,
-    _launch,
-    _new,
-    _pieces,
-    _precisions,
-    _split,
-    _systems,
-    precision,
-)
+from . import transition
+from .given import _form, _kept, _launch, _new, _pieces, _split, _systems, precision
 from .kernels import (
     _answer,
     _backward_factors,
@@ -50,9 +40,8 @@ from .kernels import (
     _generate,
     _invert,
 )
-from .tiles import Kind, Place
+from .plan import Plan, laid, plan_of
 
-Tokens = tuple[int, int, int, int, int, int]
 Pair = tuple[Any, ...]  # the first matrix of each memory and the second, if there is one
 
 
@@ -75,62 +64,12 @@ def run(
     form, gain = _form(chunk, precision())
     W = tuple(w.contiguous() for w in W)
     given = (z, q, constants, W[0], W[1] if len(W) > 1 else None)
-    plan = _plan(tokens, form, gain, steps, bound, *given)
+    plan = plan_of(tokens, form, gain, steps, bound, *given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         *after, o = _SelfModified.apply(plan, *given)
     else:
-        *after, o = _run(plan, False, *given)[0]
+        *after, o = _forms(plan)[0](plan, False, *given)[0]
     return o, tuple(after)
-
-
-class Plan(NamedTuple):
-    """What to launch for a run of `chunks` equal chunks: `place` is of one. held: how a kernel
-    finds the constants, see `kernels._constants`.
-    """
-
-    kind: Kind
-    chunks: int
-    place: Place
-    held: tuple[int, int, int, int, int]
-
-    @property
-    def heads(self) -> int:
-        """Of all samples; one memory of each answers."""
-        return self.place.N // self.place.groups
-
-    @property
-    def roles(self) -> int:
-        """How many memories of a head say something."""
-        return 4 if self.kind.decay else 3
-
-    @property
-    def every(self) -> Place:
-        """Of all chunks at once."""
-        return self.place._replace(N=self.chunks * self.place.N)
-
-
-def _plan(
-    tokens: int, form: str, gain: float, steps: tuple[float, float],
-    bound: tuple[float, float] | None, z: Tensor, q: Tensor, constants: Tensor,
-    W1: Tensor, W2: Tensor | None,
-) -> Plan:  # fmt: skip
-    B, heads, memories = W1.shape[:3]
-    T = min(tokens, z.shape[2])
-    (H, K), V = W1.shape[-2:], (W1 if W2 is None else W2).shape[-2]
-    many = constants.shape[-1]
-    norms = memories * (1 if W2 is None else 2)
-    low, high = bound or (0.0, 0.0)
-    eta_min, eta_max = map(float, steps)
-    kind = _kind(
-        form, float(gain), K, H, V, many - norms > V + 1, T, *_precisions(form, K, H, V), own=True,
-        shell=bound is not None, low=float(low), high=float(high), eta_min=eta_min,
-        eta_max=eta_max,
-    )  # fmt: skip
-    place = Place(B * heads * memories, T, memories, 1, memories, memories - 1)
-    chunks = z.shape[2] // T
-    return Plan(
-        kind, chunks, place, (heads, constants.stride(0), many, many - norms, chunks * B * heads)
-    )
 
 
 class _SelfModified(torch.autograd.Function):
@@ -138,7 +77,7 @@ class _SelfModified(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *given: Any):
-        outputs, kept = _run(plan, True, *given)
+        outputs, kept = _forms(plan)[0](plan, True, *given)
         ctx.plan = plan
         ctx.save_for_backward(*given, kept, *(outputs[:-1] if plan.kind.shell else ()))
         return tuple(outputs)
@@ -147,7 +86,14 @@ class _SelfModified(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         z, q, constants, W1, W2, kept, *after = ctx.saved_tensors
-        return None, *_run_backward(ctx.plan, z, q, constants, W1, W2, kept, after, grads)
+        backward = _forms(ctx.plan)[1]
+        return None, *backward(ctx.plan, z, q, constants, W1, W2, kept, after, grads)
+
+
+def _forms(plan: Plan) -> tuple[Any, Any]:
+    """Forward and backward, of MLPs here, of matrices in `transition`."""
+    mlp = (_run, _run_backward)
+    return mlp if plan.kind.mlp else (transition.run, transition.run_backward)
 
 
 class Kept(NamedTuple):
@@ -208,15 +154,6 @@ def _weights(plan: Plan, kept: Kept, sizes: Kept, first: Pair, last: Pair) -> li
     return [first, *between, last]
 
 
-def _tokens(x: Tensor, T: int) -> tuple[Tensor, Tokens]:
-    """x [B, heads, tokens, d] as it lies, and how a kernel finds the tokens of a head and chunk,
-    see `tiles._among`.
-    """
-    x = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-    sample, head, token, _ = x.stride()
-    return x, (x.shape[1], x.shape[0], T * token, sample, head, token)
-
-
 def _run(
     plan: Plan, save: bool, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
@@ -227,7 +164,7 @@ def _run(
     kept = Kept(*pieces)
     V1, V2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
     o = _new((*q.shape[:-1], kind.V), q)
-    (z, given), (q, asking), (o, answering) = (_tokens(x, place.T) for x in (z, q, o))
+    (z, given), (q, asking), (o, answering) = (laid(x, place.T) for x in (z, q, o))
     weights = _weights(plan, kept, sizes, (W1, W2), (V1, V2))
     for c in range(chunks):
         here = kept.chunk(c, sizes)
@@ -293,8 +230,8 @@ def _run_backward(
     dW1, dW2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
     dq, dz = _new(q.shape, q), _new((plan.roles, *z.shape), z)
     *dVs, do = grads
-    (z, given), (q, asking), (do, answering) = (_tokens(x, T) for x in (z, q, do))
-    dasking, dgiven = _tokens(dq, T)[1], _tokens(dz[0], T)[1]
+    (z, given), (q, asking), (do, answering) = (laid(x, T) for x in (z, q, do))
+    dasking, dgiven = laid(dq, T)[1], laid(dz[0], T)[1]
     k, _, _, log_alpha = _said(plan, kept, sizes)
     _launch(
         _backward_read, chunks * plan.heads, kind, plan.every,
