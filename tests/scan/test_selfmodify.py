@@ -19,9 +19,10 @@ from nestlearn.options import Titans
 HOW = ("truncate", "remat", "backend")  # beside the options
 FORWARD = ("_generate", "_invert", "_forward")
 BACKWARD = ("_backward_systems", "_backward_factors", "_backward_generate")
-OF_MATRICES = {  # forward, backward; then those of whole runs
-    "_transition": True, "_write": True, "_backward_write": False, "_backward_transition": False,
-    "_answer_through": True, "_backward_read_through": False,
+OF_MATRICES = {  # in the forward pass; launches of a chunk and of a run of chunks
+    "_transition": (True, 1, 0), "_write": (True, 1, 1), "_backward_write": (False, 1, 1),
+    "_backward_transition": (False, 1, 0), "_answer_through": (True, 0, 1),
+    "_backward_read_through": (False, 0, 1), "_backward_say": (False, 0, 1),
 }  # fmt: skip
 
 
@@ -121,8 +122,8 @@ def check(away, case, tolerance=3e-5, groups=1, inverted=1, runs=None):  # noqa:
     again, runs = 2 if case.options.get("remat") else 1, chunks if runs is None else runs
     if case.options.get("depth") == 1:
         assert launches == {
-            name: (runs if "through" in name else chunks) * groups * (again if forward else 1)
-            for name, forward in OF_MATRICES.items()
+            name: (chunk * chunks + run * runs) * groups * (again if forward else 1)
+            for name, (forward, chunk, run) in OF_MATRICES.items()
         }
         return
     expected = dict.fromkeys(FORWARD, chunks * groups * again)

@@ -1,7 +1,8 @@
-"""Chunks of self-modifying memories as eight GPU kernels: generate, write and bound; then answer.
+"""Chunks of self-modifying memories as GPU kernels: generate, write and bound; then answer.
 
 What `layers.titans` composes of torch's operations and `given.update`, with nothing between the
-kernels. Of a head's memories the first three or four say k, v, η (and log α), the last answers q.
+kernels: eight of MLPs, here, and seven of matrices in `transition`. Of a head's memories the first
+three or four say k, v, η (and log α), the last answers q.
 
     k = unit M_k(z), v = unit M_v(z), η = step_sizes(w_η · M_η(z) + b_η), α = σ(w_α · M_α(z) + b_α)
 
@@ -127,11 +128,11 @@ def _sizes(plan: Plan, save: bool) -> Kept:
     """Of one chunk, and of k, v and rows one each."""
     kind, place = plan.kind, plan.place
     tokens, rows = plan.heads * place.T, place.N * place.T * int(save)
-    second, several = int(kind.mlp), int(plan.chunks > 1)
+    several = int(plan.chunks > 1)
     return Kept(
-        place.N * kind.H * kind.K * several, place.N * kind.V * kind.H * second * several,
-        tokens * kind.K, tokens, plan.roles * tokens * kind.H * int(kind.mlp and save),
-        rows * kind.H * second, (1 + second) * place.N * int(kind.shell and save),
+        place.N * kind.H * kind.K * several, place.N * kind.V * kind.H * several,
+        tokens * kind.K, tokens, plan.roles * tokens * kind.H * int(save),
+        rows * kind.H, 2 * place.N * int(kind.shell and save),
         *_kept(kind, place, save),
     )  # fmt: skip
 
@@ -155,14 +156,14 @@ def _weights(plan: Plan, kept: Kept, sizes: Kept, first: Pair, last: Pair) -> li
 
 
 def _run(
-    plan: Plan, save: bool, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None
+    plan: Plan, save: bool, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """The run: outputs as in `_SelfModified`, and one buffer of what is `Kept`."""
     kind, chunks, place, held = plan
     sizes = _sizes(plan, save)
     flat, pieces = _pieces(W1, _totals(plan, sizes))
     kept = Kept(*pieces)
-    V1, V2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
+    V1, V2 = _new(W1.shape, W1), _new(W2.shape, W2)
     o = _new((*q.shape[:-1], kind.V), q)
     (z, given), (q, asking), (o, answering) = (laid(x, place.T) for x in (z, q, o))
     weights = _weights(plan, kept, sizes, (W1, W2), (V1, V2))
@@ -186,29 +187,28 @@ def _run(
         )  # fmt: skip
     if chunks > 1:  # whose first weights must lie side by side
         for start, w, n in zip(kept[:2], (W1, W2), sizes[:2]):
-            if w is not None:
-                start[:n].view(w.shape).copy_(w)
+            start[:n].view(w.shape).copy_(w)
         W1, W2 = kept[:2]
     k, _, _, log_alpha = _said(plan, kept, sizes)
     _launch(
         _answer, chunks * plan.heads, kind, plan.every,
         W1, W2, q, k, log_alpha, kept.w1, kept.w2, kept.before, o, kept.hidden, asking, answering,
     )  # fmt: skip
-    return [x for x in (V1, V2, o) if x is not None], flat
+    return [V1, V2, o], flat
 
 
 def _of_reads(plan: Plan) -> list[int]:
     """Sizes of the gradients that a chunk's answers ask of its first weights and its writes."""
-    kind, second = plan.kind, int(plan.kind.mlp)
+    kind = plan.kind
     asked = plan.heads * plan.place.T * int(kind.read == "token")
     return [
-        plan.heads * kind.H * kind.K, plan.heads * kind.V * kind.H * second, asked * kind.H,
-        asked * kind.V * second, asked * kind.K, asked * kind.H * second, asked,
+        plan.heads * kind.H * kind.K, plan.heads * kind.V * kind.H, asked * kind.H,
+        asked * kind.V, asked * kind.K, asked * kind.H, asked,
     ]  # fmt: skip
 
 
 def _run_backward(
-    plan: Plan, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor | None,
+    plan: Plan, z: Tensor, q: Tensor, constants: Tensor, W1: Tensor, W2: Tensor,
     flat: Tensor, after: list[Tensor], grads: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of z, q, constants and W from these, what was kept, W in its shell at the end and
@@ -217,17 +217,17 @@ def _run_backward(
     kind, chunks, place, held = plan
     sizes = _sizes(plan, True)
     kept = Kept(*_split(flat, _totals(plan, sizes)))
-    N, T, second = place.N, place.T, int(kind.mlp)
+    N, T = place.N, place.T
     H, V, of_reads = N * T * kind.H, N * T * kind.V, _of_reads(plan)
     first, last = of_reads[:2]
     _, reads = _pieces(W1, [chunks * n for n in of_reads])
     _, (dsaid, dgates, e1, e2, dh, sums, dconstants, *between) = _pieces(W1, [
-        2 * V, 2 * N * T, H, V * second, H * second, N * T * (2 + 3 * second),
+        2 * V, 2 * N * T, H, V, H, 5 * N * T,
         chunks * constants.numel(),
         *([first * place.groups, last * place.groups] * 2 if chunks > 1 else ()),
     ])  # fmt: skip
     dk, dv, deta, dlog = dsaid, dsaid[V:], dgates, dgates[N * T :] if kind.decay else None
-    dW1, dW2 = _new(W1.shape, W1), None if W2 is None else _new(W2.shape, W2)
+    dW1, dW2 = _new(W1.shape, W1), _new(W2.shape, W2)
     dq, dz = _new(q.shape, q), _new((plan.roles, *z.shape), z)
     *dVs, do = grads
     (z, given), (q, asking), (do, answering) = (laid(x, T) for x in (z, q, do))
@@ -240,7 +240,7 @@ def _run_backward(
     )  # fmt: skip
     weights = _weights(plan, kept, sizes, (W1, W2), (*after, None, None)[:2])
     dweights = [(dW1, dW2), *(between[c % 2 * 2 :][:2] for c in range(1, chunks))]
-    dweights.append((*(x.contiguous() for x in dVs), None)[:2])
+    dweights.append(tuple(x.contiguous() for x in dVs))
     for c in reversed(range(chunks)):
         here = kept.chunk(c, sizes)
         k, v, eta, log_alpha = _said(plan, here, sizes)
@@ -249,7 +249,7 @@ def _run_backward(
         )
         dheld = dconstants[c * constants.numel() :]
         _launch(
-            _backward_systems, N * (1 + second), kind, place,
+            _backward_systems, 2 * N, kind, place,
             *weights[c], k, v, eta, log_alpha, here.inverses, here.w1, here.w2, here.before,
             here.aims, *dweights[c + 1], dw1, dw2, dk_read, dh_read, dW1_read, dW2_read,
             *weights[c + 1], constants, here.norms, dheld, e1, e2, dk, dh, sums, *dweights[c], held,

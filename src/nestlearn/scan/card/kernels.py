@@ -70,11 +70,9 @@ def _generate(
 @_jit
 def _say(W2, z, a, said, n, part, T, kind: tl.constexpr):
     """Store a memory's answer, of unit norm; gives the norm it had."""
-    y = a
-    if kind.mlp:
-        y = _dot_t(_phi(a, kind), _matrix(W2, n, kind.V, kind.H), kind)
-        if kind.residual:
-            y += z
+    y = _dot_t(_phi(a, kind), _matrix(W2, n, kind.V, kind.H), kind)
+    if kind.residual:
+        y += z
     norm = tl.sqrt(tl.sum(y * y, 1) + 1e-12)
     _put(said, part, T, kind.K, y / norm[:, None])
     return norm
@@ -84,12 +82,10 @@ def _say(W2, z, a, said, n, part, T, kind: tl.constexpr):
 def _say_gate(W2, z, a, constants, n, kind: tl.constexpr):
     """The logit that w and b make of a memory's answer."""
     weight = _vector(constants, kind.V)
-    if kind.mlp:  # w · (W_2 h) = (W_2ᵀ w) · h: a product less
-        logit = tl.sum(_phi(a, kind) * _pulled(W2, n, weight, kind)[None, :], 1)
-        if kind.residual:
-            logit += tl.sum(z * weight[None, :], 1)
-    else:
-        logit = tl.sum(a * weight[None, :], 1)
+    # w · (W_2 h) = (W_2ᵀ w) · h: a product less
+    logit = tl.sum(_phi(a, kind) * _pulled(W2, n, weight, kind)[None, :], 1)
+    if kind.residual:
+        logit += tl.sum(z * weight[None, :], 1)
     return logit + tl.load(constants + kind.V)
 
 
@@ -295,8 +291,9 @@ def _first_system(
 ):  # fmt: skip
     key = _tokens(k, c, T, kind.K, kind.BT)
     dnew = _out_of_shell(
-        dV1, V1, constants, norms, dconstants, n, n, N, groups, held, kind.H, kind.K, kind
-    )
+        _matrix(dV1, n, kind.H, kind.K), V1, constants, norms, dconstants, n, n, N, groups, held,
+        kind.H, kind.K, kind,
+    )  # fmt: skip
     e, dx, dr, dg = _unsolve(
         key, gates, W1, w1, inverses, c, dnew, dW1, dW1_read, dw1, dk_read,
         n, T, i, asked, kind.H, kind.K, kind,
@@ -316,8 +313,9 @@ def _second_system(
     """With its right side."""
     h = _phi(_tokens(before, n, T, kind.H, kind.BT), kind)
     dnew = _out_of_shell(
-        dV2, V2, constants, norms, dconstants, N + n, n, N, groups, held, kind.V, kind.H, kind
-    )
+        _matrix(dV2, n, kind.V, kind.H), V2, constants, norms, dconstants, N + n, n, N, groups,
+        held, kind.V, kind.H, kind,
+    )  # fmt: skip
     e, dx, dr, dg = _unsolve(
         h, gates, W2, w2, inverses, system, dnew, dW2, dW2_read, dw2, dh_read,
         n, T, i, asked, kind.V, kind.H, kind,
@@ -491,8 +489,7 @@ def _backward_generate(
     program = tl.program_id(0).to(tl.int64)
     i, role = program // ROLES, program % ROLES
     n, M = i * groups + role, held[4]
-    if kind.mlp:
-        a = _tokens(hidden, program, T, kind.H, kind.BT)
+    a = _tokens(hidden, program, T, kind.H, kind.BT)
     if role < 2:
         skip = _tokens(dsaid, role * N + i * groups, T, kind.K, kind.BT)
         for j in tl.static_range(1, ROLES + 1):
@@ -501,11 +498,9 @@ def _backward_generate(
         norm = _row(rows, role * M + i, T, T, kind.BT)
         skip -= tl.sum(skip * x, 1)[:, None] * x
         skip *= tl.where(norm > 0.0, 1.0 / norm, 0.0)[:, None]
-        down = skip
-        if kind.mlp:
-            dweight = _matrix(dW2, n, kind.V, kind.H) + _t_dot(skip, _phi(a, kind), kind)
-            _put(dW2, n, kind.V, kind.H, dweight)
-            down = _dot(skip, _matrix(W2, n, kind.V, kind.H), kind) * _phi(a, kind, 1)
+        dweight = _matrix(dW2, n, kind.V, kind.H) + _t_dot(skip, _phi(a, kind), kind)
+        _put(dW2, n, kind.V, kind.H, dweight)
+        down = _dot(skip, _matrix(W2, n, kind.V, kind.H), kind) * _phi(a, kind, 1)
     else:
         dlogit = _to_logit(rows, dgates, i, role, N, M, T, groups, kind)
         z_ = _among(z, i, given, T, kind.K, kind.BT)
@@ -513,17 +508,13 @@ def _backward_generate(
         at = _constants(i, held) + (role - 2) * (kind.V + 1)
         weight = _vector(constants + at, kind.V)
         skip = dlogit[:, None] * weight[None, :]
-        if kind.mlp:
-            seen_h = tl.sum(dlogit[:, None] * _phi(a, kind), 0)
-            down = dlogit[:, None] * _pulled(W2, n, weight, kind)[None, :] * _phi(a, kind, 1)
-            answer = tl.sum(_matrix(W2, n, kind.V, kind.H, True) * seen_h[None, :], 1)
-            if kind.residual:
-                answer += seen
-            dweight = _matrix(dW2, n, kind.V, kind.H) + weight[:, None] * seen_h[None, :]
-            _put(dW2, n, kind.V, kind.H, dweight)
-        else:
-            down = skip
-            answer = tl.sum(_matrix(W1, n, kind.H, kind.K, True) * seen[None, :], 1)
+        seen_h = tl.sum(dlogit[:, None] * _phi(a, kind), 0)
+        down = dlogit[:, None] * _pulled(W2, n, weight, kind)[None, :] * _phi(a, kind, 1)
+        answer = tl.sum(_matrix(W2, n, kind.V, kind.H, True) * seen_h[None, :], 1)
+        if kind.residual:
+            answer += seen
+        dweight = _matrix(dW2, n, kind.V, kind.H) + weight[:, None] * seen_h[None, :]
+        _put(dW2, n, kind.V, kind.H, dweight)
         at = i * held[2] + (role - 2) * (kind.V + 1)
         _put_vector(dconstants + at, kind.V, answer)
         tl.store(dconstants + at + kind.V, tl.sum(dlogit, 0))
@@ -675,11 +666,10 @@ def _into_shell(W, constants, norms, m, n, N, groups, held, kind: tl.constexpr):
 
 @_jit
 def _out_of_shell(
-    dV, V, constants, norms, dconstants, m, n, N, groups, held,
+    dW, V, constants, norms, dconstants, m, n, N, groups, held,
     OUT: tl.constexpr, IN: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """The gradient before `_into_shell`, from that after it; stores that of the start's norm."""
-    dW = _matrix(dV, n, OUT, IN)
     dstart = 0.0
     if dconstants is not None:
         at = _start_norm(m, n, N, groups, held)

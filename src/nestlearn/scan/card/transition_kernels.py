@@ -1,7 +1,7 @@
 """The kernels of `transition`, where the mathematics stands: matrices that make their own values.
 
 D is what a chunk's tokens make of all memories of a head, W_C = γ_C W + W D. A head has a program
-where k, v, η, α and D are made, a memory has one where it is written.
+where D is made, a memory has one where it is written and says k, v, η or α of the next chunk.
 """
 
 from __future__ import annotations
@@ -32,30 +32,50 @@ from .tiles import (
 
 
 @_jit
-def _transition(
-    W, z, constants, said, rows, x, inverses, D, given, held,
+def _write(
+    W, V, D, log_alpha, norms, z, said, rows, constants, given, held,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
-    """What the head's memories say of z (k, v in `said`; `rows` holds the norms of k and v before
-    that was 1, the logits of η and α, and log α), and what that makes of W: x, (I + L)⁻¹ and D.
+    """W_C = γ_C W + W D, in its shell (or W, if there is no D), and what the memory says of the
+    next chunk's z: k, v in `said`; `rows` holds the norms of k and v before that was 1, the logits
+    of η and α, and log α.
     """
     T = kind.BT if kind.full else T
+    ROLES: tl.constexpr = 4 if kind.decay else 3
+    n, M = tl.program_id(0).to(tl.int64), held[4]
+    i, role = n // groups, n % groups
+    weight = _matrix(W, n, kind.V, kind.K)
+    if D is not None:
+        share = _kept_share(log_alpha, i, T, kind)
+        weight = share * weight + _dot(weight, _matrix(D, i, kind.K, kind.K), kind)
+        weight = _into_shell(weight, constants, norms, n, n, N, groups, held, kind)
+        _put(V, n, kind.V, kind.K, weight)
+    if z is not None:
+        z_ = _among(z, i, given, T, kind.K, kind.BT)
+        if role < 2:
+            _say(_dot_t(z_, weight, kind), said, rows, role * M + i, T, kind)
+        elif role < ROLES:
+            at = constants + _constants(i, held) + (role - 2) * (kind.V + 1)
+            # w · (W z) + b = (Wᵀ w) · z + b
+            pulled = tl.sum(weight * _vector(at, kind.V)[:, None], 0)
+            logit = tl.sum(z_ * pulled[None, :], 1) + tl.load(at + kind.V)
+            _put_row(rows, role * M + i, T, logit)
+            if role == 3:
+                _put_row(rows, 4 * M + i, T, _log_sigmoid(logit))
+
+
+@_jit
+def _transition(
+    said, rows, x, inverses, D, held,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """What a chunk makes of all memories of a head: x, (I + L)⁻¹ and D."""
+    T = kind.BT if kind.full else T
     i, M = tl.program_id(0).to(tl.int64), held[4]
-    n, at = i * groups, _constants(i, held)
-    z_ = _among(z, i, given, T, kind.K, kind.BT)
-    key = _of_unit_norm(_dot_t(z_, _matrix(W, n, kind.V, kind.K), kind), said, rows, i, T, kind)
-    value = _dot_t(z_, _matrix(W, n + 1, kind.V, kind.K), kind)
-    value = _of_unit_norm(value, said, rows, M + i, T, kind)
-    logit = _logit(W, n + 2, z_, constants + at, kind)
-    _put_row(rows, 2 * M + i, T, logit)
-    decay = tl.zeros_like(logit)
-    if kind.decay:
-        decay = _logit(W, n + 3, z_, constants + at + kind.V + 1, kind)
-        _put_row(rows, 3 * M + i, T, decay)
-        _put_row(rows, 4 * M + i, T, _log_sigmoid(decay))
-    step, log, g = _said_gates(logit, decay, T, kind)
+    key = _tokens(said, i, T, kind.K, kind.BT)
+    step, log, g = _said_gates(rows, i, M, T, kind)
     r, s = _steps(tl.sum(key * key, 1), step, kind)
-    right = s[:, None] * value
+    right = s[:, None] * _tokens(said, M + i, T, kind.V, kind.BT)
     if kind.l2:
         right -= s[:, None] * key
     if kind.delta:
@@ -68,21 +88,6 @@ def _transition(
     _put(x, i, T, kind.K, right)
     left = tl.exp(tl.sum(log, 0) - g)
     _put(D, i, kind.K, kind.K, _t_dot(right, left[:, None] * key, kind))
-
-
-@_jit
-def _write(
-    W, D, log_alpha, constants, V, norms, held,
-    N, T, shared, inner, groups, reader, kind: tl.constexpr,
-):  # fmt: skip
-    """W_C = γ_C W + W D, in its shell."""
-    T = kind.BT if kind.full else T
-    n = tl.program_id(0).to(tl.int64)
-    weight = _matrix(W, n, kind.V, kind.K)
-    after = _dot(weight, _matrix(D, n // groups, kind.K, kind.K), kind)
-    after += _kept_share(log_alpha, n // groups, T, kind) * weight
-    after = _into_shell(after, constants, norms, n, n, N, groups, held, kind)
-    _put(V, n, kind.V, kind.K, after)
 
 
 @_jit
@@ -136,66 +141,88 @@ def _backward_read_through(
 
 @_jit
 def _backward_write(
-    W, D, log_alpha, V, constants, norms, dV, dW_read, dconstants, dW, dD, held,
+    W, V, D, log_alpha, norms, z, dsaid, dgates, dV, dW_read, dW, dD, constants, dconstants,
+    given, held,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
-    """To what W_C and the answers ask of W, and each memory's part of what is asked of D."""
+    """From W_C, and what it said of the next chunk's z, to W: with what the answers ask of it, and
+    each memory's part of what is asked of D.
+    """
     T = kind.BT if kind.full else T
-    n = tl.program_id(0).to(tl.int64)
-    i = n // groups
-    dnew = _out_of_shell(
-        dV, V, constants, norms, dconstants, n, n, N, groups, held, kind.V, kind.K, kind
-    )
-    _put(dD, n, kind.K, kind.K, _t_dot(_matrix(W, n, kind.V, kind.K), dnew, kind))
-    dweight = _dot_t(dnew, _matrix(D, i, kind.K, kind.K), kind)
-    dweight += _kept_share(log_alpha, i, T, kind) * dnew
-    dweight += _part(dW_read, i, n % groups == reader, kind.V, kind.K)
+    n, M = tl.program_id(0).to(tl.int64), held[4]
+    i, role = n // groups, n % groups
+    dweight = _matrix(dV, n, kind.V, kind.K)
+    if z is not None:
+        z_ = _among(z, i, given, T, kind.K, kind.BT)
+        dweight += _through_said(dsaid, dgates, constants, z_, i, role, M, T, held, kind)
+    if D is not None:
+        dnew = _out_of_shell(
+            dweight, V, constants, norms, dconstants, n, n, N, groups, held, kind.V, kind.K, kind
+        )
+        _put(dD, n, kind.K, kind.K, _t_dot(_matrix(W, n, kind.V, kind.K), dnew, kind))
+        dweight = _dot_t(dnew, _matrix(D, i, kind.K, kind.K), kind)
+        dweight += _kept_share(log_alpha, i, T, kind) * dnew
+        dweight += _part(dW_read, i, role == reader, kind.V, kind.K)
     _put(dW, n, kind.V, kind.K, dweight)
 
 
 @_jit
 def _backward_transition(
-    W, z, constants, said, rows, x, inverses, dD, dx_read, dk_read, dg_read, dk, dW, dz,
-    dconstants, given, held, dgiven,
+    said, rows, x, inverses, dD, dx_read, dk_read, dg_read, dsaid, dgates, held,
     N, T, shared, inner, groups, reader, kind: tl.constexpr,
 ):  # fmt: skip
-    """From D, and what the answers ask, to z and what said k, v, η and α of it; adds to dW. dk is a
-    place for a while: a program holds few tiles, each is loaded where it is used.
+    """From D, and what the answers ask, to what the memories said, before it was of unit norm, and
+    the logits. A program holds few tiles: each is loaded where it is used.
     """
     T = kind.BT if kind.full else T
     i, M = tl.program_id(0).to(tl.int64), held[4]
-    logit = _row(rows, 2 * M + i, T, T, kind.BT)
-    decay = _row(rows, 3 * M + i, T, T, kind.BT) if kind.decay else tl.zeros_like(logit)
     right, dg = _through_transition(
-        dD, said, x, inverses, dx_read, dk_read, dg_read, dk, logit, decay, i, T, groups, kind
+        dD, said, rows, x, inverses, dx_read, dk_read, dg_read, dsaid, i, M, T, groups, kind
     )
-    dvalue, dkey, deta, dlog = _through_system(said, x, right, dk, dg, logit, decay, i, M, T, kind)
-    at = _constants(i, held)
-    out = i * held[2]
-    down = _through_said(W, dW, said, rows, dkey, z, given, i * groups, i, i, T, kind)
-    down += _through_said(W, dW, said, rows, dvalue, z, given, i * groups + 1, i, M + i, T, kind)
-    deta, dlog = _to_logits(logit, decay, deta, dlog, kind)
-    z_ = _among(z, i, given, T, kind.K, kind.BT, True)
-    down += _through_gate(W, dW, constants + at, dconstants + out, deta, z_, i * groups + 2, kind)
+    dvalue, dkey, deta, dlog = _through_system(said, rows, x, right, dsaid, dg, i, M, T, kind)
+    tl.debug_barrier()  # all have read dk
+    _put(dsaid, i, T, kind.K, _through_unit(said, rows, dkey, i, T, kind))
+    _put(dsaid, M + i, T, kind.V, _through_unit(said, rows, dvalue, M + i, T, kind))
+    deta, dlog = _to_logits(rows, deta, dlog, i, M, T, kind)
+    _put_row(dgates, i, T, deta)
     if kind.decay:
-        at += kind.V + 1
-        out += kind.V + 1
-        down += _through_gate(
-            W, dW, constants + at, dconstants + out, dlog, z_, i * groups + 3, kind
-        )
+        _put_row(dgates, M + i, T, dlog)
+
+
+@_jit
+def _backward_say(
+    W, z, constants, dsaid, dgates, dz, dconstants, given, held, dgiven, heads,
+    N, T, shared, inner, groups, reader, kind: tl.constexpr,
+):  # fmt: skip
+    """From what the memories said to z, and to the constants that made gates of it; of all chunks,
+    W the first of each.
+    """
+    T = kind.BT if kind.full else T
+    i, M = tl.program_id(0).to(tl.int64), held[4]
+    n, z_ = i * groups, _among(z, i, given, T, kind.K, kind.BT)
+    down = _dot(_tokens(dsaid, i, T, kind.V, kind.BT), _matrix(W, n, kind.V, kind.K), kind)
+    down += _dot(_tokens(dsaid, M + i, T, kind.V, kind.BT), _matrix(W, n + 1, kind.V, kind.K), kind)
+    for gate in tl.static_range(2 if kind.decay else 1):
+        dlogit = _row(dgates, gate * M + i, T, T, kind.BT)
+        part = gate * (kind.V + 1)
+        matrix = _matrix(W, n + 2 + gate, kind.V, kind.K)
+        answer = tl.sum(matrix * tl.sum(dlogit[:, None] * z_, 0)[None, :], 1)
+        _put_vector(dconstants + i * held[2] + part, kind.V, answer)
+        tl.store(dconstants + i * held[2] + part + kind.V, tl.sum(dlogit, 0))
+        weight = _vector(constants + _constants(i % heads, held) + part, kind.V)
+        down += dlogit[:, None] * tl.sum(matrix * weight[:, None], 0)[None, :]
     _put_among(dz, i, dgiven, T, kind.K, down)
 
 
 @_jit
 def _through_transition(
-    dD, said, x, inverses, dx_read, dk_read, dg_read, dk, logit, decay, i, T, groups,
-    kind: tl.constexpr,
+    dD, said, rows, x, inverses, dx_read, dk_read, dg_read, dk, i, M, T, groups, kind: tl.constexpr
 ):  # fmt: skip
     """A = γ_C I + xᵀ (Γ_C k), and the system: gradients of its right side and of log γ, in dk of
     k.
     """
     MEMORIES: tl.constexpr = 5 if kind.decay else 4
-    _, log, g = _said_gates(logit, decay, T, kind)
+    _, log, g = _said_gates(rows, i, M, T, kind)
     total = tl.sum(log, 0)
     left = tl.exp(total - g)[:, None]
     dA = _matrix(dD, i * groups, kind.K, kind.K)
@@ -223,11 +250,11 @@ def _through_transition(
 
 
 @_jit
-def _through_system(said, x, right, dk, dg, logit, decay, i, M, T, kind: tl.constexpr):
+def _through_system(said, rows, x, right, dk, dg, i, M, T, kind: tl.constexpr):
     """(I + L) x = s v − (r γ₋ + l s) k, from the gradient of its right side and through L:
     gradients of v, k, η, log α.
     """
-    step, log, g = _said_gates(logit, decay, T, kind)
+    step, log, g = _said_gates(rows, i, M, T, kind)
     key = _tokens(said, i, T, kind.K, kind.BT)
     norm2 = tl.sum(key * key, 1)
     r, s = _steps(norm2, step, kind)
@@ -266,69 +293,61 @@ def _through_system(said, x, right, dk, dg, logit, decay, i, M, T, kind: tl.cons
 
 
 @_jit
-def _through_said(W, dW, said, rows, dsaid, z, given, n, i, part, T, kind: tl.constexpr):
-    """Through W z of unit norm; adds to dW, gives the gradient of z."""
+def _through_said(dsaid, dgates, constants, z, i, role, M, T, held, kind: tl.constexpr):
+    """What W passes on to what it said of z: (W z) or w · (W z)."""
+    ROLES: tl.constexpr = 4 if kind.decay else 3
+    if role < 2:
+        dweight = _t_dot(_tokens(dsaid, role * M + i, T, kind.V, kind.BT), z, kind)
+    else:
+        gate = tl.minimum(role, ROLES - 1) - 2
+        dlogit = _row(dgates, gate * M + i, tl.where(role < ROLES, T, 0), T, kind.BT)
+        weight = _vector(constants + _constants(i, held) + gate * (kind.V + 1), kind.V)
+        dweight = weight[:, None] * tl.sum(dlogit[:, None] * z, 0)[None, :]
+    return dweight
+
+
+@_jit
+def _through_unit(said, rows, dsaid, part, T, kind: tl.constexpr):
+    """The gradient before `_say`, from that of what it kept."""
     unit = _tokens(said, part, T, kind.K, kind.BT, True)
     norm = _row(rows, part, T, T, kind.BT)
     dsaid -= tl.sum(dsaid * unit, 1)[:, None] * unit
-    dsaid *= tl.where(norm > 0.0, 1.0 / norm, 0.0)[:, None]
-    z_ = _among(z, i, given, T, kind.K, kind.BT, True)
-    dweight = _matrix(dW, n, kind.V, kind.K) + _t_dot(dsaid, z_, kind)
-    _put(dW, n, kind.V, kind.K, dweight)
-    return _dot(dsaid, _matrix(W, n, kind.V, kind.K), kind)
+    return tl.where(norm > 0.0, 1.0 / norm, 0.0)[:, None] * dsaid
 
 
 @_jit
-def _through_gate(W, dW, constants, dconstants, dlogit, z, n, kind: tl.constexpr):
-    """Through w · (W z) + b; adds to dW, gives the gradient of z."""
-    seen = tl.sum(dlogit[:, None] * z, 0)
-    weight = _vector(constants, kind.V)
-    matrix = _matrix(W, n, kind.V, kind.K)
-    dweight = _matrix(dW, n, kind.V, kind.K) + weight[:, None] * seen[None, :]
-    _put(dW, n, kind.V, kind.K, dweight)
-    _put_vector(dconstants, kind.V, tl.sum(matrix * seen[None, :], 1))
-    tl.store(dconstants + kind.V, tl.sum(dlogit, 0))
-    return dlogit[:, None] * tl.sum(matrix * weight[:, None], 0)[None, :]
-
-
-@_jit
-def _to_logits(logit, decay, deta, dlog, kind: tl.constexpr):
+def _to_logits(rows, deta, dlog, i, M, T, kind: tl.constexpr):
     """The gradients of both logits, from those of η and log α."""
-    p = tl.sigmoid(logit)
-    if kind.eta_max > 1 and kind.decay:  # as in _said_gates
-        alpha = tl.sigmoid(decay)
-        eta = kind.eta_max * p
-        dlog += 0.5 * alpha * tl.where(eta < kind.eta_min, 0.0, eta) * deta
-        deta *= 0.5 + 0.5 * alpha
-    return deta * kind.eta_max * p * (1 - p), dlog * tl.sigmoid(-decay)
+    logit = _row(rows, 2 * M + i, T, T, kind.BT)
+    p, falling = tl.sigmoid(logit), tl.zeros_like(logit)
+    if kind.decay:
+        decay = _row(rows, 3 * M + i, T, T, kind.BT)
+        if kind.eta_max > 1:  # as in _said_gates
+            alpha = tl.sigmoid(decay)
+            eta = kind.eta_max * p
+            dlog += 0.5 * alpha * tl.where(eta < kind.eta_min, 0.0, eta) * deta
+            deta *= 0.5 + 0.5 * alpha
+        falling = tl.sigmoid(-decay)
+    return deta * kind.eta_max * p * (1 - p), dlog * falling
 
 
 @_jit
-def _of_unit_norm(y, said, rows, part, T, kind: tl.constexpr):
-    """y / ‖y‖; keeps it and the norm."""
+def _say(y, said, rows, part, T, kind: tl.constexpr):
+    """Keep y / ‖y‖, and the norm."""
     norm = tl.sqrt(tl.sum(y * y, 1) + 1e-12)
-    y /= norm[:, None]
-    _put(said, part, T, kind.K, y)
+    _put(said, part, T, kind.K, y / norm[:, None])
     _put_row(rows, part, T, norm)
-    return y
 
 
 @_jit
-def _logit(W, n, z, constants, kind: tl.constexpr):
-    """w · (W z) + b = (Wᵀ w) · z + b."""
-    pulled = tl.sum(_matrix(W, n, kind.V, kind.K) * _vector(constants, kind.V)[:, None], 0)
-    return tl.sum(z * pulled[None, :], 1) + tl.load(constants + kind.V)
-
-
-@_jit
-def _said_gates(logit, decay, T, kind: tl.constexpr):
+def _said_gates(rows, i, M, T, kind: tl.constexpr):
     """η, log α and log γ, of the logits; nothing beyond the chunk's tokens."""
     inside = tl.arange(0, kind.BT) < T
-    eta = kind.eta_max * tl.sigmoid(logit)
+    eta = kind.eta_max * tl.sigmoid(_row(rows, 2 * M + i, T, T, kind.BT))
     eta = tl.where(inside & (eta >= kind.eta_min), eta, 0.0)
     log = tl.zeros_like(eta)
     if kind.decay:
-        log = tl.where(inside, _log_sigmoid(decay), 0.0)
+        log = _row(rows, 4 * M + i, T, T, kind.BT)
         if kind.eta_max > 1:
             eta *= 0.5 + 0.5 * tl.exp(log)
     return eta, log, tl.cumsum(log, 0)
