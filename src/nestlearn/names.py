@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 SHIPPED = "nestlearn/tiny"  # the model that is in the package
+SHIPPED_WINDOW = 1024  # bytes of its windows in training
 _OF_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 

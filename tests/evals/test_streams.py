@@ -40,8 +40,10 @@ def ids():
     return torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
 
 
-def windows(model, length=16, again=4):
-    return Windows(model=lambda x: (model(x), model.hidden(x)), length=length, again=again)
+def windows(model, length=16, again=4, together=1):
+    return Windows(
+        model=lambda x: (model(x), model.hidden(x)), length=length, again=again, together=together
+    )
 
 
 def carried(model):
@@ -56,6 +58,7 @@ def carried(model):
 
 KINDS = {
     "windows": windows,
+    "windows, three side by side": lambda m: windows(m, together=3),
     "carried": carried,
     "calibration": lambda m: Calibrated(windows(m), rate=0.3),
     "cache": lambda m: Cached(windows(m), size=7, rate=0.5),
@@ -99,8 +102,9 @@ def test_a_stream_may_be_cut_anywhere_and_a_state_gone_on_from_twice(kind, model
     torch.testing.assert_close(whole.logp.exp().sum(1), torch.ones(N).double())
 
 
-def test_windows_begin_where_they_should(model, ids):
-    said = windows(model, 16, 4).say(ids)[0].logp
+@pytest.mark.parametrize("together", [1, 3])
+def test_windows_begin_where_they_should(model, ids, together):
+    said = windows(model, 16, 4, together).say(ids)[0].logp
     for t in range(N):
         begin = max(0, t // 12 * 12 - 4)
         expected = model(ids[None, begin : t + 1])[0, -1].log_softmax(-1)

@@ -36,6 +36,16 @@ def test_every_row_is_read_and_compared(folder):
         runner.run("scored-first", folder / "other", **options)
 
 
+def test_the_model_of_the_package_is_read_where_there_is_no_other(folder):
+    (folder / "model").rename(folder / "elsewhere")
+    options = {"data": str(folder), "quick": True, "workers": 0, "progress": False, "device": "cpu"}
+    text = runner.run("scored-first", folder / "out", models=["windows", "carried"], **options)
+    assert readers.ROWS["carried"].title in text
+    (folder / "model").mkdir()
+    with pytest.raises(ValueError, match="has no weights"):
+        runner.run("scored-first", folder / "other", **options)
+
+
 def test_levels_of_step_size_0_read_as_the_model_in_windows_does(folder):
     model = readers.opened(folder / "model", window=64)
     text = model.text("The key is under the mat. " * 20)

@@ -132,7 +132,7 @@ def _logp(logits: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _InWindows:
-    """Reads windows of `length` tokens, which begin at multiples of `step` = length − again; each
+    """Reads windows of `length` tokens, which begin at multiples of `stride` = length − again; each
     but the first reads the `again` tokens before it once more, unscored. ValueError unless
     0 ≤ again < length.
     """
@@ -146,28 +146,39 @@ class _InWindows:
             raise ValueError(f"again={self.again} of length={self.length}: give 0 to length - 1")
 
     @property
-    def step(self) -> int:
+    def stride(self) -> int:
         return self.length - self.again
+
+    @property
+    def step(self) -> int:
+        return self.stride
 
     def say(self, ids: Tensor, state: Any = None) -> tuple[Said, Any]:
         position, window, own = (0, ids[:0], None) if state is None else state
         parts, vectors = [], []
         while len(ids):
-            if position and position % self.step == 0:
+            if position and position % self.stride == 0:
                 own = self._end(window, ids[:1], own)
                 window = window[len(window) - self.again :]
-            fresh = ids[: self.step - position % self.step]
+            many = self._many(position, len(ids))
+            n = many * self.stride if many > 1 else self.stride - position % self.stride
+            fresh, ids = ids[:n], ids[n:]
             window = torch.cat([window, fresh])
-            logits, hidden = self._read(window[None], own)
-            n = len(fresh)
-            parts.append(_logp(logits[0, -n:], self.temperature))
-            vectors += [] if hidden is None else [hidden[0, -n:]]
-            position, ids = position + n, ids[n:]
+            each = window.unfold(0, self.length, self.stride) if many > 1 else window[None]
+            logits, hidden = self._read(each, own)
+            new = len(fresh) // len(each)
+            parts.append(_logp(logits[:, -new:].flatten(0, 1), self.temperature))
+            vectors += [] if hidden is None else [hidden[:, -new:].flatten(0, 1)]
+            position, window = position + len(fresh), each[-1]
         said = Said(torch.cat(parts), torch.cat(vectors) if vectors else None)
         return said, (position, window, own)
 
-    def _read(self, window: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
-        """Logits [1, T, V] and hidden vectors of a window [1, T]."""
+    def _many(self, position: int, tokens: int) -> int:
+        """How many whole windows of the next tokens are read side by side."""
+        return 1
+
+    def _read(self, windows: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, V] and hidden vectors of windows [B, T]."""
         raise NotImplementedError
 
     def _end(self, window: Tensor, following: Tensor, own: Any) -> Any:
@@ -176,14 +187,23 @@ class _InWindows:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows(_InWindows):
-    """A model as it is, in windows of its trained length. model(ids [1, T]) -> (logits [1, T, V],
-    hidden [1, T, D] or None).
+    """A model as it is, in windows of its trained length. model(ids [B, T]) -> (logits [B, T, V],
+    hidden [B, T, D] or None); together: how many windows it reads side by side.
     """
 
     model: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    together: int = 1
 
-    def _read(self, window: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
-        return self.model(window)
+    @property
+    def step(self) -> int:
+        return self.stride * self.together
+
+    def _many(self, position: int, tokens: int) -> int:
+        begins = position > 0 and position % self.stride == 0  # the first has nothing to read again
+        return min(self.together, tokens // self.stride) if begins else 1
+
+    def _read(self, windows: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
+        return self.model(windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,16 +217,16 @@ class Dynamic(_InWindows):
     module: nn.Module
     rate: float = 1e-2
 
-    def _read(self, window: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
-        return torch.func.functional_call(self.module, own or {}, (window,)), None
+    def _read(self, windows: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
+        return torch.func.functional_call(self.module, own or {}, (windows,)), None
 
     def _end(self, window: Tensor, following: Tensor, own: Any) -> Any:
         if own is None:
             own = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
         with torch.enable_grad():
             moving = {name: weight.detach().requires_grad_() for name, weight in own.items()}
-            logits = self._read(window[None], moving)[0][0, -self.step :]
-            target = torch.cat([window, following])[-self.step :]
+            logits = self._read(window[None], moving)[0][0, -self.stride :]
+            target = torch.cat([window, following])[-self.stride :]
             loss = F.nll_loss(_logp(logits, self.temperature), target)
             found = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
         pairs = zip(own.items(), found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from nestlearn.evals import Logits, streams
 from nestlearn.evals.streams import Reader, Text, Windows
 from nestlearn.models.config import TYPE, HopeConfig, model_type
 from nestlearn.models.hope import HopeLM
-from nestlearn.names import model_folder
+from nestlearn.names import SHIPPED, SHIPPED_WINDOW, model_folder
 from nestlearn.train.data import load_tokenizer
 
 
@@ -41,6 +41,7 @@ CHUNKS = (64, 512)  # of levels put on a pretrained model
 LONGEST = 1024  # tokens of a window, of a model that takes longer ones
 KEPT = 2000  # hidden vectors
 BLOCK = 2048  # tokens of a call of `learn`, or of a carried state
+TOGETHER, LOGITS = 8, 2**26  # windows side by side, and numbers that they may say
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,17 @@ class Learning:
 class Opened:
     """A model, its tokenizer, and how it reads.
 
-    read(ids [1, T]) -> (logits, hidden); carry(ids, state) -> (logits, hidden, state), None of a
+    read(ids [B, T]) -> (logits, hidden); carry(ids, state) -> (logits, hidden, state), None of a
     model without a state of its own; stack(step size) -> a stacked model, None where none can be
-    made. begin: the id before a text's first. window: tokens of its trained windows.
+    made. begin: the id before a text's first. window: tokens of its trained windows. vocabulary:
+    how many tokens it knows.
     """
 
     module: nn.Module
     encode: Callable[[str], Text]
     begin: int
     window: int
+    vocabulary: int
     read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     carry: Callable[[Tensor, Any], tuple[Tensor, Tensor | None, Any]] | None = None
     stack: Callable[[float | None], Any] | None = None
@@ -100,14 +103,16 @@ class Opened:
 
     def _predictor(self, row: str, dial: float) -> Any:
         cut = {"length": self.window, "again": self.window // 4}
+        together = max(1, min(TOGETHER, LOGITS // (self.window * self.vocabulary)))
+        windows = Windows(model=self.read, temperature=dial, together=together, **cut)
         if row == "windows":
-            return Windows(model=self.read, temperature=dial, **cut)
+            return windows
         if row == "dynamic":
             return streams.Dynamic(module=Logits(self.module), rate=dial, **cut)
         if row == "carried":
             assert self.carry is not None
             return streams.Carried(self.carry, BLOCK, dial)
-        plain = Windows(model=self.read, **cut)
+        plain = replace(windows, temperature=1.0)
         if row == "calibration":
             return streams.Calibrated(plain, rate=dial)
         if row == "cache":
@@ -143,7 +148,8 @@ def is_hope(path: Path) -> bool:
 def _hope(path: Path, device: str, window: int | None) -> Opened:
     model, folder, settings = _loaded(path)
     model.to(device)
-    window = window or settings.get("train", {}).get("length")
+    shipped = SHIPPED_WINDOW if path == model_folder(SHIPPED) else None
+    window = window or settings.get("train", {}).get("length", shipped)
     if window is None:
         told = "does not say on which length it was trained: give a window (--window)"
         raise ValueError(f"{path} {told}")
@@ -159,7 +165,8 @@ def _hope(path: Path, device: str, window: int | None) -> Opened:
         return model.head(hidden), hidden, state
 
     begin = tokenizer.encode("\n")[-1]
-    return Opened(model, encode, begin, window, lambda ids: carry(ids, None)[:2], carry)
+    known = model.config.vocab_size
+    return Opened(model, encode, begin, window, known, lambda ids: carry(ids, None)[:2], carry)
 
 
 def _loaded(path: Path) -> tuple[HopeLM, Path, dict[str, Any]]:
@@ -232,7 +239,8 @@ def _transformer(
     encode, begin = _words(folder)
     marks = (base.config.bos_token_id, base.config.eos_token_id, begin)
     begin = next(mark for mark in marks if isinstance(mark, int))
-    return Opened(base, encode, begin, window, read, stack=stack)
+    known = base.config.get_text_config().vocab_size
+    return Opened(base, encode, begin, window, known, read, stack=stack)
 
 
 def _words(folder: Path) -> tuple[Callable[[str], Text], int]:
