@@ -149,6 +149,13 @@ FORMS: dict[str, Form] = {
         reproduced("table3", "--data {data} --only 10M --models Hope"),
         needs="{data}/lm_eval/piqa.jsonl.gz",
     ),
+    "nestlearn reproduce table3 --data FOLDER --only 0.8M": Form(
+        reproduced("table3", "--data {data} --only 0.8M"), needs="{data}/lm_eval/piqa.jsonl.gz"
+    ),
+    "nestlearn reproduce scored-first --data FOLDER": Form(
+        reproduced("scored-first", "--data {data} --models windows"),
+        needs="{data}/gutenberg/valid.txt.xz",
+    ),
     **{
         f"nestlearn reproduce {name} --data FOLDER --device cuda --workers 6": Form(
             reproduced(name, "--data {data}/gutenberg --models Hope"),

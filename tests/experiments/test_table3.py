@@ -106,6 +106,17 @@ def test_one_call_trains_and_asks_and_another_counts(folder, tmp_path, monkeypat
     assert all("FileNotFoundError" in text for text in failed)
 
 
+def test_the_model_of_the_package_is_asked_without_a_training(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "version", lambda: "")
+    options = {"data": str(folder), **SMALL, "only": [table3.SMALL]}
+    runner.run("table3", tmp_path / "out", **options)
+    found = read_records(tmp_path / "out" / "results.json")
+    assert list(dict.fromkeys(r.model for r in found)) == [table3.PACKAGE, table3.CHANCE]
+    own = next(r for r in found if r.model == table3.PACKAGE)
+    assert own.parameters == 844_644
+    assert own.metric.startswith("again after")
+
+
 def test_the_harness_itself_counts(folder, tmp_path):
     pytest.importorskip("lm_eval")
     text = runner.run("table3", tmp_path / "out", data=str(folder), models=["DeltaNet"], **SMALL)

@@ -1,11 +1,13 @@
 """Tables 2 and 3: what small language models know, and what they recall of what they have read.
 
     nestlearn reproduce table3 --data FOLDER [--only 10M ...]
+    nestlearn reproduce table3 --data FOLDER --only 0.8M
 
 FOLDER holds gutenberg/ (see `nestlearn.experiments.books`) and lm_eval/ (`evals.harness`). Rows,
 sizes and training are those of `nestlearn.experiments.table2`, by bytes. A model is asked
 seven sets of questions, none of which it was trained for, and strings of the test books that it has
-read 500 to 30,000 bytes before (`nestlearn.evals.cloze`). Attention sees all that was read.
+read 500 to 30,000 bytes before (`nestlearn.evals.cloze`). Attention sees all that was read. 0.8M is
+the Hope that the package brings, which is asked without a training.
 
 A call goes on with what one before has left in out/models/NAME: the weights in bfloat16, as which a
 model is asked; training.json; and asked-*.json, how likely it finds each answer. Only counting
@@ -39,8 +41,10 @@ from nestlearn.experiments.provenance import commit, fingerprint
 from nestlearn.experiments.tables import PARAMETERS, SEEDS, mean, metric, rate, words
 from nestlearn.experiments.tables import model as name_of
 from nestlearn.models.hope import HopeLM
+from nestlearn.names import SHIPPED, model_folder
 
 CHANCE = "chance"  # a row beside the models: who knows nothing
+SMALL, PACKAGE = "0.8M", "Hope of the package"  # a size that is not trained here, and its model
 EDGES = (500, 2000, 8000, 30_000)  # bytes from the first time to the second
 QUESTIONS, REPEATS = 1000, 150  # of a set, and between two edges
 WITHOUT, BY_BYTES = ", without", ", by bytes"  # end names of scores
@@ -49,9 +53,10 @@ TESTS = ("questions", "repeats", "edges", "quizzes", "harness", "code")  # no pa
 
 def grid(asked: Options) -> list[Cell]:
     """A cell for each model of each size, and one for chance."""
-    models = (*chosen(asked.models, table2.ROWS, "model"), CHANCE)
+    models = (*chosen(asked.models, (*table2.ROWS, PACKAGE), "model"), CHANCE)
     data = asked.data and str(Path(asked.data, "gutenberg"))
     sizes = {name: {"size": asked.pick((32, 1, 2), size)} for name, size in table2.SIZES.items()}
+    sizes[SMALL] = {"weights": fingerprint(model_folder(SHIPPED).glob("*.safetensors"))}
     usual = (table2.STEPS, table2.BATCH, table2.LENGTH)
     part = replace(asked, data=data, models=models)
     cells = books.cells(part, sizes, models, usual, what=("size", "model"))
@@ -61,16 +66,22 @@ def grid(asked: Options) -> list[Cell]:
         "questions": asked.pick(8, QUESTIONS), "repeats": asked.pick(2, REPEATS),
         "edges": asked.pick(EDGES[:2], EDGES),
     }  # fmt: skip
-    return [cell | own for cell in cells]
+    small, others = (PACKAGE, CHANCE), (*table2.ROWS, CHANCE)
+    return [
+        cell | own
+        for cell in cells
+        if cell["model"] in (small if cell["task"] == SMALL else others)
+    ]
 
 
 def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Train a model, or read what is left of it, and ask it; "value" is of validation books."""
     if cell["model"] == CHANCE:
         return {"value": 0.0, "scores": chance()}
-    name = f"{cell['task']}-{cell['model']}-{cell['lr']}-{cell['seed']}-{digest(cell, TESTS)}"
+    name = f"{cell['task']}-{cell['model']}-{cell.get('lr')}-{cell['seed']}-{digest(cell, TESTS)}"
     place = Path(cell["out"], "models", name.lower().replace(" ", "-"))
-    result = left(place / "training.json", lambda: trained(cell, place, tell))
+    make = shipped if cell["model"] == PACKAGE else trained
+    result = left(place / "training.json", lambda: make(cell, place, tell))
     quizzes, again = asked_of(cell["folder"], cell["questions"], cell["repeats"], *cell["edges"])
     pairs = [pair for some in quizzes.values() for one in some for pair in one.pairs]
     texts = [(text.encode(), ending.encode()) for text, ending in pairs]
@@ -80,7 +91,8 @@ def work(cell: Cell, tell: Tell) -> dict[str, Any]:
     key = hashlib.sha256(repr(of).encode()).hexdigest()[:12]
 
     def asked() -> list[tuple[float, bool]]:
-        lm = HopeLM.from_pretrained(place).float().to(cell["device"]).eval()
+        source = SHIPPED if cell["model"] == PACKAGE else place
+        lm = HopeLM.from_pretrained(source).float().to(cell["device"]).eval()
         return scored(lm, texts)
 
     said = left(place / f"asked-{key}.json", asked)
@@ -101,6 +113,13 @@ def left(file: Path, make: Callable[[], Any]) -> Any:
         text = json.dumps(make())
         atomic_write(file, lambda path: path.write_text(text, encoding="utf-8"))
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def shipped(cell: Cell, place: Path, tell: Tell) -> dict[str, Any]:
+    """In place of a training, of the model that the package brings."""
+    count = HopeLM.from_pretrained(SHIPPED).parameter_count()
+    place.mkdir(parents=True, exist_ok=True)
+    return {"value": 0.0, "scores": {}, "parameters": count, "weights": cell["weights"]}
 
 
 def trained(cell: Cell, place: Path, tell: Tell) -> dict[str, Any]:
@@ -160,7 +179,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     )
     return [
         words("setting", lambda r: r.task), name_of(), PARAMETERS,
-        words("rate", lambda r: "–" if r.model == CHANCE else rate(r)), SEEDS,
+        words("rate", lambda r: "–" if r.model in (CHANCE, PACKAGE) else rate(r)), SEEDS,
         mean("bits a byte", metric(books.NEAR)),
         *(part(name, BY_BYTES) for name in harness.QUIZZES),
         *(part(name, WITHOUT) for name in again),
@@ -187,7 +206,7 @@ EXPERIMENT = Experiment(
     price=("–", "~4 hours"),
     takes=("seeds", "steps", "only", "models", "data", "workers", "device"),
     grid=grid, work=work,
-    rates=(3e-3, 6e-3), seeds=1,
+    rates=lambda cell: () if cell["task"] == SMALL else (3e-3, 6e-3), seeds=1,
     columns=columns, notes=notes, by=lambda r: (r.task, r.model),
     sources=("experiments/books.py", "experiments/table2.py", "experiments/asked.py"),
 )  # fmt: skip
