@@ -49,6 +49,22 @@ def test_sampling_is_seeded_and_top_k_1_is_greedy():
     assert lm.generate(prompt, 0).shape == (1, 1)
 
 
+def test_generation_ends_where_every_row_has_said_the_last_token():
+    lm, prompt = model(), torch.tensor([[1, 2], [3, 4]])
+
+    def draw(token=None):
+        seed = torch.Generator().manual_seed(0)
+        return lm.generate(prompt, 40, generator=seed, eos_token_id=token)
+
+    whole = draw()
+    ends = [{int(t): i for i, t in reversed(list(enumerate(row[2:])))} for row in whole]
+    common = ends[0].keys() & ends[1].keys()
+    assert common
+    for token in range(17):
+        length = 3 + max(row[token] for row in ends) if token in common else 42
+        assert torch.equal(draw(token), whole[:, :length])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -43,13 +43,20 @@ def read(lm: HopeLM, texts: Sequence[bytes]) -> Any:
     return state
 
 
-def answers(lm: HopeLM, state: Any, questions: Sequence[bytes], most: int) -> list[str]:
-    """The likeliest `most` bytes after each question; shorter ones begin with more newlines."""
+def answers(
+    lm: HopeLM, state: Any, questions: Sequence[bytes], most: int, end: bytes | None = None
+) -> list[str]:
+    """The likeliest `most` bytes after each question, or up to where all have said the byte `end`;
+    shorter questions begin with more newlines.
+    """
     device = next(lm.parameters()).device
     longest = max(map(len, questions))
     rows = [list(question.rjust(longest, b"\n")) for question in questions]
     with autocast(device):
-        said = lm.generate(torch.tensor(rows, device=device), most, temperature=0, state=state)
+        said = lm.generate(
+            torch.tensor(rows, device=device), most, temperature=0, state=state,
+            eos_token_id=None if end is None else end[0],
+        )  # fmt: skip
     return [bytes(row).decode(errors="replace") for row in said[:, longest:].tolist()]
 
 

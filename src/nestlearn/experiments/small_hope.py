@@ -29,7 +29,7 @@ TINY = "nestlearn/tiny"
 class OfBytes(Reader):
     """A `Reader` whose model is the small Hope and whose tokens are bytes."""
 
-    longest = 64
+    longest, rows = 64, 512
 
     def opened(self, folder: Path, device: str) -> tuple[Any, Any]:
         return HopeLM.from_pretrained(TINY).float().to(device).eval(), None
@@ -50,9 +50,9 @@ class OfBytes(Reader):
         prompts = [self.asked(text) for text in texts]
         found = [""] * len(texts)
         for same in grouped(range(len(prompts)), lambda i: len(prompts[i])).values():
-            for a in range(0, len(same), ROWS):
-                some = [prompts[i] for i in same[a : a + ROWS]]
-                told = answers(self.base, self.before(len(some)), some, self.longest)
+            for a in range(0, len(same), self.rows):
+                some = [prompts[i] for i in same[a : a + self.rows]]
+                told = answers(self.base, self.before(len(some)), some, self.longest, b"\n")
                 for i, text in zip(same[a:], told):
                     found[i] = text.split("\n")[0].strip()
         return found

@@ -235,10 +235,14 @@ class HopeLM(nn.Module):
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
         state: HopeState | None = None,
     ) -> Tensor:
         """Continue ids [B, T]: [B, T + max_new_tokens]. temperature 0 takes the likeliest token.
+
+        eos_token_id: the call ends as soon as every row has said it, so what comes back may be
+        shorter; what a row says after it is of no meaning.
 
         The prompt is read in one pass of chunks, after `state` if given; each new token then costs
         one step of the state, however long the text is.
@@ -250,11 +254,15 @@ class HopeLM(nn.Module):
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k}: give 1 or more, or None")
         self._check_ids(ids)
-        longer, new = [ids], ids
+        longer, new, ended = [ids], ids, torch.zeros_like(ids[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):
             logits, state = self(new, state)
             new = _choose(logits[:, -1].float(), temperature, top_k, generator)
             longer.append(new)
+            if eos_token_id is not None:
+                ended |= new == eos_token_id
+                if ended.all():
+                    break
         return torch.cat(longer, 1)
 
     @property
