@@ -108,6 +108,7 @@ TORCH = partial(TITANS, backend="torch")
 LAYERS = {
     "attention": Row(Attention, graph=False),
     "flash-linear-attention, gated DeltaNet": Row(FlashLinearAttention, graph=False),
+    "SelfModifyingTitans of matrices": Row(SelfModifyingTitans),
     "SelfModifyingTitans, compiled": Row(TITANS, compiled=True),
     "SelfModifyingTitans": Row(TITANS),
     "SelfModifyingTitans, recomputed": Row(partial(TITANS, remat=True), longest=65536),

@@ -103,10 +103,11 @@ def test_a_stream_may_be_cut_anywhere_and_a_state_gone_on_from_twice(kind, model
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_windows_begin_where_they_should(model, ids, together):
-    said = windows(model, 16, 4, together).say(ids)[0].logp
+@pytest.mark.parametrize("again", [0, 4, 11])
+def test_windows_begin_where_they_should(model, ids, again, together):
+    said = windows(model, 16, again, together).say(ids)[0].logp
     for t in range(N):
-        begin = max(0, t // 12 * 12 - 4)
+        begin = max(0, t // (16 - again) * (16 - again) - again)
         expected = model(ids[None, begin : t + 1])[0, -1].log_softmax(-1)
         torch.testing.assert_close(said[t], expected)
     with pytest.raises(ValueError, match="give 0 to length - 1"):

@@ -109,11 +109,15 @@ def test_one_call_trains_and_asks_and_another_counts(folder, tmp_path, monkeypat
 def test_the_model_of_the_package_is_asked_without_a_training(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "version", lambda: "")
     options = {"data": str(folder), **SMALL, "only": [table3.SMALL]}
+    about = table3.EXPERIMENT
+    asks = runner.ask(about, tmp_path, data=str(folder), models=["Hope"], device="cpu")
+    assert {cell["task"] for cell in about.grid(asks)} == {"10M", "50M"}
     runner.run("table3", tmp_path / "out", **options)
     found = read_records(tmp_path / "out" / "results.json")
     assert list(dict.fromkeys(r.model for r in found)) == [table3.PACKAGE, table3.CHANCE]
     own = next(r for r in found if r.model == table3.PACKAGE)
-    assert own.parameters == 844_644
+    assert (own.parameters, own.steps) == (844_644, 1500)
+    assert not {"batch", "length", "lr"} & own.config.keys()
     assert own.metric.startswith("again after")
 
 

@@ -72,6 +72,7 @@ def test_generation_ends_where_every_row_has_said_the_last_token():
         ({"max_new_tokens": 1, "temperature": -0.5}, r"temperature=-0\.5"),
         ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature=nan"),
         ({"max_new_tokens": 1, "top_k": 0}, "top_k=0"),
+        ({"max_new_tokens": 1, "eos_token_id": 17}, "eos_token_id=17: give one of 0 to 16"),
     ],
 )
 def test_generate_refuses_bad_options(options, message):

@@ -165,11 +165,15 @@ def test_heads_samples_and_calls_in_a_row(away):  # noqa: F811
 
 
 RUNS = {
-    "one": (Case({"depth": 1}, heads=2, calls=(12,)), 1),
+    "one": (Case({"depth": 1}, heads=2, batch=2, calls=(12,)), 1),
     "several": (Case({"depth": 1, "eta_max": 2.0}, calls=(10, 6)), 3),
     "cut": (Case({"truncate": 8}, calls=(12,)), 2),
     "recomputed": (Case({"depth": 1, "remat": True}, chunk=1, calls=(9,)), 2),
     "boundary": (Case({"read": "boundary", "weight_decay": False}, calls=(8,)), 1),
+    "matrices-boundary": (
+        Case({"depth": 1, "read": "boundary", "weight_decay": False, "dgd": False}, calls=(8,)),
+        1,
+    ),
     "fading": (Case({"depth": 1, "half_life": 48}, chunk=2, calls=(18, 12)), 4),
     "fading-after-every-chunk": (Case({"depth": 1, "half_life": 8}, calls=(12,)), 3),
 }

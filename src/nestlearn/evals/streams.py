@@ -133,9 +133,11 @@ def _logp(logits: Tensor, temperature: float) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class _InWindows:
     """Reads windows of `length` tokens, which begin at multiples of `stride` = length − again; each
-    but the first reads the `again` tokens before it once more, unscored. ValueError unless
-    0 ≤ again < length.
+    but the first reads up to `again` tokens before it once more, unscored. ValueError unless
+    0 ≤ again < length. together: how many windows are read side by side.
     """
+
+    together = 1
 
     length: int
     again: int = 0
@@ -151,7 +153,7 @@ class _InWindows:
 
     @property
     def step(self) -> int:
-        return self.stride
+        return self.stride * self.together
 
     def say(self, ids: Tensor, state: Any = None) -> tuple[Said, Any]:
         position, window, own = (0, ids[:0], None) if state is None else state
@@ -159,8 +161,9 @@ class _InWindows:
         while len(ids):
             if position and position % self.stride == 0:
                 own = self._end(window, ids[:1], own)
-                window = window[len(window) - self.again :]
-            many = self._many(position, len(ids))
+                window = window[max(0, len(window) - self.again) :]
+            whole = position % self.stride == 0 and len(window) == self.again
+            many = min(self.together, len(ids) // self.stride) if whole else 1
             n = many * self.stride if many > 1 else self.stride - position % self.stride
             fresh, ids = ids[:n], ids[n:]
             window = torch.cat([window, fresh])
@@ -173,10 +176,6 @@ class _InWindows:
         said = Said(torch.cat(parts), torch.cat(vectors) if vectors else None)
         return said, (position, window, own)
 
-    def _many(self, position: int, tokens: int) -> int:
-        """How many whole windows of the next tokens are read side by side."""
-        return 1
-
     def _read(self, windows: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
         """Logits [B, T, V] and hidden vectors of windows [B, T]."""
         raise NotImplementedError
@@ -188,19 +187,11 @@ class _InWindows:
 @dataclass(frozen=True, kw_only=True)
 class Windows(_InWindows):
     """A model as it is, in windows of its trained length. model(ids [B, T]) -> (logits [B, T, V],
-    hidden [B, T, D] or None); together: how many windows it reads side by side.
+    hidden [B, T, D] or None).
     """
 
     model: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     together: int = 1
-
-    @property
-    def step(self) -> int:
-        return self.stride * self.together
-
-    def _many(self, position: int, tokens: int) -> int:
-        begins = position > 0 and position % self.stride == 0  # the first has nothing to read again
-        return min(self.together, tokens // self.stride) if begins else 1
 
     def _read(self, windows: Tensor, own: Any) -> tuple[Tensor, Tensor | None]:
         return self.model(windows)

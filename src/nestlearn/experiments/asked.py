@@ -44,7 +44,7 @@ def read(lm: HopeLM, texts: Sequence[bytes]) -> Any:
 
 
 def answers(
-    lm: HopeLM, state: Any, questions: Sequence[bytes], most: int, end: bytes | None = None
+    lm: HopeLM, state: Any, questions: Sequence[bytes], most: int, end: int | None = None
 ) -> list[str]:
     """The likeliest `most` bytes after each question, or up to where all have said the byte `end`;
     shorter questions begin with more newlines.
@@ -55,7 +55,7 @@ def answers(
     with autocast(device):
         said = lm.generate(
             torch.tensor(rows, device=device), most, temperature=0, state=state,
-            eos_token_id=None if end is None else end[0],
+            eos_token_id=end,
         )  # fmt: skip
     return [bytes(row).decode(errors="replace") for row in said[:, longest:].tolist()]
 

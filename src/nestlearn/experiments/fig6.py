@@ -31,9 +31,9 @@ from nestlearn.experiments.experiment import Cell, Experiment, Options, Record, 
 from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.learners import BATCH, EPOCHS, Learner, Reader
 from nestlearn.experiments.provenance import fingerprint
-from nestlearn.experiments.small_hope import TINY, Carried, OfBytes, Trained
+from nestlearn.experiments.small_hope import Carried, OfBytes, Trained
 from nestlearn.experiments.tables import detail, mean, model, words
-from nestlearn.names import model_folder
+from nestlearn.names import SHIPPED, model_folder
 
 DELTAS = (5e-4, 2e-3, 8e-3)  # Adam's rates
 WEIGHTS = (3e-4, 1e-3, 3e-3)  # the same, of all weights of a small model
@@ -46,7 +46,7 @@ def grid(asked: Options) -> list[Cell]:
     found = cells(asked, list(classes.SETS), ROWS, ("set", "row"), **base, sizes=sizes)
     for cell in found:
         if issubclass(ROWS[cell["model"]][0], OfBytes):
-            cell["weights"] = fingerprint(model_folder(TINY).glob("*.safetensors"))
+            cell["weights"] = fingerprint(model_folder(SHIPPED).glob("*.safetensors"))
     return found
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestlearn.evals import read_records
 from nestlearn.evals.files import text_of
 from nestlearn.evals.streams import Text, bits_per_byte, nats, tenths
 from nestlearn.experiments import readers
@@ -30,7 +31,7 @@ from nestlearn.experiments.figures import Along, Panel, curves, lines
 from nestlearn.experiments.provenance import fingerprint
 from nestlearn.experiments.readers import ROWS, Opened
 from nestlearn.experiments.tables import RATE, detail, mean, metric, words
-from nestlearn.names import SHIPPED, model_folder
+from nestlearn.names import SHIPPED, model_folder, weights_folder
 
 LETTERS, QUICK_LETTERS = 100_000, 1500  # of a book
 TESTED, VALIDATED = 8, 2  # books
@@ -38,15 +39,20 @@ PLAIN = "windows"  # what the other rows are compared with
 
 
 def grid(asked: Options) -> list[Cell]:
-    folder = Path(asked.data or "")
+    if asked.data is None:
+        raise ValueError("--data: give a folder with gutenberg/ or books/ in it")
+    folder = Path(asked.data)
     model = _model(folder)
     lacking = "levels" if readers.is_hope(model) else "carried"
     known = [row for row in ROWS if row != lacking]
-    weights = list(model.glob("**/*.safetensors"))
-    if not weights:
+    files_ = list(weights_folder(model).glob("*.safetensors")) or list(model.rglob("*.safetensors"))
+    if not files_:
         raise ValueError(f"{model} has no weights (*.safetensors): give a model that was saved")
+    weights, there = fingerprint(files_), asked.out / "results.json"
+    if there.is_file() and any(r.config["weights"] != weights for r in read_records(there)):
+        raise ValueError(f"{there} is of another model than {model}: give another --out")
     return cells(
-        asked, ["books"], known, ("task", "row"), folder=str(folder), weights=fingerprint(weights),
+        asked, ["books"], known, ("task", "row"), folder=str(folder), weights=weights,
         text=fingerprint(files(folder, "valid") + files(folder, "test")),
         letters=asked.pick(QUICK_LETTERS, LETTERS), validated=asked.pick(1, VALIDATED),
         tested=asked.pick(1, TESTED),
@@ -147,6 +153,13 @@ def columns(records: Sequence[Record]) -> list[Column]:
     ]  # fmt: skip
 
 
+def notes(records: Sequence[Record]) -> str:
+    """Which model has read."""
+    shipped = fingerprint(model_folder(SHIPPED).glob("*.safetensors"))
+    own = {r.config["weights"] for r in records} == {shipped}
+    return f"Read by {SHIPPED}, the model in the package." if own else "Read by FOLDER/model."
+
+
 def figure(records: Sequence[Record], path: Path) -> None:
     def along(r: Record) -> Along:
         return range(1, len(r.detail["tenths"]) + 1), r.detail["tenths"]
@@ -157,7 +170,7 @@ def figure(records: Sequence[Record], path: Path) -> None:
 
 EXPERIMENT = Experiment(
     name="scored-first", shows="bits per byte of books read as streams, by what learns from them",
-    price=("~1 hour", "~1 hour"),
+    price=("~1 hour (135M: ~1 day)", "~1 hour"),
     takes=("models", "data", "workers", "device"),
     grid=grid, work=work,
     rates=lambda cell: ROWS[cell["model"]].values, seeds=1,

@@ -22,8 +22,7 @@ from nestlearn.evals.classes import Group, Text
 from nestlearn.experiments.asked import ROWS, WHOLE, answers, autocast
 from nestlearn.experiments.learners import BATCH, EWC, KEPT, Reader, padded
 from nestlearn.models.hope import HopeLM
-
-TINY = "nestlearn/tiny"
+from nestlearn.names import SHIPPED
 
 
 class OfBytes(Reader):
@@ -32,7 +31,7 @@ class OfBytes(Reader):
     longest, rows = 64, 512
 
     def opened(self, folder: Path, device: str) -> tuple[Any, Any]:
-        return HopeLM.from_pretrained(TINY).float().to(device).eval(), None
+        return HopeLM.from_pretrained(SHIPPED).float().to(device).eval(), None
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +51,7 @@ class OfBytes(Reader):
         for same in grouped(range(len(prompts)), lambda i: len(prompts[i])).values():
             for a in range(0, len(same), self.rows):
                 some = [prompts[i] for i in same[a : a + self.rows]]
-                told = answers(self.base, self.before(len(some)), some, self.longest, b"\n")
+                told = answers(self.base, self.before(len(some)), some, self.longest, ord("\n"))
                 for i, text in zip(same[a:], told):
                     found[i] = text.split("\n")[0].strip()
         return found

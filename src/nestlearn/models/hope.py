@@ -254,6 +254,9 @@ class HopeLM(nn.Module):
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k}: give 1 or more, or None")
         self._check_ids(ids)
+        if eos_token_id is not None and not 0 <= eos_token_id < self.config.vocab_size:
+            most = self.config.vocab_size - 1
+            raise ValueError(f"eos_token_id={eos_token_id}: give one of 0 to {most}, or None")
         longer, new, ended = [ids], ids, torch.zeros_like(ids[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):
             logits, state = self(new, state)

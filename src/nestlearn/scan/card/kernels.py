@@ -693,8 +693,8 @@ def _out_of_shell(
 @_jit
 def _constants(i, held):
     """Where those of sample i // heads and head i % heads begin, `held` = (heads, the stride of
-    samples, how many they are, the first norm of a start value, and for `_generate` how many parts
-    lie between what two roles say).
+    samples, how many they are, the first norm of a start value, and how many parts lie between what
+    two roles say).
     """
     return i // held[0] * held[1] + i % held[0] * held[2]
 

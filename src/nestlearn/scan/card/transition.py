@@ -77,7 +77,7 @@ def _weights(plan: Plan, kept: Kept, sizes: Kept, first: Tensor, last: Any) -> l
 
 
 def run(
-    plan: Plan, save: bool, z: Tensor, q: Tensor, constants: Tensor, W: Tensor, none: None
+    plan: Plan, save: bool, z: Tensor, q: Tensor, constants: Tensor, W: Tensor, W2: None
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """The run: W after it and o, and one buffer of what is `Kept`."""
     kind, chunks, place, held = plan
@@ -112,7 +112,7 @@ def run(
 
 
 def run_backward(
-    plan: Plan, z: Tensor, q: Tensor, constants: Tensor, W: Tensor, none: None, flat: Tensor,
+    plan: Plan, z: Tensor, q: Tensor, constants: Tensor, W: Tensor, W2: None, flat: Tensor,
     after: list[Tensor], grads: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of z, q, constants and W from these, what was kept, W in its shell at the end and

@@ -285,9 +285,6 @@ def _through_system(said, rows, x, right, dk, dg, i, M, T, kind: tl.constexpr):
         deta = inv * dr
     else:
         deta = ds + inv * dr
-    dkey += tl.where(norm2 >= 1.0, -2.0 * r * inv * dr, 0.0)[:, None] * _tokens(
-        said, i, T, kind.K, kind.BT, True
-    )
     # log γ_t sums log α up to t; log γ₋_t lacks the last of them
     return s[:, None] * right, dkey, deta, tl.cumsum(dg, 0, reverse=True) - dbefore
 
