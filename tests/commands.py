@@ -229,6 +229,12 @@ FORMS: dict[str, Form] = {
         "--other $here/diary.txt --tokens 256 --out {here}/bench"
     ),
     "python -m bench.gpu --repeats 3 --limit 2.5": Form(why="needs a GPU"),
+    'python -m bench.gpu --only "of matrices" --lengths 16384,2048 --tokens 16384': Form(
+        why="needs a GPU"
+    ),
+    'python -m bench.gpu --model --only "Hope, compiled" --lengths 2048 --tokens 16384': Form(
+        why="needs a GPU"
+    ),
     'python -m bench.gpu --model --lengths 131072 --only "segments of 65,536"': Form(
         why="needs a GPU"
     ),

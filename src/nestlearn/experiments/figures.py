@@ -140,8 +140,9 @@ def curves(
             axes.set_ylim(*ylim)
         axes.set_title(panel.title, loc="left", fontsize=12)
     shown = {name: line for axes in every for line, name in zip(*axes.get_legend_handles_labels())}
+    fit = int(14 * figure.get_figwidth()) // (7 + max(map(len, shown)))  # letters of an inch
     figure.legend(
-        shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)),
-        frameon=False, fontsize=9,
+        shown.values(), shown.keys(), loc="outside lower center",
+        ncols=max(1, min(4, len(shown), fit)), frameon=False, fontsize=9,
     )  # fmt: skip
     write_figure(figure, path)
