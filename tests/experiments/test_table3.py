@@ -107,6 +107,11 @@ def test_one_call_trains_and_asks_and_another_counts(folder, tmp_path, monkeypat
 
 
 def test_the_model_of_the_package_is_asked_without_a_training(folder, tmp_path, monkeypatch):
+    def said(lm, pairs):
+        assert lm.parameter_count() == 844_644
+        return [(-1.0, True)] * len(pairs)
+
+    monkeypatch.setattr(table3, "scored", said)
     monkeypatch.setattr(harness, "version", lambda: "")
     options = {"data": str(folder), **SMALL, "only": [table3.SMALL]}
     about = table3.EXPERIMENT
