@@ -45,10 +45,10 @@ def grid(asked: Options) -> list[Cell]:
     model = _model(folder)
     lacking = "levels" if readers.is_hope(model) else "carried"
     known = [row for row in ROWS if row != lacking]
-    files_ = list(weights_folder(model).glob("*.safetensors")) or list(model.rglob("*.safetensors"))
-    if not files_:
+    stored = list(weights_folder(model).glob("*.safetensors")) or list(model.rglob("*.safetensors"))
+    if not stored:
         raise ValueError(f"{model} has no weights (*.safetensors): give a model that was saved")
-    weights, there = fingerprint(files_), asked.out / "results.json"
+    weights, there = fingerprint(stored), asked.out / "results.json"
     if there.is_file() and any(r.config["weights"] != weights for r in read_records(there)):
         raise ValueError(f"{there} is of another model than {model}: give another --out")
     return cells(

@@ -69,8 +69,8 @@ def grid(asked: Options) -> list[Cell]:
     there = [
         c for c in cells if c["model"] == CHANCE or (c["model"] == PACKAGE) == (c["task"] == SMALL)
     ]
-    asked_of = {cell["task"] for cell in there if cell["model"] != CHANCE}
-    found = [cell | own for cell in there if cell["task"] in asked_of]
+    tasks = {cell["task"] for cell in there if cell["model"] != CHANCE}
+    found = [cell | own for cell in there if cell["task"] in tasks]
     for cell in found:
         if cell["task"] == SMALL:  # its training was another one
             for name in ("steps", "batch", "length"):
