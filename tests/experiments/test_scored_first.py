@@ -28,6 +28,7 @@ def test_every_row_is_read_and_compared(folder):
     text = runner.run("scored-first", folder / "out", **options)
     for name, row in readers.ROWS.items():
         assert (f"| {row.title} | " in text) == (name != "carried")
+    assert "Read by FOLDER/model" in text
     assert (folder / "out" / "scored-first.png").is_file()
     with pytest.raises(ValueError, match="row 'knm' is unknown"):
         runner.run("scored-first", folder / "other", models=["knm"], **options)
@@ -41,6 +42,11 @@ def test_the_model_of_the_package_is_read_where_there_is_no_other(folder):
     options = {"data": str(folder), "quick": True, "workers": 0, "progress": False, "device": "cpu"}
     text = runner.run("scored-first", folder / "out", models=["windows", "carried"], **options)
     assert readers.ROWS["carried"].title in text
+    assert "Read by nestlearn/tiny" in text
+    (folder / "elsewhere").rename(folder / "model")
+    with pytest.raises(ValueError, match=r"results\.json is of another model"):
+        runner.run("scored-first", folder / "out", **options)
+    (folder / "model").rename(folder / "elsewhere")
     (folder / "model").mkdir()
     with pytest.raises(ValueError, match="has no weights"):
         runner.run("scored-first", folder / "other", **options)

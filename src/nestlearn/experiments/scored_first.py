@@ -174,6 +174,6 @@ EXPERIMENT = Experiment(
     takes=("models", "data", "workers", "device"),
     grid=grid, work=work,
     rates=lambda cell: ROWS[cell["model"]].values, seeds=1,
-    columns=columns, figure=figure,
+    columns=columns, notes=notes, figure=figure,
     sources=("hf", "experiments/readers.py"),
 )  # fmt: skip
