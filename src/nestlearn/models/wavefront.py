@@ -3,7 +3,7 @@ before it. A step of one long sample is otherwise a chain of kernels too small f
 
 Asked for by `HopeLM.side_by_side`, for CUDA graphs, whose kernels need no Python to be launched. 98
 million parameters, one sample, an H200: 96,500 tokens/s in segments of 32,768, 108,500 in segments
-of 65,536, and 52,400 without.
+of 65,536, and 52,400 without; with later kernels 74,000 in segments of 65,536 (docs/results/speed).
 """
 
 from __future__ import annotations
