@@ -141,6 +141,17 @@ def test_a_stream_may_be_cut_anywhere(cuts, rule):
     equal(run(w, data, cuts), run(replace(w, backend="naive"), data, [0]))
 
 
+@pytest.mark.parametrize("rule", ["gd", "dgd"])
+@pytest.mark.parametrize("options", [{}, {"half_life": 300}, {"bound": None}])
+def test_a_chain_of_two_products(monkeypatch, rule, options):
+    """What a card does: all that stands before a state is multiplied beforehand."""
+    w = writer(8, rule, **options)
+    data = stream(197, False)
+    expected = run(replace(w, backend="naive"), data, [0, 37, 70])
+    monkeypatch.setattr(plain_spans, "_is_chain", lambda rows: True)
+    equal(run(w, data, [0, 37, 70]), expected)
+
+
 @pytest.mark.parametrize(("chunk", "most"), [(512, 1), (3, 64), (48, 64), (1, 7), (16, 256)])
 def test_the_span_changes_nothing(monkeypatch, chunk, most):
     w = writer(chunk, bound_every=chunk * -(-200 // chunk), half_life=2048)

@@ -42,14 +42,19 @@ class Form(NamedTuple):
         half_life = self.writer.half_life
         return 0.0 if half_life is None else 1 - 2 ** (-self.writer.fades / half_life)
 
-    def masks(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[i < c] and l [i < c] + d [i < t], of the products' sums, and l + d."""
+    @property
+    def both(self) -> float:
+        """l + d."""
+        return float(self.writer.objective == "l2") + float(self.rule.delta)
+
+    def masks(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """[i < c] and l [i < c] + d [i < t], of the products' sums."""
         token = torch.arange(self.size, device=like.device)
         chunk = token // self.writer.chunk
         earlier = (chunk.unsqueeze(-1) > chunk).to(like)
         strict = (token.unsqueeze(-1) > token).to(like)
         l2, replaces = float(self.writer.objective == "l2"), float(self.rule.delta)
-        return earlier, l2 * earlier + replaces * strict, like.new_full((), l2 + replaces)
+        return earlier, l2 * earlier + replaces * strict
 
     def __call__(self, f: Callable, *args: Any) -> Any:
         """f(*args), f without products."""
@@ -72,42 +77,50 @@ class Spans(torch.autograd.Function):
 
     n spans of N tokens, T = n N. What needs no state is done for all spans at once: the Gram matrix
     of the features (keys are the features one token earlier: rows −1 .. N−1 hold both) and the
-    inverse. The loop has three products a span in each direction. In the backward pass the errors
-    of what a feature answers and of what it finds as a key share one product.
+    inverse. The loop has three products a span in each direction; `_is_chain` says where it has
+    two, because all that does not depend on the state is multiplied beforehand. In the backward
+    pass the errors of what a feature answers and of what it finds as a key share one product.
     """
 
     @staticmethod
     def forward(ctx: Any, form: Form, W, W0, last, h, v, eta):
         N, n, low = form.size, h.shape[1] // form.size, form.dtype
         wide = torch.promote_types(low, torch.float32)
-        earlier, factor, both = form.masks(h.new_empty(0, dtype=wide))
+        (earlier, factor), both = form.masks(h.new_empty(0, dtype=wide)), form.both
         rows, values, eta = form(_laid, last, h, v, eta, earlier, low)
         gram = _product(rows, rows.mT, wide)
-        system, read, s, aims, steps = form(_systems, gram, values, eta, earlier, factor, both, low)
+        system, read, s = form(_systems, gram, eta, earlier, factor, low)
         with _tf32(low):
             inverse = _inverse(system)
-        states, found = (rows.new_empty(n, *W.shape), gram.new_empty(*rows.shape[:3], W.shape[1]))
-        w, shells, W = torch.empty_like(values), [], W.clone()
-        start = frobenius(W0).to(W.dtype)
+        states, found = rows.new_empty(n, *W.shape), gram.new_empty(*rows.shape[:3], W.shape[1])
+        chain = _is_chain(rows)
+        if chain:  # w = (I + L)⁻¹ s v − (l + d) ((I + L)⁻¹ s k) Wᵀ
+            solve = (inverse * s.mT).to(low)
+            w, solved = (_product(solve, x, low) for x in (values, rows[:, :, :N]))
+        else:
+            w, aims, steps = torch.empty_like(values), s * values, both * s
+        shells, W, start = [], W.clone(), frobenius(W0).to(W.dtype)
+        states[0].copy_(W)
         for i in range(n):
-            states[i].copy_(W)
-            _product(rows[i], states[i].mT, wide, out=found[i])
-            with _tf32(low):
-                right = torch.addcmul(aims[i], steps[i], found[i, :, :N], value=-1)
-                _write(w[i], inverse[i], right)
+            if chain:
+                w[i].baddbmm_(solved[i], states[i].mT, alpha=-form.both)
+            else:
+                _product(rows[i], states[i].mT, wide, out=found[i])
+                with _tf32(low):
+                    right = torch.addcmul(aims[i], steps[i], found[i, :, :N], value=-1)
+                    _write(w[i], inverse[i], right)
             _add(W, w[i].mT, rows[i, :, :N])
+            then = states[i + 1] if i + 1 < n else None
             if form.ends(i):
-                if form.fading:
-                    W.lerp_(W0.to(wide), form.fading)
-                if form.writer.bound is not None:
-                    shells.append(form(into_shell_, W, start, *form.writer.bound))
-        errors = form(_errors, values, found, both)
+                shells += form(_ended, W, W0, start, form.fading, form.writer.bound, then)
+            elif then is not None:
+                then.copy_(W)
+        if chain:
+            _product(rows, states.mT, wide, out=found)
+        errors = form(_errors, values, found, gram.new_full((), both))
         _add(found[:, :, 1 : N + 1], read, w)
         ctx.form, ctx.kinds = form, (last.dtype, h.dtype, v.dtype)
-        ctx.save_for_backward(
-            W0, rows, gram, eta, s, inverse, read, w, errors, states, W,
-            *(x for shell in shells for x in shell),
-        )  # fmt: skip
+        ctx.save_for_backward(W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *shells)
         return form(_streamed, found[:, :, 1 : N + 1], h.dtype), W
 
     @staticmethod
@@ -119,57 +132,84 @@ class Spans(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, dy, dW):
         form, N, low = ctx.form, ctx.form.size, ctx.form.dtype
-        W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *flat = ctx.saved_tensors
+        W0, rows, gram, eta, s, inverse, read, w, errors, states, W, *shells = ctx.saved_tensors
         wide, n = gram.dtype, len(rows)
-        shells, start = list(zip(flat[::2], flat[1::2])), frobenius(W0).to(wide)
-        dW0 = torch.zeros_like(W0) if shells or form.fading else None
-        dW = dW.clone()
-        earlier, factor, both = form.masks(gram.new_empty(0))
+        start, dW0, dW = frobenius(W0).to(wide), torch.zeros_like(W0), dW.clone()
+        dstart = dW.new_zeros(len(dW), 1, 1)
+        (earlier, factor), both = form.masks(gram.new_empty(0)), form.both
         dy, back = form(_laid_errors, dy, earlier, rows, low)
         dread = _product(dy, w.mT, wide)
-        dw = _product(read.mT, dy, wide)
-        g, steps, drows = torch.empty_like(w), both * s, torch.empty_like(rows)
-        # on a card the chain is what counts, and these products are no part of it
-        dstates = torch.empty_like(states) if rows.is_cuda else None
+        chain, steps, drows = _is_chain(rows), both * s, torch.empty_like(rows)
+        dw = _product(read.mT, dy, low if chain else wide)
+        if chain:  # g = (I + L)⁻ᵀ dw + ((I + L)⁻ᵀ k) dWᵀ, and (l + d) s g goes back
+            solve, dstates = inverse.mT.to(low), torch.empty_like(states)
+            g, solved = (_product(solve, x, low) for x in (dw, rows[:, :, :N]))
+            scaled = form(_scaled, solved, g, steps, back)
+        else:
+            g = torch.empty_like(w)
         for i in reversed(range(n)):
+            then = dstates[i] if chain else None
             if form.ends(i):
-                if shells:
-                    after = W if i == n - 1 else states[i + 1]
-                    norm, size = shells.pop()
-                    dstart = form(out_of_shell_, after, dW, norm, size, start, *form.writer.bound)
-                    dW0 += dstart.sum(0) * W0 / start.clamp(min=1e-12)
-                if form.fading:
-                    dW0 += form.fading * dW.sum(0)
-                    dW *= 1 - form.fading
-            dlow = dW.to(low) if dstates is None else dstates[i].copy_(dW)
-            _add(dw[i], rows[i, :, :N], dlow.mT)
-            with _tf32(low):
-                pull = _write(g[i], inverse[i].mT, dw[i])
-            back[i, :, :N].addcmul_(steps[i], pull, value=-1)
-            if dstates is None:
+                after = W if i == n - 1 else states[i + 1]
+                size, norm = (shells.pop(), shells.pop()) if shells else (None, None)
+                form(
+                    _began, after, dW, norm, size, start, dstart, dW0, form.fading,
+                    form.writer.bound, then,
+                )  # fmt: skip
+            elif then is not None:
+                then.copy_(dW)
+            if chain:
+                back[i, :, :N].baddbmm_(scaled[i], dstates[i].mT, alpha=-1)
+            else:
+                dlow = dW.to(low)
+                _add(dw[i], rows[i, :, :N], dlow.mT)
+                with _tf32(low):
+                    pull = _write(g[i], inverse[i].mT, dw[i])
+                back[i, :, :N].addcmul_(steps[i], pull, value=-1)
                 _product(back[i], states[i], low, out=drows[i])
                 _add(drows[i, :, :N], w[i], dlow)
             _add(dW, back[i].mT, rows[i])
-        if dstates is not None:
+        if chain:
+            _add(g, solved, dstates.mT)
             _product(back, states, low, out=drows)
             _add(drows[:, :, :N], w, dstates)
+        dW0 += dstart.sum(0) * W0 / start.clamp(min=1e-12)
         overlap = _product(g, w.mT, wide)
         dgram, dv, deta = form(
-            _systems_backward,
-            overlap,
-            dread,
-            gram,
-            g,
-            errors,
-            s,
-            eta,
-            earlier,
-            factor,
+            _systems_backward, overlap, dread, gram, g, errors, s, eta, earlier, factor,
             ctx.kinds[2],
-        )
+        )  # fmt: skip
         _add(drows, dgram, rows)
         dlast, dh = form(_features, drows, earlier, *ctx.kinds[:2])
         return None, dW, dW0, dlast, dh, dv, deta
+
+
+def _is_chain(rows: Tensor) -> bool:
+    """On a card the chain of kernels is what counts, not a product more beside it."""
+    return rows.is_cuda and not torch.compiler.is_exporting()
+
+
+def _ended(W, W0, start, fading, bound, then):
+    """The weights fade and are brought into their shell, in place; what the shell did. `then`
+    becomes a copy.
+    """
+    if fading:
+        W.lerp_(W0.to(W.dtype), fading)
+    shell = () if bound is None else into_shell_(W, start, *bound)
+    if then is not None:
+        then.copy_(W)
+    return shell
+
+
+def _began(after, dW, norm, size, start, dstart, dW0, fading, bound, then):
+    """Through `_ended`: dW in place; what start and W0 get is added."""
+    if bound is not None:
+        dstart += out_of_shell_(after, dW, norm, size, start, *bound)
+    if fading:
+        dW0 += fading * dW.sum(0)
+        dW *= 1 - fading
+    if then is not None:
+        then.copy_(dW)
 
 
 def _laid(last, h, v, eta, earlier, low):
@@ -186,13 +226,13 @@ def _laid(last, h, v, eta, earlier, low):
     return rows, _spanned(v, N, low), _spanned(eta.unsqueeze(-1), N, earlier.dtype)
 
 
-def _systems(gram, values, eta, earlier, factor, both, low):
-    """The system, what is read of each write, s, and what s times v and what is found get."""
+def _systems(gram, eta, earlier, factor, low):
+    """The system, what is read of each write, and s."""
     N = earlier.shape[0]
     keys = gram[..., :N, :N]
     s = eta / keys.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clamp(min=1.0)
     read = (gram[..., 1 : N + 1, :N] * earlier).to(low)
-    return s * keys * factor, read, s, s * values, both * s
+    return s * keys * factor, read, s
 
 
 def _errors(values, found, both):
@@ -206,6 +246,12 @@ def _laid_errors(dy, earlier, rows, low):
     zeros = dy.new_zeros(*dy.shape[:2], 1, dy.shape[3])
     fill = zeros.expand(-1, -1, rows.shape[2] - N - 1, -1)
     return dy, torch.cat([zeros, dy, fill], 2)
+
+
+def _scaled(solved, g, steps, back):
+    """solved, times the steps; g, times them, is taken from `back` in place."""
+    back[:, :, : g.shape[2]] -= (steps * g).to(back.dtype)
+    return (steps * solved).to(solved.dtype)
 
 
 def _systems_backward(overlap, dread, gram, g, errors, s, eta, earlier, factor, kind):
