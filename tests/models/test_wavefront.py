@@ -1,11 +1,16 @@
 """Blocks side by side compute what blocks one after the other do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nestlearn import HopeConfig, HopeLM, Level, state
+from nestlearn.layers import continuum
+from nestlearn.models.hope import HopeState
 from nestlearn.models.wavefront import PART, _plain, fits, wavefront
-from nestlearn.options import Continuum, Titans
+from nestlearn.options import Continuum, DeltaNet, SwiGLU, Titans
+from nestlearn.scan import generated, spans
 
 SMALL = HopeConfig(
     vocab_size=16, dim=8, layers=3, heads=2, mixer=Titans(chunk=4),
@@ -28,11 +33,8 @@ def _float(leaf):
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-@pytest.mark.parametrize("part", [1, 5, 8, 40])
-def test_parts_in_turn_equal_the_whole(part):
-    torch.manual_seed(0)
-    lm = HopeLM(SMALL).double()
-    x, begin = torch.randn(2, 21, 8).double(), lm.init_state(2)
+def _equals_the_whole(lm, part, x, groups=None):
+    begin = lm.init_state(len(x))
 
     def whole(x):
         states = []
@@ -41,9 +43,68 @@ def test_parts_in_turn_equal_the_whole(part):
             states.append(after)
         return x, states
 
-    found = _read(lambda x: wavefront(lm.blocks, x, begin.blocks, part), x, lm)
+    found = _read(lambda x: wavefront(lm.blocks, x, begin.blocks, part, groups), x, lm)
     for mine, expected in zip(found, _read(whole, x, lm), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("part", [1, 5, 8, 40])
+def test_parts_in_turn_equal_the_whole(part):
+    torch.manual_seed(0)
+    for groups in (1, 2, 3):
+        _equals_the_whole(HopeLM(SMALL).double(), part, torch.randn(2, 21, 8).double(), groups)
+
+
+CHANNELS = {
+    "sequential": Continuum((Level(chunk=2), Level(chunk=8, rule="gd", objective="dot"), Level())),
+    "independent": Continuum((Level(chunk=2, half_life=20), Level(chunk=4)), "independent"),
+    "nested": Continuum((Level(chunk=2), Level(chunk=8)), "nested"),
+    "all matrices": Continuum((Level(chunk=4, learns="all"),)),
+    "momentum": Continuum((Level(chunk=4, rule="momentum"),)),
+    "static": SwiGLU(),
+}
+
+
+MIXERS = [Titans(chunk=4, half_life=None), Titans(chunk=4, half_life=64), DeltaNet()]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_blocks_of_a_wave_run_as_one(channel, mixer, monkeypatch):
+    """As many samples at a time as blocks, where their chunks can be joined."""
+    monkeypatch.setattr(continuum, "SELDOM", 8)
+    torch.manual_seed(0)
+    lm = HopeLM(replace(SMALL, mixer=mixer, channel=CHANNELS[channel], truncate=None)).double()
+    rows: dict = {"levels": set(), "memories": set()}
+
+    def seen(kind, f):
+        def call(*args, **options):
+            rows[kind].add(len(args[3]))
+            return f(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(spans.Spans, "apply", seen("levels", spans.Spans.apply))
+    monkeypatch.setattr(generated, "run", seen("memories", generated.run))
+    _equals_the_whole(lm, 16, torch.randn(2, 3 * 16 + 5, 8).double())
+    if isinstance(mixer, Titans):
+        assert rows["memories"] == {2, 4, 6}
+    if channel in ("sequential", "independent"):
+        assert rows["levels"] == {2, 4, 6}
+
+
+def test_what_cannot_be_joined_runs_alone(monkeypatch):
+    """A cut gradient, a stream that begins inside a chunk."""
+    monkeypatch.setattr(continuum, "SELDOM", 8)
+    torch.manual_seed(0)
+    _equals_the_whole(
+        HopeLM(replace(SMALL, truncate=8)).double(), 16, torch.randn(1, 37, 8).double()
+    )
+    lm = HopeLM(SMALL).double()
+    x = torch.randn(1, 3 + 37, 8).double()
+    begun = [state.detach(block(x[:, :3])[1]) for block in lm.blocks]
+    monkeypatch.setattr(lm, "init_state", lambda _: HopeState(tuple(begun)))
+    _equals_the_whole(lm, 16, x[:, 3:].detach())
 
 
 def test_what_hooks_on_to_a_block_is_seen():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,18 @@ from ..memory.linalg import unit
 from ..options import Continuum, Level
 from ..scan import FastWeights, Span, Writer, scan, spans
 from ..scan.spans import LevelState
-from .streaming import Device, Starts, Stepping, StreamingLayer, check_input, check_truncate, wide
+from .streaming import (
+    Device,
+    Starts,
+    Stepping,
+    StreamingLayer,
+    check_input,
+    check_truncate,
+    joined,
+    parted,
+    together,
+    wide,
+)
 
 SELDOM = 512  # tokens: a level fades, its bound acts at the first chunk's end after so many
 STRETCH = 2048  # tokens computed again together
@@ -113,12 +124,50 @@ class LevelMLP(Stepping):
         """onto [B, T, D] and what the level adds to it; its state then (None: from the start)."""
         if self.level.chunk is None:
             return self._outside("_joined", onto, self._outside("_static", x), mix), None
+        o, after = self._along(x.shape[1], position, *self._begun(x, state))
+        return self._outside("_joined", onto, o, mix), after
+
+    @staticmethod
+    def together(
+        mlps: Sequence[LevelMLP], xs: Sequence[Tensor], states: Sequence[LevelState | None],
+        positions: Sequence[int], ontos: Sequence[Tensor], mixes: Sequence[Tensor | None],
+    ) -> list[tuple[Tensor, LevelState | None]]:  # fmt: skip
+        """`nestlearn.layers.streaming.together`, of equal levels and xs [B, T, D] of one length."""
+        first, own = mlps[0], (xs, states, positions, ontos, mixes)
+        if not all(mlp._joins(position) for mlp, position in zip(mlps, positions)):
+            return [mlp(*args) for mlp, *args in zip(mlps, *own)]
+        begun = [mlp._begun(x, state) for mlp, x, state in zip(mlps, xs, states)]
+        starts = [(mlp.learning[0].expand(len(x), -1, -1),) for mlp, x in zip(mlps, xs)]
+        state, given = joined(begun)
+        ran = first._along(xs[0].shape[1], positions[0], state, given, joined(starts))
+        each = zip(mlps, parted(ran, [len(x) for x in xs]), ontos, mixes)
+        return [(mlp._outside("_joined", onto, o, mix), s) for mlp, (o, s), onto, mix in each]
+
+    def _joins(self, position: int) -> bool:
+        """Whether it may run as one with equal levels: its steps need no parameter but the start
+        value, and all that it does seldom begins anew.
+        """
+        return (
+            self.level.chunk is not None and self.linear and self.parent is None
+            and self.truncate is None
+            and not any(position % n for n in (self.writer.bounded, self.writer.fades))
+        )  # fmt: skip
+
+    def _begun(self, x: Tensor, state: LevelState | None) -> tuple[LevelState, tuple]:
+        """The state before and what the steps read."""
         state = self.init_state(x.shape[0]) if state is None else state
         assert state is not None
-        k, *pairs = self._outside("_features", x)
-        carried, starts = tree.tree_map(wide, state), self.learning
+        return tree.tree_map(wide, state), self._outside("_features", x)
+
+    def _along(
+        self, length: int, position: int, state: LevelState, xs: tuple,
+        starts: Weights | None = None,
+    ) -> tuple[Tensor, LevelState]:  # fmt: skip
+        """(o [B, T, D], the state) after all steps. starts: the level's own, or of each sample."""
+        assert self.level.chunk is not None
+        starts = self.learning if starts is None else starts
         how: dict[str, Any] = {
-            "length": x.shape[1], "position": position, "truncate": self.truncate,
+            "length": length, "position": position, "truncate": self.truncate,
             "chunks": (self.level.chunk, *([self.parent] if self.parent else [])),
             "after": self._restarted if self.parent else None,
         }  # fmt: skip
@@ -127,15 +176,15 @@ class LevelMLP(Stepping):
             if self.remat and torch.is_grad_enabled():
                 step, how["after"] = partial(self._computed_again, step), None
             run = max(1, (STRETCH if self.remat else 1 << 40) // self.level.chunk)
-            ys, after = scan(step, carried, (k, *pairs), **how, run=run)
+            ys, after = scan(step, state, xs, **how, run=run)
         else:
             step = self._stepping(starts, None if self.parent else self.level.chunk)
+            k, *pairs = xs
             past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
-            xs, carried = (k, past, *pairs), carried._replace(last=None)
-            ys, after = scan(step, carried, xs, **how, remat=self.remat)
+            before = state._replace(last=None)
+            ys, after = scan(step, before, (k, past, *pairs), **how, remat=self.remat)
             after = after._replace(last=k[:, -1:].to(state.last.dtype).contiguous())
-        o = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
-        return self._outside("_joined", onto, o.contiguous(), mix), after
+        return (torch.cat(ys, 1) if len(ys) > 1 else ys[0]).contiguous(), after
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:
         """What is known of all tokens at once: the keys one token later, values and gates."""
@@ -245,18 +294,38 @@ class ContinuumMemory(StreamingLayer):
     def forward(
         self, x: Tensor, state: ContinuumState | None = None
     ) -> tuple[Tensor, ContinuumState]:
-        readers = (mlp.value for mlp in self._chain() if mlp.level.chunk is not None)
-        check_input(x, self.dim, next(readers, None))
-        if state is None:  # each level begins in its own forward, where its weights are at hand
-            position, before = 0, [None] * len(self.mlps)
-        else:
-            position, before = self.begin(state, x)
+        position, before = self._begun(x, state)
         y, states = x, []
         for i, mlp in enumerate(self._chain()):
             mix = None if self.mix is None else self.mix[i]
             y, after = mlp(y if mix is None else x, before[i], position, y, mix)
             states.append(after)
         return y, ContinuumState(position + x.shape[1], tuple(states))
+
+    @staticmethod
+    def together(
+        layers: Sequence[ContinuumMemory], xs: Sequence[Tensor], states: Sequence[Any]
+    ) -> list[tuple[Tensor, ContinuumState]]:
+        """`nestlearn.layers.streaming.together`, level by level, xs [B, T, dim] of one length."""
+        positions, before = zip(*(layer._begun(x, s) for layer, x, s in zip(layers, xs, states)))
+        ys: Sequence[Tensor] = xs
+        after = []
+        for i, mlps in enumerate(zip(*(layer._chain() for layer in layers))):
+            mixes = [None if layer.mix is None else layer.mix[i] for layer in layers]
+            read = ys if layers[0].mix is None else xs
+            own = [states[i] for states in before]
+            ys, now = zip(*together(mlps, read, own, positions, ys, mixes))
+            after.append(now)
+        ends = (position + x.shape[1] for position, x in zip(positions, xs))
+        return list(zip(ys, map(ContinuumState, ends, zip(*after))))
+
+    def _begun(self, x: Tensor, state: ContinuumState | None) -> tuple[int, Sequence[Any]]:
+        """The position and each level's state, None where it begins in its own forward pass, with
+        its weights at hand.
+        """
+        readers = (mlp.value for mlp in self._chain() if mlp.level.chunk is not None)
+        check_input(x, self.dim, next(readers, None))
+        return (0, [None] * len(self.mlps)) if state is None else self.begin(state, x)
 
 
 def _fresh(memory: ResidualMLP) -> list[Tensor]:

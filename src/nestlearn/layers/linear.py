@@ -45,6 +45,8 @@ class StaticProjections(MemoryLayer):
     delta rule has negative eigenvalues.
     """
 
+    _state = MixerState
+
     def __init__(
         self, dim: int, heads: int, writer: Writer, *, steps: tuple[float, float] = (0.0, 1.0),
         conv: int = 4, truncate: int | None = None, remat: bool = False,

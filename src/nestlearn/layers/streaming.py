@@ -215,8 +215,9 @@ class StreamingLayer(nn.Module):
 
 class Course(NamedTuple):
     """How the memories of a call go along it. starts: what a step needs of the parameters, made
-    once for a call. chunk: as in `Stepping._stepping`. chunks, run, after: as in
-    `nestlearn.scan.scan`.
+    once for a call. chunk: as in `Stepping._stepping`. chunks, run: as in `nestlearn.scan.scan`;
+    after(memories, span, starts), too. joins: a step needs nothing else of the layer's own, and of
+    the starts a row for each sample, so that equal layers may go along as one.
     """
 
     starts: Any
@@ -224,6 +225,51 @@ class Course(NamedTuple):
     chunks: tuple[int, ...]
     run: int = 1
     after: Callable | None = None
+    joins: bool = False
+
+
+def together(modules: Sequence[Any], *args: Sequence[Any]) -> list[Any]:
+    """What each of some equal modules makes of its own arguments, their memories' chunks as those
+    of one module of more samples, where that can be: `together` of their class says how.
+    """
+    own = getattr(type(modules[0]), "together", None)
+    if own is None or len(modules) == 1:
+        return [module(*given) for module, *given in zip(modules, *args, strict=True)]
+    return own(modules, *args)
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """Trees of tensors as one, of all their samples. A tensor that stands twice is joined once."""
+    found: dict[tuple[int, ...], Tensor] = {}
+
+    def of(*parts: Tensor) -> Tensor:
+        key = tuple(map(id, parts))
+        if key not in found:
+            found[key] = torch.cat(parts)
+        return found[key]
+
+    return tree.tree_map(of, *trees)
+
+
+def parted(whole: Any, rows: Sequence[int]) -> list[Any]:
+    """What `joined` made, as it was: trees of so many samples."""
+    parts = {id(x): x.split(list(rows)) for _, x in tree.leaves(whole) if isinstance(x, Tensor)}
+    return [tree.tree_map(lambda x, i=i: parts[id(x)][i], whole) for i in range(len(rows))]
+
+
+class Begun(NamedTuple):
+    """A call before its memories run: what their steps take, and what the state keeps besides."""
+
+    position: int
+    conv: Any
+    memories: Any
+    xs: Any
+    course: Course
+
+    @property
+    def joins(self) -> bool:
+        """Whether it may run as one with those of equal layers: where all chunks begin anew."""
+        return self.course.joins and not any(self.position % n for n in self.course.chunks)
 
 
 class MemoryLayer(StreamingLayer, Stepping):
@@ -234,6 +280,7 @@ class MemoryLayer(StreamingLayer, Stepping):
 
     dim: int
     readout: Any  # its gate reads x
+    _state: ClassVar[Callable]
     # `_inputs` of x [B, T, dim] and the convolution's state, `_outputs` of o [B, H, T, d] and x
     _around: ClassVar = {"_inputs": ((0, 1), (0,)), "_outputs": ((0, 2), (0, 1))}
 
@@ -241,18 +288,45 @@ class MemoryLayer(StreamingLayer, Stepping):
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        begun = self._begun(x, state)
+        return self._ended(x, begun, *self._along(begun, x.shape[1]))
+
+    @staticmethod
+    def together(layers: Sequence[MemoryLayer], xs: Sequence[Tensor], states: Sequence[Any]):
+        """`nestlearn.layers.streaming.together`, xs [B, T, dim] of one length."""
+        first, T = layers[0], xs[0].shape[1]
+        begun = [layer._begun(*given) for layer, *given in zip(layers, xs, states)]
+        if first.truncate is None and all(b.joins for b in begun):
+            memories, given, starts = joined([(b.memories, b.xs, b.course.starts) for b in begun])
+            course = begun[0].course._replace(starts=starts)
+            one = begun[0]._replace(memories=memories, xs=given, course=course)
+            ran = parted(first._along(one, T), [len(x) for x in xs])
+        else:
+            ran = [layer._along(b, T) for layer, b in zip(layers, begun)]
+        return [layer._ended(x, b, *y) for layer, x, b, y in zip(layers, xs, begun, ran)]
+
+    def _begun(self, x: Tensor, state: Any) -> Begun:
+        """What comes before the memories."""
         check_input(x, self.dim, self.readout.gate)
-        position, conv, memories = state = self.begin(state, x)
+        position, conv, memories = self.begin(state, x)
         xs, conv = self._outside("_inputs", x, conv)
         memories = tree.tree_map(wide, memories)
-        starts, chunk, chunks, run, after = self._course(xs, memories)
+        return Begun(position, conv, memories, xs, self._course(xs, memories))
+
+    def _along(self, begun: Begun, length: int) -> tuple[Tensor, Any]:
+        """(o, memories) after all steps."""
+        starts, chunk, chunks, run, after, _ = begun.course
         ys, memories = scan(
-            self._stepping(starts, chunk), memories, xs, length=x.shape[1], chunks=chunks,
-            position=position, truncate=self.truncate, remat=self.remat, axis=2, run=run,
-            after=after,
+            self._stepping(starts, chunk), begun.memories, begun.xs, length=length, chunks=chunks,
+            position=begun.position, truncate=self.truncate, remat=self.remat, axis=2, run=run,
+            after=None if after is None else partial(after, starts=starts),
         )  # fmt: skip
-        y = self._outside("_outputs", torch.cat(ys, 2), x)
-        return y, type(state)(position + x.shape[1], conv, memories)
+        return torch.cat(ys, 2), memories
+
+    def _ended(self, x: Tensor, begun: Begun, o: Tensor, memories: Any) -> tuple[Tensor, Any]:
+        """What comes after them."""
+        y = self._outside("_outputs", o, x)
+        return y, self._state(begun.position + x.shape[1], begun.conv, memories)
 
 
 # What a state is: its type, and of each leaf the shape (None: it is no tensor). No tensors: these

@@ -44,8 +44,8 @@ class Group(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a group's step needs of the parameters: the start values, stacked, and `constants` for
-    every sample, if the layer's chunks run by `Writer.generate`.
+    """What a group's step needs of the parameters: the start values, stacked; if the layer's chunks
+    run by `Writer.generate`, these for every sample, and `constants`.
     """
 
     weights: Weights
@@ -83,6 +83,8 @@ class SelfModifyingTitans(MemoryLayer):
     Not for sequences where exact recall over the whole length is all that counts and the length
     is short: there softmax attention is simpler and cheaper.
     """
+
+    _state = TitansState
 
     def __init__(
         self,
@@ -161,9 +163,8 @@ class SelfModifyingTitans(MemoryLayer):
         runs = generated and torch.is_grad_enabled() and self.fade_every not in chunks
         run = RUN if runs else 1
         if self.fade_every is None:
-            return Course(starts, alone, chunks, run)
-        fade = partial(self._faded, starts=starts)
-        return Course(starts, alone, (*chunks, self.fade_every), run, fade)
+            return Course(starts, alone, chunks, run, joins=generated)
+        return Course(starts, alone, (*chunks, self.fade_every), run, self._faded, generated)
 
     def _generates(self, z: Tensor, q: Tensor | None, memories: tuple[FastWeights, ...]) -> bool:
         """Whether `Writer.generate` runs the chunks: every group is all memories of its heads. A
@@ -182,7 +183,8 @@ class SelfModifyingTitans(MemoryLayer):
             return Given(weights, None)
         readouts = (self.eta,) if self.alpha is None else (self.eta, self.alpha)
         scalars = [p[group.heads] for scalar in readouts for p in scalar()]
-        return Given(weights, wide(constants(scalars, weights)).expand(batch, -1, -1))
+        held = wide(constants(scalars, weights)).expand(batch, -1, -1)
+        return Given(tuple(w.expand(batch, *w.shape) for w in weights), held)
 
     def _inputs(self, x: Tensor, conv: Tensor | None):
         """z [B, H, T, d] of unit norm, the static query, the momentum's gate; the convolution."""

@@ -7,7 +7,7 @@ The same skeleton carries the baselines: `mixer=Attention(), channel=SwiGLU()` i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from ..layers import (
     linear_attention,
     static_titans,
 )
-from ..layers.streaming import Stepping, compile_steps, traced
+from ..layers.streaming import Stepping, compile_steps, together, traced
 from ..names import weights_folder
 from .card import write_card
 from .config import (
@@ -89,6 +89,18 @@ class HopeBlock(nn.Module):
         mixed, mixer = self.mixer(self.norm(x), before[0])
         y, channel = self.channel(x + mixed, before[1])
         return y, (mixer, channel)
+
+    @staticmethod
+    def together(
+        blocks: Sequence[HopeBlock], xs: Sequence[Tensor], states: Sequence[Any]
+    ) -> list[tuple[Tensor, tuple[Any, Any]]]:
+        """`nestlearn.layers.streaming.together`, xs [B, T, dim] of one length."""
+        read = [block.norm(x) for block, x in zip(blocks, xs)]
+        befores = list(zip(*((None, None) if s is None else s for s in states)))
+        mixed, mixers = zip(*together([block.mixer for block in blocks], read, befores[0]))
+        between = [x + y for x, y in zip(xs, mixed)]
+        ys, channels = zip(*together([block.channel for block in blocks], between, befores[1]))
+        return list(zip(ys, zip(mixers, channels)))
 
 
 _MEMORIES: dict[type, Callable[..., nn.Module]] = {

@@ -73,7 +73,8 @@ _COMPILED: dict[tuple[Callable, str], Callable] = {}
 
 
 class Spans(torch.autograd.Function):
-    """(W [B, V, K], W0, last [B, 1, K], h [B, T, K], v [B, T, V], η [B, T]) -> (y, W after).
+    """(W [B, V, K], W0 [V, K] or [B, V, K], last [B, 1, K], h [B, T, K], v [B, T, V], η [B, T]) ->
+    (y, W after).
 
     n spans of N tokens, T = n N. What needs no state is done for all spans at once: the Gram matrix
     of the features (keys are the features one token earlier: rows −1 .. N−1 hold both) and the
@@ -85,6 +86,8 @@ class Spans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, form: Form, W, W0, last, h, v, eta):
         N, n, low = form.size, h.shape[1] // form.size, form.dtype
+        # compiled code would be made again for each that needs a gradient and one that does not
+        W0, last, h, v, eta = (x.detach() for x in (W0, last, h, v, eta))
         wide = torch.promote_types(low, torch.float32)
         (earlier, factor), both = form.masks(h.new_empty(0, dtype=wide)), form.both
         rows, values, eta = form(_laid, last, h, v, eta, earlier, low)
@@ -173,7 +176,7 @@ class Spans(torch.autograd.Function):
             _add(g, solved, dstates.mT)
             _product(back, states, low, out=drows)
             _add(drows[:, :, :N], w, dstates)
-        dW0 += dstart.sum(0) * W0 / start.clamp(min=1e-12)
+        dW0 += dstart.sum_to_size(start.shape) * W0 / start.clamp(min=1e-12)
         overlap = _product(g, w.mT, wide)
         dgram, dv, deta = form(
             _systems_backward, overlap, dread, gram, g, errors, s, eta, earlier, factor,
@@ -206,7 +209,7 @@ def _began(after, dW, norm, size, start, dstart, dW0, fading, bound, then):
     if bound is not None:
         dstart += out_of_shell_(after, dW, norm, size, start, *bound)
     if fading:
-        dW0 += fading * dW.sum(0)
+        dW0 += fading * dW.sum_to_size(dW0.shape)
         dW *= 1 - fading
     if then is not None:
         then.copy_(dW)

@@ -33,7 +33,7 @@ from .loop import Span
 from .plain_spans import Form, Spans
 from .writer import FastWeights, Writer, into_shell
 
-ON_CARD, ON_CPU = 256, 64  # tokens of a span: measured; the result does not depend on it
+ON_CARD, ON_CPU = 512, 64  # tokens of a span: measured; the result does not depend on it
 
 
 class LevelState(NamedTuple):
