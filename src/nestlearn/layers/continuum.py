@@ -137,7 +137,8 @@ class LevelMLP(Stepping):
         if not all(mlp._joins(position) for mlp, position in zip(mlps, positions)):
             return [mlp(*args) for mlp, *args in zip(mlps, *own)]
         begun = [mlp._begun(x, state) for mlp, x, state in zip(mlps, xs, states)]
-        starts = [(mlp.learning[0].expand(len(x), -1, -1),) for mlp, x in zip(mlps, xs)]
+        W0s = (mlp.learning[0].unsqueeze(0) for mlp in mlps)
+        starts = [(W0.expand(len(x), -1, -1),) for W0, x in zip(W0s, xs)]
         state, given = joined(begun)
         ran = first._along(xs[0].shape[1], positions[0], state, given, joined(starts))
         each = zip(mlps, parted(ran, [len(x) for x in xs]), ontos, mixes)
@@ -288,6 +289,10 @@ class ContinuumMemory(StreamingLayer):
         """The state before the first token."""
         return ContinuumState(0, tuple(mlp.init_state(batch) for mlp in self._chain()))
 
+    def _shares(self) -> Sequence[Tensor | None]:
+        """How much each level counts."""
+        return [None] * len(self.mlps) if self.mix is None else self.mix.unbind()
+
     def _chain(self) -> list[LevelMLP]:
         return [mlp for mlp in self.mlps if isinstance(mlp, LevelMLP)]
 
@@ -296,9 +301,8 @@ class ContinuumMemory(StreamingLayer):
     ) -> tuple[Tensor, ContinuumState]:
         position, before = self._begun(x, state)
         y, states = x, []
-        for i, mlp in enumerate(self._chain()):
-            mix = None if self.mix is None else self.mix[i]
-            y, after = mlp(y if mix is None else x, before[i], position, y, mix)
+        for mlp, own, mix in zip(self._chain(), before, self._shares()):
+            y, after = mlp(y if mix is None else x, own, position, y, mix)
             states.append(after)
         return y, ContinuumState(position + x.shape[1], tuple(states))
 
@@ -310,10 +314,10 @@ class ContinuumMemory(StreamingLayer):
         positions, before = zip(*(layer._begun(x, s) for layer, x, s in zip(layers, xs, states)))
         ys: Sequence[Tensor] = xs
         after = []
-        for i, mlps in enumerate(zip(*(layer._chain() for layer in layers))):
-            mixes = [None if layer.mix is None else layer.mix[i] for layer in layers]
+        each = (zip(layer._chain(), own, layer._shares()) for layer, own in zip(layers, before))
+        for level in zip(*each):
+            mlps, own, mixes = zip(*level)
             read = ys if layers[0].mix is None else xs
-            own = [states[i] for states in before]
             ys, now = zip(*together(mlps, read, own, positions, ys, mixes))
             after.append(now)
         ends = (position + x.shape[1] for position, x in zip(positions, xs))

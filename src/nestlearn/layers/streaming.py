@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -236,6 +238,29 @@ def together(modules: Sequence[Any], *args: Sequence[Any]) -> list[Any]:
     if own is None or len(modules) == 1:
         return [module(*given) for module, *given in zip(modules, *args, strict=True)]
     return own(modules, *args)
+
+
+_CALL: ContextVar[dict[Any, Any] | None] = ContextVar("what the parts of a call share")
+
+
+@contextmanager
+def one_call() -> Iterator[None]:
+    """Calls in here are parts of one: what they make of parameters alone is made once."""
+    token = _CALL.set({})
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def once(key: Any, make: Callable[[], Any]) -> Any:
+    """make(), or what it gave in this call (`one_call`)."""
+    made = _CALL.get(None)
+    if made is None:
+        return make()
+    if key not in made:
+        made[key] = make()
+    return made[key]
 
 
 def joined(trees: Sequence[Any]) -> Any:

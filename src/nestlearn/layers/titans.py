@@ -29,6 +29,7 @@ from .streaming import (
     check_heads,
     check_truncate,
     chosen,
+    once,
     wide,
 )
 
@@ -142,7 +143,7 @@ class SelfModifyingTitans(MemoryLayer):
 
     def start_weights(self, group: Group) -> Weights:
         """Start values of a group's memories, stacked: each [heads, memories, out, in]."""
-        starts = ([w[group.heads] for w in self._start(name)] for name in group.names)
+        starts = ([_own(w, group.heads) for w in self._start(name)] for name in group.names)
         return tuple(torch.stack(ws, 1) for ws in zip(*starts))
 
     def _start(self, name: str) -> Weights:
@@ -157,7 +158,10 @@ class SelfModifyingTitans(MemoryLayer):
     def _course(self, xs: tuple, memories: tuple[FastWeights, ...]) -> Course:
         z, q, _ = xs
         generated = self._generates(z, q, memories)
-        starts = tuple(self._starts(group, z.shape[0], generated) for group in self.groups)
+        starts = once(
+            (self, len(z), generated),
+            lambda: tuple(self._starts(group, len(z), generated) for group in self.groups),
+        )
         chunks = tuple(group.writer.chunk for group in self.groups)
         alone = chunks[0] if len(set(chunks)) == 1 and not generated else None
         runs = generated and torch.is_grad_enabled() and self.fade_every not in chunks
@@ -182,9 +186,9 @@ class SelfModifyingTitans(MemoryLayer):
         if not generated:
             return Given(weights, None)
         readouts = (self.eta,) if self.alpha is None else (self.eta, self.alpha)
-        scalars = [p[group.heads] for scalar in readouts for p in scalar()]
+        scalars = [_own(p, group.heads) for scalar in readouts for p in scalar()]
         held = wide(constants(scalars, weights)).expand(batch, -1, -1)
-        return Given(tuple(w.expand(batch, *w.shape) for w in weights), held)
+        return Given(tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in weights), held)
 
     def _inputs(self, x: Tensor, conv: Tensor | None):
         """z [B, H, T, d] of unit norm, the static query, the momentum's gate; the convolution."""
@@ -298,10 +302,10 @@ class Scalar(nn.Module):
     ) -> Any:
         if x is None:
             return self.weight, self.bias
-        row = self.weight[heads].to(x.dtype).unsqueeze(-2)
+        row = _own(self.weight, heads).to(x.dtype).unsqueeze(-2)
         if W is not None:
             row = row @ W
-        return (x @ row.mT).squeeze(-1) + self.bias[heads].unsqueeze(-1)
+        return (x @ row.mT).squeeze(-1) + _own(self.bias, heads).unsqueeze(-1)
 
 
 def _fade_every(half_life: int | None, chunks: list[int]) -> int | None:
@@ -310,6 +314,11 @@ def _fade_every(half_life: int | None, chunks: list[int]) -> int | None:
         return None
     size = math.lcm(*chunks)
     return max(1, min(FADE_EVERY, half_life // 4) // size) * size
+
+
+def _own(x: Tensor, heads: slice) -> Tensor:
+    """x of these heads; the gradient of a slice costs two passes, also where it is the whole."""
+    return x if heads in (slice(None), slice(0, len(x))) else x[heads]
 
 
 def _joined(heads: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import state as tree
 from ..layers import SelfModifyingTitans
-from ..layers.streaming import together
+from ..layers.streaming import one_call, together
 
 PART = 2048  # tokens, at least: shorter parts have smaller products
 PARTS = 16  # at most, of a length of so many PART and more: enough for all blocks to have work
@@ -43,6 +43,7 @@ def _plain(block: nn.Module) -> bool:
     return not hooked and "forward" not in vars(block)
 
 
+@one_call()
 def wavefront(
     blocks: Iterable[nn.Module], x: Tensor, states: Iterable[Any],
     part: int | None = None, groups: int | None = None,
