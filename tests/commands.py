@@ -238,6 +238,7 @@ FORMS: dict[str, Form] = {
     'python -m bench.gpu --model --lengths 131072 --only "segments of 65,536"': Form(
         why="needs a GPU"
     ),
+    "python -m bench.gpu --model --lengths 131072 --only Transformer": Form(why="needs a GPU"),
     "python -m bench.gpu --model --tokens 16384 --lengths 2048,16384 --repeats 3 --limit 2.5": (
         Form(why="needs a GPU")
     ),

@@ -25,11 +25,9 @@ from .streaming import (
     StreamingLayer,
     check_input,
     check_truncate,
-    joined,
-    parted,
-    together,
     wide,
 )
+from .together import joined, parted, together
 
 SELDOM = 512  # tokens: a level fades, its bound acts at the first chunk's end after so many
 STRETCH = 2048  # tokens computed again together
@@ -132,7 +130,7 @@ class LevelMLP(Stepping):
         mlps: Sequence[LevelMLP], xs: Sequence[Tensor], states: Sequence[LevelState | None],
         positions: Sequence[int], ontos: Sequence[Tensor], mixes: Sequence[Tensor | None],
     ) -> list[tuple[Tensor, LevelState | None]]:  # fmt: skip
-        """`nestlearn.layers.streaming.together`, of equal levels and xs [B, T, D] of one length."""
+        """`nestlearn.layers.together.together`, of equal levels and xs [B, T, D] of one length."""
         first, own = mlps[0], (xs, states, positions, ontos, mixes)
         if not all(mlp._joins(position) for mlp, position in zip(mlps, positions)):
             return [mlp(*args) for mlp, *args in zip(mlps, *own)]
@@ -310,7 +308,7 @@ class ContinuumMemory(StreamingLayer):
     def together(
         layers: Sequence[ContinuumMemory], xs: Sequence[Tensor], states: Sequence[Any]
     ) -> list[tuple[Tensor, ContinuumState]]:
-        """`nestlearn.layers.streaming.together`, level by level, xs [B, T, dim] of one length."""
+        """`nestlearn.layers.together.together`, level by level, xs [B, T, dim] of one length."""
         positions, before = zip(*(layer._begun(x, s) for layer, x, s in zip(layers, xs, states)))
         ys: Sequence[Tensor] = xs
         after = []

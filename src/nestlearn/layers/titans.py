@@ -29,9 +29,9 @@ from .streaming import (
     check_heads,
     check_truncate,
     chosen,
-    once,
     wide,
 )
+from .together import once
 
 FADE_EVERY = 512  # tokens: whole runs of chunks, and nothing at the usual windows
 

@@ -27,7 +27,8 @@ from ..layers import (
     linear_attention,
     static_titans,
 )
-from ..layers.streaming import Stepping, compile_steps, together, traced
+from ..layers.streaming import Stepping, compile_steps, traced
+from ..layers.together import together
 from ..names import weights_folder
 from .card import write_card
 from .config import (
@@ -94,7 +95,7 @@ class HopeBlock(nn.Module):
     def together(
         blocks: Sequence[HopeBlock], xs: Sequence[Tensor], states: Sequence[Any]
     ) -> list[tuple[Tensor, tuple[Any, Any]]]:
-        """`nestlearn.layers.streaming.together`, xs [B, T, dim] of one length."""
+        """`nestlearn.layers.together.together`, xs [B, T, dim] of one length."""
         read = [block.norm(x) for block, x in zip(blocks, xs)]
         befores = list(zip(*((None, None) if s is None else s for s in states)))
         mixed, mixers = zip(*together([block.mixer for block in blocks], read, befores[0]))

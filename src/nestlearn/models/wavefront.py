@@ -1,7 +1,7 @@
 """Blocks side by side on a card: block l reads a part of the sequence while l + 1 reads the one
 before it. A step of one long sample is otherwise a chain of kernels too small for the card.
 
-The blocks of a wave are as many samples to their memories (`nestlearn.layers.streaming.together`):
+The blocks of a wave are as many samples to their memories (`nestlearn.layers.together.together`):
 a kernel of each, where blocks one after the other would have one for each block.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import state as tree
 from ..layers import SelfModifyingTitans
-from ..layers.streaming import one_call, together
+from ..layers.together import one_call, together
 
 PART = 2048  # tokens, at least: shorter parts have smaller products
 PARTS = 16  # at most, of a length of so many PART and more: enough for all blocks to have work
