@@ -122,7 +122,9 @@ class LevelMLP(Stepping):
         """onto [B, T, D] and what the level adds to it; its state then (None: from the start)."""
         if self.level.chunk is None:
             return self._outside("_joined", onto, self._outside("_static", x), mix), None
-        o, after = self._along(x.shape[1], position, *self._begun(x, state))
+        before, xs = self._begun(x, state)
+        ran = scan(**self._steps(x.shape[1], position, before, xs, self.learning))
+        o, after = self._ended(*ran, before, xs[0])
         return self._outside("_joined", onto, o, mix), after
 
     @staticmethod
@@ -137,9 +139,12 @@ class LevelMLP(Stepping):
         begun = [mlp._begun(x, state) for mlp, x, state in zip(mlps, xs, states)]
         W0s = (mlp.learning[0].unsqueeze(0) for mlp in mlps)
         starts = [(W0.expand(len(x), -1, -1),) for W0, x in zip(W0s, xs)]
-        state, given = joined(begun)
-        ran = first._along(xs[0].shape[1], positions[0], state, given, joined(starts))
-        each = zip(mlps, parted(ran, [len(x) for x in xs]), ontos, mixes)
+        before, given = joined(begun)
+        ys, after = scan(
+            **first._steps(xs[0].shape[1], positions[0], before, given, joined(starts))
+        )
+        ran = parted(first._ended(ys, after, before, given[0]), [len(x) for x in xs])
+        each = zip(mlps, ran, ontos, mixes)
         return [(mlp._outside("_joined", onto, o, mix), s) for mlp, (o, s), onto, mix in each]
 
     def _joins(self, position: int) -> bool:
@@ -158,31 +163,34 @@ class LevelMLP(Stepping):
         assert state is not None
         return tree.tree_map(wide, state), self._outside("_features", x)
 
-    def _along(
-        self, length: int, position: int, state: LevelState, xs: tuple,
-        starts: Weights | None = None,
-    ) -> tuple[Tensor, LevelState]:  # fmt: skip
-        """(o [B, T, D], the state) after all steps. starts: the level's own, or of each sample."""
+    def _steps(
+        self, length: int, position: int, state: LevelState, xs: tuple, starts: Weights
+    ) -> dict[str, Any]:
+        """What `nestlearn.scan.scan` is given. starts: the level's own, or of each sample."""
         assert self.level.chunk is not None
-        starts = self.learning if starts is None else starts
         how: dict[str, Any] = {
             "length": length, "position": position, "truncate": self.truncate,
             "chunks": (self.level.chunk, *([self.parent] if self.parent else [])),
             "after": self._restarted if self.parent else None,
         }  # fmt: skip
-        if self.linear:
-            step: Callable = partial(spans.write, self.writer, starts[0], options=self._options)
-            if self.remat and torch.is_grad_enabled():
-                step, how["after"] = partial(self._computed_again, step), None
-            run = max(1, (STRETCH if self.remat else 1 << 40) // self.level.chunk)
-            ys, after = scan(step, state, xs, **how, run=run)
-        else:
+        if not self.linear:
             step = self._stepping(starts, None if self.parent else self.level.chunk)
             k, *pairs = xs
             past = torch.cat([state.last.to(k.dtype), k[:, :-1]], 1)
-            before = state._replace(last=None)
-            ys, after = scan(step, before, (k, past, *pairs), **how, remat=self.remat)
-            after = after._replace(last=k[:, -1:].to(state.last.dtype).contiguous())
+            how |= {"state": state._replace(last=None), "xs": (k, past, *pairs)}
+            return {**how, "f": step, "remat": self.remat}
+        step = partial(spans.write, self.writer, starts[0], options=self._options)
+        if self.remat and torch.is_grad_enabled():
+            step, how["after"] = partial(self._computed_again, step), None
+        run = max(1, (STRETCH if self.remat else 1 << 40) // self.level.chunk)
+        return {**how, "f": step, "state": state, "xs": xs, "run": run}
+
+    def _ended(
+        self, ys: list[Tensor], after: LevelState, before: LevelState, k: Tensor
+    ) -> tuple[Tensor, LevelState]:
+        """o [B, T, D] of all steps, and the state after them."""
+        if not self.linear:
+            after = after._replace(last=k[:, -1:].to(before.last.dtype).contiguous())
         return (torch.cat(ys, 1) if len(ys) > 1 else ys[0]).contiguous(), after
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Gates]:

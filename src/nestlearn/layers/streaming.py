@@ -261,20 +261,22 @@ class MemoryLayer(StreamingLayer, Stepping):
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         begun = self._begun(x, state)
-        return self._ended(x, begun, *self._along(begun, x.shape[1]))
+        ys, memories = scan(**self._steps(begun, x.shape[1]))
+        return self._ended(x, begun, torch.cat(ys, 2), memories)
 
     @staticmethod
     def together(layers: Sequence[MemoryLayer], xs: Sequence[Tensor], states: Sequence[Any]):
         """`nestlearn.layers.together.together`, xs [B, T, dim] of one length."""
-        first, T = layers[0], xs[0].shape[1]
         begun = [layer._begun(*given) for layer, *given in zip(layers, xs, states)]
-        if first.truncate is None and all(b.joins for b in begun):
+        if layers[0].truncate is None and all(b.joins for b in begun):
             memories, given, starts = joined([(b.memories, b.xs, b.course.starts) for b in begun])
             course = begun[0].course._replace(starts=starts)
             one = begun[0]._replace(memories=memories, xs=given, course=course)
-            ran = parted(first._along(one, T), [len(x) for x in xs])
+            ys, after = scan(**layers[0]._steps(one, xs[0].shape[1]))
+            ran = parted((torch.cat(ys, 2), after), [len(x) for x in xs])
         else:
-            ran = [layer._along(b, T) for layer, b in zip(layers, begun)]
+            each = (scan(**a._steps(b, x.shape[1])) for a, b, x in zip(layers, begun, xs))
+            ran = [(torch.cat(ys, 2), after) for ys, after in each]
         return [layer._ended(x, b, *y) for layer, x, b, y in zip(layers, xs, begun, ran)]
 
     def _begun(self, x: Tensor, state: Any) -> Begun:
@@ -285,15 +287,15 @@ class MemoryLayer(StreamingLayer, Stepping):
         memories = tree.tree_map(wide, memories)
         return Begun(position, conv, memories, xs, self._course(xs, memories))
 
-    def _along(self, begun: Begun, length: int) -> tuple[Tensor, Any]:
-        """(o, memories) after all steps."""
+    def _steps(self, begun: Begun, length: int) -> dict[str, Any]:
+        """What `nestlearn.scan.scan` is given."""
         starts, chunk, chunks, run, after, _ = begun.course
-        ys, memories = scan(
-            self._stepping(starts, chunk), begun.memories, begun.xs, length=length, chunks=chunks,
-            position=begun.position, truncate=self.truncate, remat=self.remat, axis=2, run=run,
-            after=None if after is None else partial(after, starts=starts),
-        )  # fmt: skip
-        return torch.cat(ys, 2), memories
+        return {
+            "f": self._stepping(starts, chunk), "state": begun.memories, "xs": begun.xs,
+            "length": length, "chunks": chunks, "position": begun.position,
+            "truncate": self.truncate, "remat": self.remat, "axis": 2, "run": run,
+            "after": None if after is None else partial(after, starts=starts),
+        }  # fmt: skip
 
     def _ended(self, x: Tensor, begun: Begun, o: Tensor, memories: Any) -> tuple[Tensor, Any]:
         """What comes after them."""
