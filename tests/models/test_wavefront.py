@@ -48,11 +48,10 @@ def _equals_the_whole(lm, part, x, groups=None):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("part", [1, 5, 8, 40])
-def test_parts_in_turn_equal_the_whole(part):
+@pytest.mark.parametrize(("part", "groups"), [(1, 2), (5, 1), (5, 3), (8, 2), (40, 1)])
+def test_parts_in_turn_equal_the_whole(part, groups):
     torch.manual_seed(0)
-    for groups in (1, 2, 3):
-        _equals_the_whole(HopeLM(SMALL).double(), part, torch.randn(2, 21, 8).double(), groups)
+    _equals_the_whole(HopeLM(SMALL).double(), part, torch.randn(2, 13, 8).double(), groups)
 
 
 CHANNELS = {
@@ -86,11 +85,11 @@ def test_blocks_of_a_wave_run_as_one(channel, mixer, monkeypatch):
 
     monkeypatch.setattr(spans.Spans, "apply", seen("levels", spans.Spans.apply))
     monkeypatch.setattr(generated, "run", seen("memories", generated.run))
-    _equals_the_whole(lm, 16, torch.randn(2, 3 * 16 + 5, 8).double())
+    _equals_the_whole(lm, 16, torch.randn(2, 2 * 16 + 5, 8).double())
     if isinstance(mixer, Titans):
-        assert rows["memories"] == {2, 4, 6}
+        assert rows["memories"] == {2, 4}
     if channel in ("sequential", "independent"):
-        assert rows["levels"] == {2, 4, 6}
+        assert rows["levels"] == {2, 4}
 
 
 def test_what_cannot_be_joined_runs_alone(monkeypatch):
