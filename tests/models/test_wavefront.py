@@ -112,6 +112,8 @@ def test_what_hooks_on_to_a_block_is_seen():
     lm.blocks[0].register_forward_pre_hook(lambda *_: None)
     lm.blocks[1].forward = lm.blocks[1].forward  # as offloading does
     assert list(map(_plain, lm.blocks)) == [False, False, True]
+    lm.blocks[2].channel.mlps[1].register_forward_hook(lambda *_: None)
+    assert not _plain(lm.blocks[2])
     assert not fits(lm.blocks, torch.zeros(1, 3 * PART, 8), 2)  # not on a card
 
 

@@ -27,7 +27,7 @@ FULL = 64  # samples × heads of which a block's kernels fill a card by themselv
 
 def fits(blocks: Iterable[nn.Module], x: Tensor, heads: int) -> bool:
     """Whether these are few long samples on a card, for memories of fixed size alone, and nothing
-    hooks on to a block (sharding and offloading count on one call of it).
+    hooks on to a block or its memories (sharding and offloading count on calls of them).
     """
     return (
         x.is_cuda
@@ -39,8 +39,11 @@ def fits(blocks: Iterable[nn.Module], x: Tensor, heads: int) -> bool:
 
 
 def _plain(block: nn.Module) -> bool:
-    hooked = block._forward_pre_hooks or block._forward_hooks or block._backward_hooks
-    return not hooked and "forward" not in vars(block)
+    passed = [part for part in block.modules() if hasattr(type(part), "together")]  # not called
+    return not any(
+        part._forward_pre_hooks or part._forward_hooks or part._backward_hooks
+        or "forward" in vars(part) for part in passed
+    )  # fmt: skip
 
 
 @one_call()
