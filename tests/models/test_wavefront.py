@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nestlearn import HopeConfig, HopeLM, Level, state
-from nestlearn.layers import continuum
+from nestlearn.layers import SelfModifyingTitans, continuum
 from nestlearn.models.hope import HopeState
 from nestlearn.models.wavefront import PART, _plain, fits, wavefront
 from nestlearn.options import Continuum, DeltaNet, SwiGLU, Titans
@@ -73,7 +73,7 @@ def test_blocks_of_a_wave_run_as_one(channel, mixer, monkeypatch):
     """As many samples at a time as blocks, where their chunks can be joined."""
     monkeypatch.setattr(continuum, "SELDOM", 8)
     torch.manual_seed(0)
-    lm = HopeLM(replace(SMALL, mixer=mixer, channel=CHANNELS[channel], truncate=None)).double()
+    lm = HopeLM(replace(SMALL, mixer=mixer, channel=CHANNELS[channel])).double()
     rows: dict = {"levels": set(), "memories": set()}
 
     def seen(kind, f):
@@ -90,6 +90,17 @@ def test_blocks_of_a_wave_run_as_one(channel, mixer, monkeypatch):
         assert rows["memories"] == {2, 4}
     if channel in ("sequential", "independent"):
         assert rows["levels"] == {2, 4}
+
+
+def test_what_parts_need_of_parameters_is_made_once(monkeypatch):
+    lm, made = HopeLM(SMALL).double(), []
+    before = SelfModifyingTitans._starts
+    monkeypatch.setattr(
+        SelfModifyingTitans, "_starts", lambda self, *a: made.append(self) or before(self, *a)
+    )
+    for _ in range(2):  # of a call: the next one has other weights
+        wavefront(lm.blocks, torch.randn(1, 24, 8).double(), lm.init_state(1).blocks, 8)
+    assert made == 2 * [block.mixer for block in lm.blocks]
 
 
 def test_what_cannot_be_joined_runs_alone(monkeypatch):

@@ -42,7 +42,7 @@ def _plain(block: nn.Module) -> bool:
     passed = [part for part in block.modules() if hasattr(type(part), "together")]  # not called
     return not any(
         part._forward_pre_hooks or part._forward_hooks or part._backward_hooks
-        or "forward" in vars(part) for part in passed
+        or part._backward_pre_hooks or "forward" in vars(part) for part in passed
     )  # fmt: skip
 
 
